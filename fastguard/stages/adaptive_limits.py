@@ -75,8 +75,15 @@ def learn(stats: GradStats, verdict: Verdict, state: GuardState, policy: Policy)
 
 
 def numbers_of(state: GuardState) -> Numbers:
-    """Returns the numbers of a single segment, `(seen, *numbers)`, for `AdaptiveLimit.on_host`."""
-    return state.limits.numpy().ravel().data  # type: ignore[return-value]
+    """Returns the numbers of a single segment, `(seen, *numbers)`, for `AdaptiveLimit.on_host`.
+
+    The view is kept until `state.limits` is another tensor: creating it takes as long as a rule.
+    """
+    held = state.host_limits
+    if held is None or held[0] is not state.limits:
+        view: Numbers = state.limits.numpy().ravel().data  # type: ignore[assignment]
+        held = state.host_limits = state.limits, view
+    return held[1]
 
 
 def _rule_inputs(stats: GradStats, state: GuardState) -> tuple[Tensor, LimitStep]:

@@ -97,42 +97,52 @@ class AutoClip(AdaptiveLimit):
         Takes two binary searches, and moves the part of the sorted norms between the two places.
         """
         seen, window = int(numbers[0]), self.window
-        filled, start = min(seen, window), 1 + window
+        start, at = 1 + window, 1 + seen % window
+        oldest = numbers[at]  # inf while the ring is not full
         if seen < window:
-            leaves = start + filled
+            last, leaves = seen, start + seen
             enters = bisect_left(numbers, norm, start, leaves)
         else:
-            oldest = numbers[1 + seen % window]
-            leaves = bisect_left(numbers, oldest, start, start + filled)
-            enters = bisect_left(numbers, norm, start, start + filled) - (oldest < norm)
-        last = min(seen + 1, window) - 1
+            last, end = window - 1, start + window
+            leaves = bisect_left(numbers, oldest, start, end)
+            if oldest < norm:
+                enters = bisect_left(numbers, norm, leaves, end) - 1
+            else:
+                enters = bisect_left(numbers, norm, start, leaves)
         place = last * (self.percentile / 100)
         low = int(place)
-
-        def ordered(i: int) -> float:
-            i += start
-            if i == enters:
-                return norm
-            i -= i > enters
-            return numbers[i + (i >= leaves)]
-
-        value = ordered(low)
-        value += (place - low) * (ordered(min(low + 1, last)) - value)
-        return value, partial(self._learn_on_host, numbers, norm, leaves, enters)
+        i = start + low
+        j = i + (low < last)
+        # The sorted norms after the update: those in between the two places move by one.
+        value = (
+            norm if i == enters else numbers[i - (enters < i <= leaves) + (leaves <= i < enters)]
+        )
+        other = (
+            norm if j == enters else numbers[j - (enters < j <= leaves) + (leaves <= j < enters)]
+        )
+        value += (place - low) * (other - value)
+        return value, partial(self._learn_on_host, numbers, norm, seen, at, oldest, leaves, enters)
 
     def _learn_on_host(
-        self, numbers: Numbers, norm: float, leaves: int, enters: int, undo: Undo
+        self,
+        numbers: Numbers,
+        norm: float,
+        seen: int,
+        at: int,
+        oldest: float,
+        leaves: int,
+        enters: int,
+        undo: Undo,
     ) -> None:
-        at = 1 + int(numbers[0]) % self.window
         if undo is not None:
-            undo.append(partial(self._restore, numbers, numbers[0], at, numbers[at]))
+            undo.append(partial(self._restore, numbers, float(seen), at, oldest))
         if enters < leaves:
             numbers[enters + 1 : leaves + 1] = numbers[enters:leaves]
         elif enters > leaves:
             numbers[leaves:enters] = numbers[leaves + 1 : enters + 1]
         numbers[enters] = norm
         numbers[at] = norm
-        numbers[0] += 1.0
+        numbers[0] = seen + 1.0
 
     def _restore(self, numbers: Numbers, seen: float, at: int, oldest: float) -> None:
         """Restores the ring and sorts it again: correct wherever the update was interrupted."""

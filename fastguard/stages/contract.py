@@ -15,7 +15,7 @@ from torch import Tensor
 from fastguard.gradients.tensor_kinds import PLAIN, lasting
 from fastguard.stages.agc import AGC
 from fastguard.stages.grad_stats import GradStats
-from fastguard.stages.limit_rules import AdaptiveLimit
+from fastguard.stages.limit_rules import AdaptiveLimit, Numbers
 from fastguard.stages.reason import Reason
 from fastguard.stages.spike_rules import GRAD_NORM, Rule
 
@@ -148,6 +148,7 @@ class GuardState:
             segment, and its N numbers; `(0, 0)` without an adaptive limit.
         undo: A list to which each decision appends calls that revert its changes; None: changes
             cannot be reverted.
+        host_limits: `limits` and a view of its memory on a CPU, see `adaptive_limits.numbers_of`.
     """
 
     counters: Tensor
@@ -155,6 +156,7 @@ class GuardState:
     rings: Tensor
     limits: Tensor
     undo: list[Callable[[], object]] | None = field(default=None, compare=False, repr=False)
+    host_limits: tuple[Tensor, Numbers] | None = field(default=None, compare=False, repr=False)
 
     def to(self, device: torch.device) -> GuardState:
         """Returns a copy on another device, without `undo`."""

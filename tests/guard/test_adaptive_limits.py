@@ -74,6 +74,27 @@ def test_copies_are_independent():
     assert not torch.equal(twin._state.limits, before)
 
 
+@pytest.mark.parametrize("rule", [ZClip(warmup=3), AutoClip(window=8), AdaGC(warmup=3)], ids=repr)
+def test_a_guard_that_has_stepped_follows_a_state_that_it_loads(rule):
+    opt, other = (adamw(max_norm=rule) for _ in range(2))
+    train(opt, range(12), bad=(3,))
+    train(other, range(20, 25))
+    twin = copy.deepcopy(opt)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    with torch.no_grad():
+        for group, theirs in zip(opt.param_groups, other.param_groups, strict=True):
+            for p, q in zip(group["params"], theirs["params"], strict=True):
+                q.copy_(p)
+    before = opt._state.limits.clone()
+    for follower in (twin, other):
+        train(follower, range(12, 16))
+        assert torch.equal(opt._state.limits, before)
+        assert not torch.equal(follower._state.limits, before)
+    train(opt, range(12, 16))
+    assert torch.equal(twin._state.limits, opt._state.limits)
+    assert torch.equal(other._state.limits, opt._state.limits)
+
+
 def test_the_limit_of_each_step_is_in_its_record():
     p, opt = one(1.0, max_norm=Mean(first=4.0))
     records = steps_with(opt, p, [2.0, 6.0, NAN, 100.0, 1.0])
@@ -128,6 +149,14 @@ def test_the_rule_may_change_between_steps():
     opt.max_norm = 0.5
     assert steps_with(opt, p, [1.0])[0].limit == 0.5
     assert "limits" not in opt.state_dict()["fastguard"]
+
+
+def test_a_rule_may_follow_another():
+    p, opt = one(1.0, max_norm=AutoClip(window=4))
+    steps_with(opt, p, [1.0, 2.0, 3.0])
+    opt.max_norm = ZClip(warmup=2, max_norm=None)
+    assert [r.limit for r in steps_with(opt, p, [1.0, 1.0, 3.0])] == [INF, INF, 1.0]
+    assert opt._state.limits.squeeze(1).tolist()[:2] == [3.0, 1.0]
 
 
 def test_an_optimizer_that_evaluates_its_closure_warns_that_a_rule_has_no_effect(caplog):

@@ -126,8 +126,10 @@ def _total_norm(stats: GradStats, sums: list[float]) -> float:
 
 def _adapted(state: GuardState, policy: Policy, norm: float, enters: bool) -> float:
     """Returns the limit of the adaptive rule, which learns the norm if `enters`."""
-    assert policy.adaptive is not None and policy.adaptive.on_host is not None
-    limit, learn = policy.adaptive.on_host(norm, numbers_of(state))
+    assert policy.adaptive is not None
+    on_host = policy.adaptive.on_host
+    assert on_host is not None
+    limit, learn = on_host(norm, numbers_of(state))
     if enters and 0 < norm < math.inf:
         learn(state.undo)
     return math.inf if math.isnan(limit) else limit

@@ -1,0 +1,58 @@
+"""docs/compiled-optimizers.md is true: what `compile_step=True` supports, and what it refuses.
+
+By default one optimizer of each library and outcome is tried; all of them, in some ten minutes, if
+the environment variable FASTGUARD_WHOLE_SURVEY is 1, as in the workflow of GitHub Actions.
+"""
+
+import os
+import re
+from importlib.metadata import version
+
+import pytest
+
+from guardtest.compiled_survey import (
+    PAGE,
+    Finding,
+    distribution,
+    finding_of,
+    findings_on,
+    page_of,
+)
+from guardtest.third_party import PACKAGES, driven
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
+
+TEXT = PAGE.read_text()
+ON_PAGE = findings_on(TEXT)
+KNOWN = ("schedulefree.AdamWScheduleFree", "pytorch_optimizer.Adan", "timm.optim.Lion")
+
+
+def chosen() -> list[str]:
+    """One optimizer of each library and outcome, and well-known ones; or all."""
+    if os.environ.get("FASTGUARD_WHOLE_SURVEY") == "1":
+        return list(ON_PAGE)
+    by_outcome: dict[tuple[str, str], str] = {}
+    for name, finding in ON_PAGE.items():
+        by_outcome.setdefault((distribution(name), finding.why), name)
+    return sorted({*by_outcome.values(), *KNOWN})
+
+
+@pytest.mark.parametrize("name", chosen())
+def test_the_page_is_true(name: str) -> None:
+    assert finding_of(name) == ON_PAGE[name]
+
+
+def test_the_page_has_every_optimizer_and_is_as_generated() -> None:
+    assert sorted(ON_PAGE) == driven()
+    assert page_of(ON_PAGE) == TEXT
+
+
+def test_the_page_names_the_versions_that_are_installed() -> None:
+    found = dict(re.findall(r"^## (\w+) ([\d.]+)$", TEXT, re.M))
+    assert found == {name: version(name).split("+")[0] for name in map(distribution, PACKAGES)}
+
+
+def test_a_wrong_row_is_found() -> None:
+    wrong = TEXT.replace("Supported (", "Supported (1", 1).replace(" Adan,", "", 1)
+    assert findings_on(wrong) != ON_PAGE
+    assert finding_of("timm.optim.Lion") != Finding(False, "", "cannot be traced")
