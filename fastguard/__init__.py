@@ -1,10 +1,10 @@
 """fastguard: keep training finite, at the speed of memory.
 
-Reads every gradient once, and from that read knows the global norm, what is NaN or Inf in which
-parameter, and whether the step is a spike; decides on the device to clip, clean, skip or apply.
+One pass over the gradients yields the global norm, names every parameter that contains NaN or Inf,
+and flags spikes. The decision to apply, clip, clean or skip the step is made on the device.
 
-`import fastguard` imports neither torch nor a module of its own: each public name is imported when
-it is first used, so that a script pays for what it uses and `fastguard --help` for nothing.
+`import fastguard` imports neither torch nor its own modules: each public name is imported when it
+is first used, which keeps imports and `fastguard --help` fast.
 """
 
 from importlib import import_module
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from fastguard.stages.spike_rules import SpikeRule, Threshold
 
 __all__ = [
-    # the functions of torch.nn.utils, and gradients that live in one buffer
+    # the functions of torch.nn.utils, and gradients in one buffer
     "clip_grad_norm_",
     "get_total_norm",
     "clip_grads_with_norm_",
@@ -59,7 +59,7 @@ __all__ = [
     "patch_torch",
     "unpatch_torch",
     "FlatGradBuckets",
-    # what torch has not
+    # functions that torch lacks
     "clip_grad_adaptive_",
     "sanitize_grads_",
     "measure_grads",
@@ -92,7 +92,7 @@ __all__ = [
     "BatchCheck",
     "check_batch",
     "ActivationGuard",
-    # when it has gone wrong: learning rate, checkpoints, the way back
+    # recovery: learning rate, checkpoints, rollback
     "protect_buffers",
     "ModelBuffers",
     "GuardedLR",
@@ -100,7 +100,7 @@ __all__ = [
     "CheckpointStore",
     "Rollback",
     "Rewind",
-    # why it has gone wrong
+    # diagnosis
     "explain_nonfinite",
     "random_state",
     "NonFiniteReport",
@@ -111,7 +111,7 @@ __all__ = [
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_NAMES_BY_MODULE = {
     "checkpoints": "CheckpointStore",
     "checkpoints.random_state": "random_state",
     "config": "GuardConfig",
@@ -145,15 +145,15 @@ _HOMES = {
     "stages.limit_rules": "AdaGC AdaptiveLimit ZClip",
     "stages.spike_rules": "SpikeRule Threshold",
 }
-"""What the imports above say, for Python: the module of each public name."""
+"""The public names by module, as in the imports above."""
 
 
-if not TYPE_CHECKING:  # so that a type checker still knows which names there are
+if not TYPE_CHECKING:  # so that type checkers use the imports above
 
     def __getattr__(name: str):
-        for home, names in _HOMES.items():
+        for module, names in _NAMES_BY_MODULE.items():
             if name in names.split():
-                globals()[name] = value = getattr(import_module(f"fastguard.{home}"), name)
+                globals()[name] = value = getattr(import_module(f"fastguard.{module}"), name)
                 return value
         if name.startswith("_") or find_spec(f"fastguard.{name}") is None:
             raise AttributeError(f"module 'fastguard' has no attribute {name!r}")

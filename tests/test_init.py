@@ -17,7 +17,8 @@ def test_all_lists_of_public_names_are_equal():
         if isinstance(node, ast.ImportFrom) and node.module.startswith("fastguard")
         for name in node.names
     }
-    homes = {f"fastguard.{h}.{n}" for h, names in fastguard._HOMES.items() for n in names.split()}
+    by_module = fastguard._NAMES_BY_MODULE
+    homes = {f"fastguard.{m}.{n}" for m, names in by_module.items() for n in names.split()}
     assert imports == homes and len(fastguard.__all__) == len(imports)
     assert set(fastguard.__all__) == {place.rpartition(".")[2] for place in imports}
 

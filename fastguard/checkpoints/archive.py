@@ -21,7 +21,7 @@ from fastguard.checkpoints.errors import CheckpointError, DamagedFile
 from fastguard.checkpoints.reading.file_report import FileReport, look_at_file
 from fastguard.checkpoints.reading.inspect_file import sha256_of_open
 from fastguard.checkpoints.sharded import read_write as sharded
-from fastguard.checkpoints.sharded import shard_report as shard_looking
+from fastguard.checkpoints.sharded import shard_report
 from fastguard.checkpoints.sharded.open_files import OpenFiles
 from fastguard.ranks.lockstep import Peers
 from fastguard.records.regular_files import NotRegularFile, open_regular
@@ -40,7 +40,7 @@ def write(path: Path, payload: Mapping[str, Any], peers: Peers) -> Path:
 
 
 def look(path: Path, peers: Peers, *, crc32: bool = True) -> FileReport:
-    """Reads a checkpoint once and checks every tensor and checksum.
+    """Reads a whole checkpoint and checks every tensor and checksum.
 
     Args:
         path: The file or folder.
@@ -51,7 +51,7 @@ def look(path: Path, peers: Peers, *, crc32: bool = True) -> FileReport:
         DamagedFile, UnsafeFile, OSError: See `look_at_file`.
     """
     if path.suffix == names.FOLDER:
-        return shard_looking.look(path, peers, crc32=crc32)
+        return shard_report.look(path, peers, crc32=crc32)
     return peers.first(lambda: look_at_file(path, crc32=crc32))
 
 
@@ -61,7 +61,7 @@ def read(path: Path, sha256: str, objects: Mapping[str, Any], peers: Peers) -> d
     Args:
         path: The file or folder.
         sha256: The expected checksum.
-        objects: The objects to restore; shards are laid out to match them.
+        objects: The objects to restore; their tensors determine how shards are distributed.
         peers: The ranks that read the checkpoint.
 
     Raises:
@@ -71,7 +71,7 @@ def read(path: Path, sha256: str, objects: Mapping[str, Any], peers: Peers) -> d
         if path.suffix != names.FOLDER:
             return peers.together(lambda: _read_file(path, sha256))
         with OpenFiles(path) as opened:
-            _compare(path, shard_looking.listing(opened, peers), sha256)
+            _compare(path, shard_report.listing(opened, peers), sha256)
             return sharded.read(path, objects, peers, opened)
     except FileNotFoundError:
         raise DamagedFile(f"{path} is missing") from None

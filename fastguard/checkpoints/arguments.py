@@ -50,7 +50,13 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
 def counted(
     last: Entry | None, given: int | Iterable[StepRecord | str] | None, skipped: int | None
 ) -> tuple[int, tuple[str, ...]]:
-    """Returns how many incidents followed the last clean checkpoint, and the latest of them."""
+    """Returns the number of incidents since the last clean checkpoint, and the latest of them.
+
+    Args:
+        last: The entry of the previous checkpoint, clean or not; None: there is none.
+        given: The `incidents` argument of `CheckpointStore.save`.
+        skipped: Number of skipped steps of the run; None: unknown.
+    """
     carried = 0 if last is None or last.clean else last.incidents
     notes = () if last is None or last.clean else last.notes
     if given is None:
@@ -60,5 +66,5 @@ def counted(
         return carried + (skipped - before if skipped >= before else skipped), notes
     if isinstance(given, int):
         return carried + integer("incidents", given, 0), notes
-    told = [str(item) for item in given if not isinstance(item, StepRecord) or item.is_incident]
-    return carried + len(told), (*notes, *told)[-NOTES:]
+    lines = [str(item) for item in given if not isinstance(item, StepRecord) or item.is_incident]
+    return carried + len(lines), (*notes, *lines)[-NOTES:]

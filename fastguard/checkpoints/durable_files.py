@@ -1,10 +1,11 @@
 """Crash-safe writes: after a crash, a path holds either the old file or the new one.
 
-Each write goes to a temporary name in the same folder, then flush and fsync, rename, and fsync of
-the folder. Files left behind by a crash start with `TEMPORARY`; the next writer removes them.
+Each write goes to a temporary file in the same folder, which is flushed to disk and renamed; then
+the folder is flushed too. The names of files left behind by a crash start with `TEMPORARY`; the
+next writer removes them.
 
-Links are not followed and existing files are never opened for writing, because a folder from an
-untrusted source may contain links under the names to be written.
+Links are not followed, and existing files are never opened for writing, because a folder from an
+untrusted source may contain links with the names to be written.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
 
 
 class Sink:
-    """A file for `torch.save`, whose C++ writer turns disk errors into assertion failures.
+    """A file for `torch.save` that keeps disk errors.
 
-    The first `OSError` is kept for `raise_if_failed`; later writes are discarded.
+    torch's C++ writer would turn them into assertion failures. Here the first `OSError` is kept for
+    `raise_if_failed`, and later writes are discarded.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -66,8 +68,8 @@ def write_temporary(path: Path, write: Callable[[Sink], object]) -> Path:
         The temporary file; pass it to `commit` or unlink it.
 
     Raises:
-        OSError: The disk is full, read-only or broken (nothing is left behind), or the temporary
-            name is taken by something that is not left over from a crash (it is not touched).
+        OSError: The disk is full, read-only or broken, and nothing is left behind; or the temporary
+            name belongs to something other than a regular file, which is not touched.
     """
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     with contextlib.suppress(FileNotFoundError):
@@ -80,7 +82,7 @@ def write_temporary(path: Path, write: Callable[[Sink], object]) -> Path:
             try:
                 write(sink)
             finally:
-                sink.raise_if_failed()  # raise the cause, not the error that torch made from it
+                sink.raise_if_failed()  # replaces the error that torch raised in its place
             os.fsync(file.fileno())
     except BaseException:
         with contextlib.suppress(OSError):
@@ -112,7 +114,7 @@ def copy_temporary(source: Path, path: Path) -> Path:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder survive a power failure."""
+    """Flushes a folder to disk, so that renames in it survive a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -121,7 +123,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file or folder; after a crash, no partial folder keeps its name."""
+    """Removes a file or folder; a folder is renamed first, so that a crash leaves no part of it."""
     if path.is_dir() and not path.is_symlink():
         doomed = path.with_name(f"{TEMPORARY}{path.name}")
         if path != doomed:
@@ -171,8 +173,7 @@ class Lock:
         if self._key in self._held:
             raise StoreLocked(
                 f"{folder} is already open for writing in this process ({os.getpid()}); close() "
-                "the "
-                "other CheckpointStore, or open this one with read_only=True"
+                "the other CheckpointStore, or open this one with read_only=True"
             )
         self._handle = _open_lock(folder / ".lock")
         try:
@@ -186,11 +187,10 @@ class Lock:
                 raise  # the file system has no locks
             raise StoreLocked(
                 f"{folder} is open for writing in process {owner}; wait for that process or stop "
-                "it, "
-                "choose another directory, or open this one with read_only=True"
+                "it, choose another directory, or open this one with read_only=True"
             ) from None
-        if os.fstat(self._handle).st_nlink == 1:  # with more links it is also another file
-            # on a full disk the lock still holds, without the PID in it
+        if os.fstat(self._handle).st_nlink == 1:  # else the lock file is also a file elsewhere
+            # If the disk is full, the lock still holds, but does not contain the process id.
             with contextlib.suppress(OSError):
                 os.ftruncate(self._handle, 0)
                 os.pwrite(self._handle, f"{os.getpid()}\n".encode(), 0)
@@ -204,7 +204,7 @@ class Lock:
 
     @classmethod
     def release_all(cls) -> None:
-        """Closes locks inherited by a forked child; the parent's locks stay held."""
+        """Closes the locks that a forked child inherited; the parent keeps them."""
         for lock in list(cls._held.values()):
             lock.release()
 

@@ -1,8 +1,8 @@
 """`Entry`: the metadata of one checkpoint, and how to parse it from an untrusted file.
 
-A manifest or a checkpoint header may come from anywhere, so every value is checked when it is
-parsed: names must be those that a store assigns (`names.parse`), never paths, and numbers must be
-numbers.
+A manifest or a checkpoint header may come from an untrusted source, so every value is checked when
+it is parsed. In particular, file names must have the form that a store assigns (`names.parse`), so
+that they cannot be paths.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ _HEADER = (
 
 def to_json(entry: Entry) -> dict[str, Any]:
     """Converts an entry to the form that `from_json` reads."""
-    values = json.loads(json.dumps(asdict(entry)))  # tuples are lists there
+    values = json.loads(json.dumps(asdict(entry)))  # converts tuples to lists
     metric = entry.metric
     if metric is not None and not math.isfinite(metric):
         values["metric"] = str(metric)  # JSON has no NaN
@@ -161,8 +161,8 @@ def texts(value: object) -> tuple[str, ...]:
 def plain_json(value: object) -> Any:
     """Copies a value that JSON can represent.
 
-    A value from a pickle may contain itself, or the same list a billion times in a few bytes, so
-    both size and depth are limited.
+    Size and depth are limited, since a value from a pickle of a few bytes may contain itself, or
+    the same list a billion times.
 
     Raises:
         TypeError, ValueError: The value is not JSON-serialisable, or is too deep or too large.

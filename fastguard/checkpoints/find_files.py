@@ -18,8 +18,8 @@ from fastguard.records.regular_files import open_regular
 
 ENDINGS = (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pt.tar", ".pth.tar", ".ckpt.tar")
 SHOWN = 5
-_SETTINGS = "training_args.bin"  # a pickled Hugging Face Trainer object; it calls its enums
-_BEGINNINGS = (b"PK", b"\x80", b"\0\0")  # an archive, a pickle, and what a lost write leaves
+_SETTINGS = "training_args.bin"  # pickled settings of the Hugging Face Trainer
+_BEGINNINGS = (b"PK", b"\x80", b"\0\0")  # an archive, a pickle, and zeros after a lost write
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ def is_shards(folder: Path) -> bool:
     """Whether a folder is one sharded checkpoint, complete or not, from a store or from torch."""
     if is_of_a_store(folder) or any(name.endswith(".distcp") for name in os.listdir(folder)):
         return True
-    try:  # other programs use this file name too; torch writes a pickle
+    try:  # other programs use this file name too, but torch's file is a pickle
         with open_regular(folder / ".metadata") as file:
             return file.read(1) == b"\x80"
     except OSError:
@@ -104,8 +104,8 @@ def where_else(folder: Path) -> str:
     if not below:
         return "holds no checkpoints; pass a store, a file, or a folder of files"
     more = f" and {len(below) - SHOWN} more" if len(below) > SHOWN else ""
-    told = ", ".join(map(str, below[:SHOWN])) + more
-    return f"holds no checkpoints itself; these subfolders do: {told}"
+    listed = ", ".join(map(str, below[:SHOWN])) + more
+    return f"holds no checkpoints itself; these subfolders do: {listed}"
 
 
 def _in(folder: Path) -> Iterator[Found]:

@@ -5,7 +5,7 @@ leave extra files. The next writer removes temporary files and files already mar
 adds complete checkpoints that are missing from the manifest, after verifying them.
 
 With several ranks, rank 0 opens the folder, holds the lock and writes the manifest. The other ranks
-use what rank 0 sends them, not what a network file system happens to show.
+get the manifest from rank 0, since on a network file system they may see an older version.
 """
 
 from __future__ import annotations
@@ -86,10 +86,10 @@ class Folder:
         self.peers = peers
         self._pid = os.getpid()
         self._closed = False
-        self._left_alone: set[str] = set()
+        self._not_adopted: set[str] = set()
         self._release: Callable[[], object] | None = None
         self._manifest = peers.first(
-            self._look_in if read_only else lambda: self._open(mode, ignore)
+            self._open_read_only if read_only else lambda: self._open(mode, ignore)
         )
 
     @property
@@ -128,7 +128,7 @@ class Folder:
         path = self.path / entry.file
         temporary = archive.write(path, payload, self.peers)
         try:
-            entry = self._seen(entry, archive.look(temporary, self.peers))
+            entry = self._with_report(entry, archive.look(temporary, self.peers))
             self.peers.first(lambda: files.commit(temporary, path))
             entries = staying((*self._manifest.entries, entry))
             self._change(replace(self._manifest, entries=entries, next_serial=entry.serial + 1))
@@ -157,7 +157,9 @@ class Folder:
             The entry with an updated verdict, and the problem found, or None.
         """
         problem, found = self._compare(entry)
-        updated = replace(entry, verified=False) if found is None else self._seen(entry, found)
+        updated = (
+            replace(entry, verified=False) if found is None else self._with_report(entry, found)
+        )
         if updated != entry and self.is_open_for_writing:
             self.update(updated)
         return updated, problem
@@ -188,7 +190,7 @@ class Folder:
             self._change(after)
         except OSError as error:
             log.warning("cannot write the manifest of %s: %s", self.path, error)
-            self._manifest = after  # keep the result at least in this process
+            self._manifest = after  # at least this process knows the result
 
     def roll_back(self, target: Entry) -> tuple[Entry, ...]:
         """Sets aside everything saved after `target`, making `target` the last checkpoint.
@@ -214,7 +216,7 @@ class Folder:
         return newer
 
     def _change(self, after: Manifest) -> None:
-        """Makes `after` the state of the folder, then updates the files to match it."""
+        """Writes the manifest `after`, then renames and removes files to match it."""
         try:
             self.peers.first(lambda: self._apply(after))
         finally:
@@ -228,18 +230,18 @@ class Folder:
         try:
             after.write(self.path)
             self._manifest = after
-            self._bring_files_in_line()
+            self._match_files_to_manifest()
         except BaseException:
-            # The rename may or may not have happened. The disk tells, but it lacks verdicts that
-            # failed to be written.
+            # The manifest may or may not have been replaced, so read it. Keep `after` in memory: it
+            # may contain verdicts that could not be written earlier.
             with contextlib.suppress(CheckpointError, OSError):
                 known = manifest.read(self.path)
                 if known is not None and known.files == after.files:
                     self._manifest = after
             raise
 
-    def _bring_files_in_line(self) -> None:
-        """Renames and removes files as the manifest says; the next writer finishes after a
+    def _match_files_to_manifest(self) -> None:
+        """Renames and removes files to match the manifest; the next writer repeats it after a
         crash."""
         for entry in self._manifest.replaced:
             path = self.path / entry.file
@@ -258,13 +260,13 @@ class Folder:
                 stuck.append(name)
                 log.warning("cannot remove %s: %s", self.path / name, error)
         self._manifest = replace(self._manifest, removing=tuple(stuck))
-        # Written again so that a file restored under its old name is not removed.
+        # Written without these names, so that a file restored under such a name is not removed.
         with contextlib.suppress(OSError):
             self._manifest.write(self.path)
 
     # Opening.
 
-    def _look_in(self) -> Manifest:
+    def _open_read_only(self) -> Manifest:
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path} is not a directory, so it has no checkpoints")
         return self._read()
@@ -286,13 +288,12 @@ class Folder:
         except OSError as error:
             raise CheckpointError(
                 f"cannot write to {self.path}: {error.strerror}; choose another directory, or open "
-                "it "
-                "with read_only=True"
+                "it with read_only=True"
             ) from None
         self._release = weakref.finalize(self, lock.release)
         try:
             self._manifest = self._read()
-            self._finish_what_a_crash_left()
+            self._clean_up_after_crash()
             settings = replace(
                 self._manifest,
                 mode=mode or self._manifest.mode,
@@ -317,7 +318,7 @@ class Folder:
             return known
         found = Manifest()
         for serial, name in _files(self.path):
-            found = self._taken_in(found, serial, name)
+            found = self._with_found(found, serial, name)
         damaged = self.path / manifest.NAME
         if found.entries or damaged.exists():
             n = len(found.entries)
@@ -327,30 +328,30 @@ class Folder:
             os.replace(damaged, damaged.with_name(damaged.name + ".damaged"))
         return found
 
-    def _taken_in(self, found: Manifest, serial: int, name: str) -> Manifest:
-        """Returns the manifest with a checkpoint added that it did not list."""
+    def _with_found(self, found: Manifest, serial: int, name: str) -> Manifest:
+        """Returns the manifest with a checkpoint added that was found on disk but not listed."""
         try:
             seen = archive.look(self.path / name, Peers())
             entry = from_json({**(seen.header or {}), "serial": serial, "file": name})
         except (CheckpointError, OSError, TypeError, ValueError) as error:
-            self._left_alone.add(name)
-            log.warning("%s is left alone: %s", name, error)
+            self._not_adopted.add(name)
+            log.warning("%s is ignored, since it cannot be read: %s", name, error)
             return replace(found, next_serial=max(found.next_serial, serial + 1))
-        entry = self._seen(entry, seen, found.ignore)
+        entry = self._with_report(entry, seen, found.ignore)
         entries = sorted((*found.entries, entry), key=lambda e: e.serial)
         return replace(
             found, entries=tuple(entries), next_serial=max(found.next_serial, serial + 1)
         )
 
-    def _finish_what_a_crash_left(self) -> None:
+    def _clean_up_after_crash(self) -> None:
         files.remove_temporaries(self.path)
-        self._bring_files_in_line()
+        self._match_files_to_manifest()
         found = self._manifest
         known = {e.file for e in (*found.entries, *found.replaced)}
-        known |= {*self._left_alone, *found.removing}
+        known |= {*self._not_adopted, *found.removing}
         for serial, name in _files(self.path):
             if name not in known:
-                found = self._taken_in(found, serial, name)
+                found = self._with_found(found, serial, name)
         if found != self._manifest:
             self._apply(found)
 
@@ -372,8 +373,10 @@ class Folder:
                 f"{self._pid}, or open a CheckpointStore in another directory here"
             )
 
-    def _seen(self, entry: Entry, seen: FileReport, ignore: Sequence[str] | None = None) -> Entry:
-        """Returns the entry with the verdict from reading its file."""
+    def _with_report(
+        self, entry: Entry, seen: FileReport, ignore: Sequence[str] | None = None
+    ) -> Entry:
+        """Returns the entry, updated from the report of reading its file."""
         return replace(
             entry,
             n_tensors=len(seen.tensors),

@@ -19,7 +19,7 @@ from fastguard.checkpoints.find_files import checkpoint_files
 from fastguard.checkpoints.reading.contents import read_contents
 from fastguard.checkpoints.reading.file_report import HEADER, not_ignored
 from fastguard.checkpoints.reading.inspect_file import Inspection, inspect, sha256_of
-from fastguard.checkpoints.weights import holds_weights, is_named_otherwise
+from fastguard.checkpoints.weights import holds_weights, name_rules_out_weights
 from fastguard.records.regular_files import check_regular
 
 _EPOCH = ("epoch",)
@@ -75,7 +75,8 @@ def describe(path: Path) -> Description:
         problem = problem_of(path, error)
         return Description(path, stat.st_size, stat.st_mtime, UNREADABLE, problem=problem)
     top: dict[Any, Any] = contents.tree if isinstance(contents.tree, dict) else {}
-    header = top.get(HEADER) if "objects" in top else None  # a guarded optimizer has such a key too
+    # Only with "objects", since the state of a guarded optimizer has a key HEADER too.
+    header = top.get(HEADER) if "objects" in top else None
     header = header if isinstance(header, dict) else None
     states = top if header is None else top["objects"]
     top = {**contents.metadata, **top, **(header or {})}
@@ -128,16 +129,15 @@ def _whole(value: int | float | str) -> int:
 
 
 def good_source(target: Path, ignore: Sequence[str] = ()) -> tuple[Path | None, list[str]]:
-    """Finds the file beside `target` to go back to: complete, finite, with the latest suitable
-    epoch.
+    """Finds the checkpoint beside `target` to roll back to.
 
-    The epoch must not be later than that of the target. If no epoch is known, the step decides, and
-    then the modification time.
+    It is the complete and finite file with the latest epoch, not later than that of the target. If
+    no epoch is known, the step decides; if no step is known, the modification time.
 
-    A file without tensors (settings, a schedule) is never chosen. A folder may hold several models,
+    Files without tensors (settings, a schedule) are never chosen. A folder may hold several models,
     so a candidate must share at least half of the tensors, by name and shape, of the smaller of the
-    two files. Half, because data positions and histories change shape; the smaller file, because an
-    optimizer has no state before its first step.
+    two files: half, because data positions and histories change their shapes; of the smaller file,
+    because an optimizer has no state before its first step.
 
     Args:
         target: The file to be replaced; it may be damaged or missing.
@@ -151,7 +151,9 @@ def good_source(target: Path, ignore: Sequence[str] = ()) -> tuple[Path | None, 
     candidates.sort(key=_age, reverse=True)
     passed_over = []
     for candidate in candidates:
-        reason = candidate.problem or _unfit(candidate, now) or _unsound(candidate.path, ignore)
+        reason = (
+            candidate.problem or _mismatch(candidate, now) or _flaw_on_disk(candidate.path, ignore)
+        )
         if reason is None:
             return candidate.path, passed_over
         passed_over.append(f"{candidate.path.name}: {reason}")
@@ -163,12 +165,10 @@ def _age(found: Description) -> tuple[int, int, float]:
     return epoch, step, found.modified
 
 
-def _unfit(candidate: Description, now: Description | None) -> str | None:
+def _mismatch(candidate: Description, now: Description | None) -> str | None:
     if not candidate.n_tensors:
         return NO_TENSORS
-    if (
-        now is None or now.problem
-    ):  # the target's contents are unknown, but it was hardly just an optimizer
+    if now is None or now.problem:  # unknown contents, but most likely a model
         return None if candidate.has_weights else NO_WEIGHTS
     if now.has_weights and not candidate.has_weights:
         return NO_WEIGHTS
@@ -189,10 +189,10 @@ def _unfit(candidate: Description, now: Description | None) -> str | None:
 
 def is_sound(path: Path, ignore: Sequence[str] = ()) -> bool:
     """Whether the file exists and is complete and finite; reads all of it."""
-    return path.exists() and _unsound(path, ignore) is None
+    return path.exists() and _flaw_on_disk(path, ignore) is None
 
 
-def _unsound(path: Path, ignore: Sequence[str]) -> str | None:
+def _flaw_on_disk(path: Path, ignore: Sequence[str]) -> str | None:
     try:
         found = inspect(path)
     except (CheckpointError, OSError) as error:
@@ -230,7 +230,7 @@ def roll_back_file(
 
     Raises:
         CheckpointError: The source is the target, is damaged or not finite, holds no tensors, or
-            holds no weights where the target does. Nothing was changed.
+            holds no weights although the target does. Nothing was changed.
         OSError: The disk is full or read-only, or the target is not a regular file. Nothing was
             changed.
     """
@@ -253,8 +253,7 @@ def roll_back_file(
         if sha256_of(temporary) != found.sha256:
             raise DamagedFile(
                 f"the copy of {source} differs from what was verified: another process writes to "
-                "it, "
-                "or the disk is failing"
+                "it, or the disk is failing"
             )
         backup = _keep(target) if target.exists() else None
         files.commit(temporary, target)
@@ -270,7 +269,7 @@ def _had_weights(target: Path) -> bool:
     if not target.exists():
         return False
     now = describe(target)
-    return now.has_weights if now.problem is None else not is_named_otherwise(target)
+    return now.has_weights if now.problem is None else not name_rules_out_weights(target)
 
 
 def _keep(path: Path) -> Path:

@@ -17,7 +17,7 @@ from fastguard.checkpoints.reading.safetensors_header import json_without_double
 from fastguard.records.regular_files import open_regular
 
 _NAME = re.compile(r".+\.(safetensors|bin)\.index(\.[^.]+)?\.json", re.IGNORECASE)
-_LARGEST = 100 * 2**20  # bytes, as for a safetensors header: both name each tensor once
+_LARGEST = 100 * 2**20  # bytes; the limit of a safetensors header, which also lists every tensor
 _SHOWN = 3
 
 
@@ -44,7 +44,7 @@ def is_index(path: Path) -> bool:
 def check_index(path: Path) -> IndexCheck:
     """Compares an index with the headers of the files it names; reads no tensors.
 
-    Unreadable files are not reported here; reading them reports them.
+    Unreadable files are not reported here, but when they are read.
 
     Raises:
         DamagedFile: The file is not an index, or names a file outside its folder.
@@ -58,7 +58,7 @@ def check_index(path: Path) -> IndexCheck:
     for file, tensors in sorted(by_file.items()):
         beside = path.parent / file
         if not beside.exists():
-            problems.append(f"{file} is missing, with {_told(tensors)}")
+            problems.append(f"{file} is missing, with {_listed(tensors)}")
             continue
         there.append(beside)
         try:
@@ -67,7 +67,7 @@ def check_index(path: Path) -> IndexCheck:
             continue
         lacking = [tensor for tensor in tensors if tensor not in held]
         if lacking:
-            problems.append(f"{file} does not hold {_told(lacking)}")
+            problems.append(f"{file} does not hold {_listed(lacking)}")
     return IndexCheck(len(places), tuple(there), tuple(problems))
 
 
@@ -96,6 +96,6 @@ def _names_in(path: Path) -> frozenset[str]:
     return frozenset(map(str, tree)) if isinstance(tree, dict) else frozenset()
 
 
-def _told(tensors: list[str]) -> str:
+def _listed(tensors: list[str]) -> str:
     more = f" and {len(tensors) - _SHOWN} more" if len(tensors) > _SHOWN else ""
     return ", ".join(tensors[:_SHOWN]) + more

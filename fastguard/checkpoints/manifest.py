@@ -5,9 +5,9 @@ from the checkpoints, each of which contains a copy of its entry (`Entry.header`
 newer version is never changed.
 
 The checksum is not a signature: anyone can write a manifest with a valid one. Every value is
-therefore checked before use; in particular, each name must be one that the store assigns
-(`names.parse`), not a path. A manifest with a valid checksum that fails these checks was not
-damaged by a disk, so it is neither used nor replaced.
+therefore checked before use; in particular, each file name must have the form that the store
+assigns (`names.parse`), so that it cannot be a path. If the checksum is valid but these checks
+fail, the manifest was not damaged by a disk, so it is neither used nor replaced.
 """
 
 from __future__ import annotations

@@ -44,11 +44,11 @@ def missing_parts(names: Iterable[str]) -> Iterator[str]:
             continue
         first = 0 if 0 in there else 1
         lacking = (i for i in range(first, first + n) if i not in there)
-        told = ", ".join(f"{i:0{width}}" for i, _ in zip(lacking, range(SHOWN), strict=False))
+        listed = ", ".join(f"{i:0{width}}" for i, _ in zip(lacking, range(SHOWN), strict=False))
         more = f" and {n - len(there) - SHOWN} more" if n - len(there) > SHOWN else ""
         yield (
             f"{stem}{'N' * width}{between}{total}{ending}: {n - len(there)} of its {n} files "
-            f"{'is' if n - len(there) == 1 else 'are'} missing: {told}{more}"
+            f"{'is' if n - len(there) == 1 else 'are'} missing: {listed}{more}"
         )
 
 
@@ -65,9 +65,9 @@ def missing_shards(folder: Path) -> str | None:
     except FileNotFoundError:
         ranks = {int(found[1]) for name in names if (found := _SHARD.fullmatch(name))}
         gaps = [rank for rank in range(min(max(ranks, default=-1), 10**4)) if rank not in ranks]
-        told = f"; so are the files of rank {', '.join(map(str, gaps[:SHOWN]))}" if gaps else ""
+        others = f"; so are the files of rank {', '.join(map(str, gaps[:SHOWN]))}" if gaps else ""
         more = f" and {len(gaps) - SHOWN} more" if len(gaps) > SHOWN else ""
-        return f"{METADATA} is missing, without which no shard can be read{told}{more}"
+        return f"{METADATA} is missing, without which no shard can be read{others}{more}"
     except (CheckpointError, OSError) as error:
         return str(error)
     lacking = sorted(wanted - names)

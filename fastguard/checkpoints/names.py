@@ -1,4 +1,4 @@
-"""Names that a store assigns to its checkpoints; it leaves all other files alone."""
+"""The names that a store assigns to its checkpoints; it never touches other files."""
 
 from __future__ import annotations
 

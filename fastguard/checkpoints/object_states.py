@@ -1,7 +1,7 @@
 """Converts objects to nested containers of tensors, and restores them.
 
 Everything in a checkpoint must load with `torch.load(weights_only=True)`. This is checked when
-saving, where the value can be named ("scheduler.fn is a function"), not weeks later when loading.
+saving, so that the error comes at once and names the value ("scheduler.fn is a function").
 """
 
 from __future__ import annotations

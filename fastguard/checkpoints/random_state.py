@@ -51,8 +51,7 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     if "ranks" in state:
         raise CheckpointError(
             f"the random state is from {state['ranks']} ranks, one per rank; load with rng=False "
-            "to "
-            "start new random streams"
+            "to start new random streams"
         )
     cuda = state.get("cuda")
     if cuda is not None and len(cuda) != torch.cuda.device_count():

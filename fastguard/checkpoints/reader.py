@@ -62,7 +62,7 @@ class Check:
 
 
 class StoreView:
-    """The part of `CheckpointStore` that changes nothing except verdicts."""
+    """The part of `CheckpointStore` that reads; it changes only the verdicts in the manifest."""
 
     directory: Path
     _folder: Folder
@@ -135,7 +135,7 @@ class StoreView:
         entry, payload = self._read(which, everything)
         states: dict[str, Any] = {**payload["objects"], **payload["data"]}
         if everything:
-            peers = self._folder.peers  # all ranks load it, or none
+            peers = self._folder.peers  # if loading fails on one rank, it fails on all
             peers.together(lambda: state.check_restorable(everything, states))
             peers.together(lambda: state.restore(everything, states))
             if rng:

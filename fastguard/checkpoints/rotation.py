@@ -16,7 +16,9 @@ def best(entries: Sequence[Entry], mode: str) -> Entry | None:
     """
     found: Entry | None = None
     for entry in entries:
-        if entry.metric is None or not entry.clean or entry.metric != entry.metric:  # NaN: never
+        if (
+            entry.metric is None or not entry.clean or entry.metric != entry.metric
+        ):  # NaN is never best
             continue
         if (
             found is None

@@ -16,9 +16,9 @@ Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 class SignalFlag:
-    """Records that a signal was received; `restore()` reinstalls the previous handlers.
+    """Records that a signal was received.
 
-    Use it as a context manager, or call `restore()`.
+    Leaving it as a context manager, or calling `restore()`, reinstalls the previous handlers.
     """
 
     def __init__(self, signals: Sequence[int]) -> None:

@@ -36,16 +36,16 @@ log: logging.Logger = logging.getLogger("fastguard")
 class CheckpointStore(StoreView):
     """A directory of checkpoints and a manifest of which are finite, intact, best and last.
 
-    Each checkpoint is written to a temporary file, flushed, read back (every checksum, every tensor
-    checked for NaN and Inf), and only then renamed. After `kill -9` at any moment the store opens
-    and its last clean checkpoint loads. The random state of Python, numpy and torch is saved too,
-    so a resumed run equals an uninterrupted one.
+    Each checkpoint is written to a temporary file and read back, to compare its checksums and to
+    check every tensor for NaN and Inf; only then is it renamed. After `kill -9` at any moment, the
+    store can be opened and its last clean checkpoint loaded. The random states of Python, numpy and
+    torch are saved too, so that a resumed run equals an uninterrupted one.
 
     Args:
         directory: The directory; created if it does not exist.
         keep: Number of newest checkpoints to keep, >= 1.
-        keep_clean: Number of newest clean checkpoints to keep, >= 1, regardless of age. If you save
-            before the first step, there is always one to go back to.
+        keep_clean: Number of newest clean checkpoints to keep, >= 1, regardless of age. Save one
+            before the first step, so that there is always one to load.
         mode: Whether the best metric is the smallest (`"min"`) or the largest (`"max"`). The best
             clean checkpoint is kept too. None: the mode in the manifest, initially `"min"`.
         on_error: What to do if the disk is full or broken: `"log"` an error and let `save` return
@@ -127,7 +127,7 @@ class CheckpointStore(StoreView):
                 metric, epoch, tag and incidents are used.
             tag: Any value that JSON can represent.
             incidents: Incidents since the last save: a number, or the records themselves. None: the
-                skipped steps of the `GuardedOptimizer` among the objects, if any.
+                number of steps skipped by a `GuardedOptimizer` among the objects.
             **named: Objects to save: anything with `state_dict()` (model, optimizer, scheduler,
                 GradScaler, EMA, data loader), a `torch.Generator`, or plain data such as the
                 position in the data set.
@@ -175,8 +175,8 @@ class CheckpointStore(StoreView):
     ) -> Entry | None:
         """Saves every `every` steps, and when a signal asked the run to end.
 
-        Call it at the end of the training loop's body, when model, optimizer, scheduler and data
-        position all belong to the same step. When nothing is due it costs one comparison.
+        Call it at the end of the loop body, when model, optimizer, scheduler and data position all
+        belong to the same step. If nothing is due, it only makes a comparison.
 
         Args:
             objects, step, **rest: As in `save`.
@@ -186,19 +186,20 @@ class CheckpointStore(StoreView):
             The new entry as in `save`; None if nothing was due.
 
         Raises:
-            ValueError: `every` is not an integer >= 1. Also everything that `save` raises.
-            SystemExit: A signal was received (status 128 + its number). By then the checkpoint is
-                saved and verified, the previous handlers are restored and the store is closed.
+            ValueError: `every` is not an integer >= 1.
+            TypeError, ValueError, OSError, DamagedFile: As in `save`.
+            SystemExit: A signal was received; the status is 128 + its number. The checkpoint has
+                been saved and verified, the previous handlers restored, and the store closed.
         """
         if every is not None:
             every = integer("every", every, 1)
-        heard = zip(self._flags, self._signals_heard(), strict=True)
+        heard = zip(self._flags, self._received_signals(), strict=True)
         pending = [(flag, leave, number) for (flag, leave), number in heard if number is not None]
         due = every is not None and step > 0 and step % every == 0
         if not pending and not due:
             return None
         entry = self.save(objects, step=step, **rest)
-        # in reverse, so that each restores what it replaced
+        # In reverse order, so that each flag restores the handler that it replaced.
         for flag, leave, number in reversed(pending):
             flag.restore()
             self._flags.remove((flag, leave))
@@ -230,8 +231,8 @@ class CheckpointStore(StoreView):
         self._flags.append((flag, exit))
         return flag
 
-    def _signals_heard(self) -> list[int | None]:
-        """Returns the signal that each flag must obey; a signal on any rank counts for all."""
+    def _received_signals(self) -> list[int | None]:
+        """Returns the signal of each flag, or None; a signal on one rank counts for all ranks."""
         numbers = [flag.received for flag, _ in self._flags]
         if not numbers or self._folder.peers.size == 1:
             return numbers
@@ -283,7 +284,7 @@ class CheckpointStore(StoreView):
 
     def close(self) -> None:
         """Restores signal handlers and releases the lock so that another process can write."""
-        for flag, _ in reversed(self._flags):  # in reverse, so that each restores what it replaced
+        for flag, _ in reversed(self._flags):  # in reverse order, as in `maybe_save`
             flag.restore()
         self._flags = []
         self._folder.close()
@@ -303,7 +304,7 @@ class CheckpointStore(StoreView):
         tag: Any,
         incidents: int | Iterable[StepRecord | str] | None,
     ) -> tuple[Entry, dict[str, Any]]:
-        """Returns the entry with what is known before writing, and the data to write."""
+        """Returns the entry, as far as it is known before writing, and the data to write."""
         step = integer("step", step, 0)
         epoch = None if epoch is None else integer("epoch", epoch, 0)
         manifest.check_tag(tag)
@@ -335,8 +336,7 @@ class CheckpointStore(StoreView):
         if len(steps) > 1:
             raise CheckpointError(
                 f"the ranks save different steps to {self.directory}: "
-                f"{', '.join(map(str, steps))}; "
-                "call save at the same step on all of them"
+                f"{', '.join(map(str, steps))}; call save at the same step on all ranks"
             )
         return entries[0]
 

@@ -3,8 +3,8 @@
 Trainers also save optimizers, schedules, random states, histories and data in files with
 checkpoint suffixes. Such a file must not replace a checkpoint of the weights. File formats do not
 mark weights, so this module excludes every tensor that is known to be something else: the contents
-of an optimizer's state dict (recognised by its `param_groups`, at any depth and with any extra
-keys), and tensors with names such as `scheduler`, `rng_state` or `loss`.
+of an optimizer's state dict (recognised by its `param_groups`, at any depth), and tensors with
+names such as `scheduler`, `rng_state` or `loss`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def holds_weights(contents: Contents) -> bool:
     return any(_may_be_a_weight(name, optimizers) for name in names)
 
 
-def is_named_otherwise(path: Path) -> bool:
+def name_rules_out_weights(path: Path) -> bool:
     """Whether the file name rules out weights, as do `optimizer.pt` and `rng_state.pth`."""
     return any(_BESIDE.fullmatch(part) for part in re.split(r"[.\-]", path.name)[:-1])
 

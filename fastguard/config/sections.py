@@ -6,8 +6,8 @@
     [groups."latents.*"]  max_norm, clip_value of the parameters whose names match
     [schedule]  [schedule.warmup]  [rollback]  [checkpoints]  [activations]  [batch]  [records]
 
-Strict: an unknown key or a value of the wrong type raises an error that names the key and the
-nearest valid one, and nothing is built.
+An unknown key or a value of the wrong type raises an error that names the key and the most similar
+valid one.
 """
 
 from __future__ import annotations
@@ -210,8 +210,7 @@ class GuardConfig:
             settings: The settings by section.
 
         Raises:
-            ValueError: A key is unknown (the nearest valid one is named), or a value is out of
-                range.
+            ValueError: A key is unknown, or a value is out of range.
             TypeError: A value has the wrong type.
         """
         return build(cls, settings, "")
@@ -245,10 +244,11 @@ class GuardConfig:
     def wrap(
         self, model: torch.nn.Module, optimizer: Optimizer, *, group: Group = None
     ) -> GuardedOptimizer:
-        """Wraps an optimizer in a guard and opens its records, as configured.
+        """Wraps an optimizer in a guard, and opens the destinations of its records.
 
-        Param groups with both matching and other parameters are split, so create schedulers
-        afterwards, for the returned optimizer. If this raises, the optimizer is unchanged.
+        A param group is split if a pattern in `groups` matches only some of its parameters, so
+        create schedulers afterwards, for the returned optimizer. If this raises, the optimizer is
+        unchanged.
 
         Args:
             model: The model, which provides the names of the parameters.
@@ -288,7 +288,7 @@ class GuardConfig:
         return guarded
 
     def lr(self, optimizer: GuardedOptimizer, schedule: LRScheduler | None = None) -> GuardedLR:
-        """Returns the configured schedule; `schedule=None`: a constant learning rate."""
+        """Returns a `GuardedLR` as configured; without a `schedule`, its rate is constant."""
         warmup = self.schedule.warmup
         return GuardedLR(
             optimizer if schedule is None else schedule,
@@ -306,26 +306,26 @@ class GuardConfig:
         lr: GuardedLR | None = None,
         store: CheckpointStore | None = None,
     ) -> Rollback | None:
-        """Returns the configured rollback, using `store` if given; None without such a section."""
+        """Returns a `Rollback` as configured; None if there is no section `rollback`."""
         if self.rollback is None:
             return None
         settings = dataclasses.asdict(self.rollback)
         return Rollback(optimizer, objects, lr=lr, store=store, **settings)
 
     def open_store(self, *, group: ProcessGroup | None = None) -> CheckpointStore | None:
-        """Returns the configured checkpoint store, opened; None without such a section."""
+        """Opens a `CheckpointStore` as configured; None if there is no section `checkpoints`."""
         if self.checkpoints is None:
             return None
         return CheckpointStore(**dataclasses.asdict(self.checkpoints), group=group)
 
     def check(self, batch: Any) -> BatchCheck | None:
-        """Runs `check_batch` as configured; None without such a section."""
+        """Runs `check_batch` as configured; None if there is no section `batch`."""
         if self.batch is None:
             return None
         return check_batch(batch, **dataclasses.asdict(self.batch))
 
     def guard_activations(self, model: torch.nn.Module) -> ActivationGuard | None:
-        """Attaches the configured activation guard; None without such a section."""
+        """Attaches an `ActivationGuard` as configured; None if there is no such section."""
         if self.activations is None:
             return None
         return ActivationGuard(model, **dataclasses.asdict(self.activations))
@@ -346,8 +346,7 @@ class GuardConfig:
     def _with_own_limits(
         self, groups: list[dict[str, Any]], names: Mapping[int, str]
     ) -> list[dict[str, Any]]:
-        """Returns the param groups, split where patterns require it; does not change the given
-        ones."""
+        """Returns new param groups, split where a pattern matches only some parameters."""
         if not self.groups:
             return groups
         split: list[dict[str, Any]] = []

@@ -1,7 +1,7 @@
-"""Builds dataclasses from nested mappings, strictly, with errors that suggest valid settings.
+"""Builds dataclasses from nested mappings, and checks every key and type.
 
-An unknown key raises an error that names the nearest valid one. A value of the wrong type raises an
-error. A mapping for a dataclass field becomes that dataclass.
+An unknown key raises an error that names the most similar valid key; a value of the wrong type
+raises an error too. A nested mapping becomes the dataclass that is the type of its field.
 """
 
 from __future__ import annotations
@@ -28,8 +28,12 @@ T = TypeVar("T")
 def parse(text: str, suffix: str) -> Any:
     """Parses a TOML or YAML text into nested values.
 
+    Args:
+        text: The contents of the file.
+        suffix: The suffix of the file: `.toml`, `.yaml` or `.yml`.
+
     Raises:
-        ValueError: It cannot be parsed, or `suffix` is unknown.
+        ValueError: The text cannot be parsed, or `suffix` is unknown.
         ImportError: YAML support is not installed.
     """
     try:
@@ -59,7 +63,7 @@ def _parse(text: str, suffix: str) -> Any:
 def _refuse_repeated_keys(root: Any) -> None:
     """Raises a ValueError if a mapping in a composed YAML document repeats a key.
 
-    PyYAML silently keeps the last one; TOML parsers refuse them.
+    PyYAML would silently keep the last value; a TOML parser raises by itself.
     """
     pending, seen = [root], set()
     while pending:
@@ -116,7 +120,9 @@ def build(cls: type[T], settings: Any, path: str) -> T:
 
 
 def refuse_empty_sections(cls: type, settings: Any, path: str = "") -> None:
-    """Raises for empty sections of a file, which read as None and would disable the feature.
+    """Raises an error for empty sections of a file.
+
+    A YAML file yields None for an empty section, which would disable the feature.
 
     Args:
         cls: The dataclass for the settings.
@@ -141,7 +147,7 @@ def refuse_empty_sections(cls: type, settings: Any, path: str = "") -> None:
 
 
 def _check(value: Any, hint: Any, path: str) -> Any:
-    """Returns the value as the requested type; integers serve as floats, nothing else converts."""
+    """Returns a value of the requested type; converts only integers to floats, and containers."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return _check_any(value, args, path)

@@ -1,8 +1,7 @@
-"""The two errors that can end a guarded run, and how messages list names.
+"""The two errors that can end a guarded run, and functions that list names in messages.
 
-Both are `RuntimeError`s, so that code written for `torch.nn.utils.clip_grad_norm_(...,
-error_if_nonfinite=True)` still catches them, and both list parameters and counts, so that the
-message shows where the problem is.
+Both errors are `RuntimeError`s, so that code written for `torch.nn.utils.clip_grad_norm_(...,
+error_if_nonfinite=True)` still catches them. Both list the bad parameters with their counts.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ MOST_OF_A_NAME = 400
 
 
 def describe_culprits(culprits: Sequence[Culprit], n_culprits: int | None = None) -> str:
-    """Formats one line: `layer.3.weight (2 NaN, 1 +Inf), head.bias (4 NaN) and 12 more`."""
+    """Formats bad parameters: `layer.3.weight (2 NaN, 1 +Inf), head.bias (4 NaN) and 12 more`."""
     total = len(culprits) if n_culprits is None else n_culprits
     named = []
     for name, nan, posinf, neginf in culprits[:NAMED_CULPRITS]:
@@ -36,12 +35,12 @@ def describe_culprits(culprits: Sequence[Culprit], n_culprits: int | None = None
 
 
 def nearest(key: str, valid: Collection[str]) -> str:
-    """Returns a suffix for an error about an invalid name: the nearest valid one, or some."""
+    """Returns a hint for an error about an invalid name: the most similar valid name, or some."""
     return did_you_mean(key, valid) or f"; valid are {', '.join(list(valid)[:12])}"
 
 
 def did_you_mean(key: str, valid: Collection[str]) -> str:
-    """Like `nearest`, but empty if no valid name is similar.
+    """Returns a hint with the most similar valid name; empty if there is none.
 
     Example:
         >>> did_you_mean("monitr", ["report", "monitor"]), did_you_mean("train", ["report"])

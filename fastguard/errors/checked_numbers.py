@@ -1,7 +1,7 @@
 """Checks numbers in a user's arguments.
 
-`float()` converts True and "1.0" to 1.0: a misplaced flag, or a setting read as text, would be used
-silently. Both are therefore refused wherever a number is expected.
+`float()` converts True and "1.0" to 1.0, so a misplaced flag or a setting read as text would be
+accepted silently. Therefore bools and text raise an error wherever a number is expected.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TEXT = (str, bytes, bytearray)
 _BOOL_OR_TEXT = (bool, *TEXT)
 _PLAIN = (int, float)
 LARGEST_COUNT = 2**63 - 1
-"""The largest int64: the limit of counters on a device, and in files for other readers."""
+"""The largest int64, the limit of counters on a device and of integers in many file formats."""
 
 
 def number_of(name: str, value: Any, remedy: str = "use a number") -> float:
@@ -33,7 +33,7 @@ def number_of(name: str, value: Any, remedy: str = "use a number") -> float:
         TypeError: The value is a bool, text, or something else that is not a number.
         ValueError: A finite number is beyond the largest float.
     """
-    if isinstance(value, float):  # by far the most common case, and needed at each step
+    if isinstance(value, float):  # first, since it is the usual case and needed at each step
         return float(value)
     refuse_bool_and_text(name, value, remedy)
     try:
@@ -57,16 +57,17 @@ def refuse_bool_and_text(name: str, value: Any, remedy: str = "use a number") ->
 
 
 def _holds_bool_or_text(value: Any) -> bool:
-    """Whether it is a tensor or an array of bools or text."""
+    """Whether a value is a tensor or an array of bools or text."""
     dtype = None if isinstance(value, _PLAIN) else getattr(value, "dtype", None)
     return dtype is torch.bool or getattr(dtype, "kind", "") in ("b", "S", "U")
 
 
 def finite_number_of(name: str, value: Any, remedy: str = "use a finite number") -> float:
-    """Like `number_of`, also refusing NaN and infinities.
+    """Converts a finite number to float, as `number_of` does.
 
     Raises:
-        TypeError, ValueError: It is not a finite number.
+        TypeError: The value is not a number.
+        ValueError: The value is NaN or infinite.
     """
     number = number_of(name, value, remedy)
     # rejects NaN too; torch.compile cannot trace math.isfinite
@@ -78,17 +79,17 @@ def finite_number_of(name: str, value: Any, remedy: str = "use a finite number")
 def count_of(
     name: str, value: Any, low: int, high: int = LARGEST_COUNT, *, optional: bool = False
 ) -> int:
-    """Converts an integer from `low` to `high`.
+    """Checks that a value is an integer from `low` to `high`, and returns it.
 
     Args:
         name: The name of the argument in error messages.
         value: The argument.
         low: The smallest valid value.
         high: The largest valid value.
-        optional: Whether the error message offers None as another choice, which the caller handles.
+        optional: Whether the error message also offers None, which the caller must accept itself.
 
     Raises:
-        ValueError: It is not such an integer.
+        ValueError: The value is not such an integer.
     """
     if is_integer(value) and low <= value <= high:
         return value
@@ -98,5 +99,5 @@ def count_of(
 
 
 def is_integer(value: object) -> bool:
-    """Whether it is an integer other than a bool."""
+    """Whether a value is an integer and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)

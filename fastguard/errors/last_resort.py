@@ -1,8 +1,8 @@
 """Prints messages of the logger `fastguard` if the program has not configured logging.
 
-Python itself would print bare messages of level WARNING and above to stderr (`logging.lastResort`).
-`LastResort` replaces that for this logger only and adds color on a terminal. Once the program adds
-a handler, to this logger or to the root logger, `LastResort` prints nothing.
+Python would print such messages of level WARNING and above to stderr (`logging.lastResort`).
+`LastResort` does this for the logger `fastguard`, with colors on a terminal. As soon as the program
+adds a handler to this logger or to the root logger, `LastResort` prints nothing.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class LastResort(logging.Handler):
             self.handleError(record)
 
     def is_in_charge(self) -> bool:
-        """Whether the program has not configured logging."""
-        if logging.lastResort is None:  # a program disables it this way
+        """Whether this handler prints, because the program has not configured logging."""
+        if logging.lastResort is None:  # the way to disable such messages
             return False
         others = [handler for handler in LOGGER.handlers if handler is not self]
         return not others and LOGGER.propagate and not logging.getLogger().handlers
@@ -46,8 +46,8 @@ HANDLER = LastResort()
 def announce(text: str) -> None:
     """Logs at level INFO, and also prints the text if logging is not configured.
 
-    Without configuration the effective level is Python's default, WARNING, which is ignored. If
-    the program has set a level, for the root logger or for `fastguard`, that level decides.
+    If the program has not set a level, Python's default level, WARNING, is ignored. If it has set
+    one, for the root logger or for `fastguard`, that level decides.
     """
     untouched = LOGGER.level == logging.NOTSET and logging.getLogger().level == logging.WARNING
     if LOGGER.isEnabledFor(logging.INFO) or not (untouched and HANDLER.is_in_charge()):

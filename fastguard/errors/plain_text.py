@@ -1,10 +1,9 @@
-"""Makes untrusted text safe to show: names in files, tags, messages of other libraries.
+"""Makes untrusted text safe to print: names in files, tags, messages of other libraries.
 
-A file or a parameter name may contain escape codes that clear a screen, line breaks that forge a
-line of output, overrides that print a line backwards, or bytes that a stream cannot encode; and the
-`str` of an object may raise. Before it reaches a terminal, a log or an error message, all of that
-becomes plain characters in one line. Everything logged by the logger `fastguard` passes through
-here.
+Such text may contain escape codes that clear a screen, line breaks that forge a line of output,
+direction overrides that print a line backwards, or bytes that a stream cannot encode; and the `str`
+of an object may raise. Here it becomes one line of plain characters, before it reaches a terminal,
+a log or an error message. All messages of the logger `fastguard` are treated this way.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def _escaped(character: str) -> str:
 
 
 def shown(value: object, limit: int = 60, form: Callable[[object], str] = repr) -> str:
-    """Returns the `repr`, or another form, of any object: printable, shortened; never raises.
+    """Returns the `repr` of any object, or another form, printable and shortened. Never raises.
 
     Example:
         >>> shown([1, "a"]), shown("x" * 1000, limit=4)
@@ -51,7 +50,7 @@ def shown(value: object, limit: int = 60, form: Callable[[object], str] = repr) 
     """
     try:
         text = form(value)
-    except Exception as error:  # the value's class decides what `repr` does
+    except Exception as error:  # `repr` of any class may raise anything
         if type(value) is int:  # Python refuses to print more than 4300 digits
             return f"an integer of {value.bit_length()} bits"
         text = f"<{type(value).__name__} that cannot be shown: {type(error).__name__}>"
@@ -64,7 +63,8 @@ class _OneLine(logging.Filter):
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg = f"{PREFIX}{record.msg}"  # the arguments stay: services group by the template
+        # Not the formatted message, since log services group messages by the template.
+        record.msg = f"{PREFIX}{record.msg}"
         try:
             message = record.getMessage()
         except Exception as error:  # a logging handler would let a RecursionError through

@@ -1,8 +1,9 @@
-"""What differs between the supported versions of torch: no other module asks which one is there.
+"""The differences between the supported versions of torch, from 2.8 to the newest.
 
-torch 2.8 to the newest. Triton's differences are in `fastguard.kernels.versions`, because kernels
-import nothing of fastguard. What an old torch lacks is in `FEATURES`: `fastguard env` lists it, and
-docs/compatibility.md has the table.
+No other module checks the version of torch. Differences between versions of Triton are in
+`fastguard.kernels.versions`, because kernels import nothing else of fastguard. `FEATURES` lists
+what older versions of torch lack; `fastguard env` shows it, and docs/compatibility.md has the
+table.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def numbers_of(version: str) -> tuple[int, ...]:
-    """The first two numbers of a version: `(2, 13)` of "2.13.0+cpu"."""
+    """Returns the first two numbers of a version: `(2, 13)` for "2.13.0+cpu"."""
     return tuple(int(n) for n in version.split("+")[0].split(".")[:2] if n.isdigit())
 
 
@@ -29,12 +30,12 @@ TORCH = numbers_of(torch.__version__)
 
 
 class Feature(NamedTuple):
-    """What an older torch lacks.
+    """A feature that older versions of torch lack.
 
     Attributes:
-        name: In the words of the documentation.
-        since: The first torch that has it.
-        without: What holds in an older one.
+        name: The name in the documentation.
+        since: The first version of torch that has it.
+        without: The behaviour of older versions.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Feature(NamedTuple):
 
     @property
     def missing(self) -> bool:
-        """Whether the installed torch lacks it."""
+        """Whether the installed torch lacks the feature."""
         return self.since > TORCH
 
 
@@ -88,7 +89,7 @@ FEATURES = (
 
 
 def missing_features() -> dict[str, str]:
-    """What the installed torch lacks: by name, since when torch has it and what holds without."""
+    """Returns the missing features by name, with the first version that has them and the effect."""
     return {
         feature.name: f"since torch {feature.since[0]}.{feature.since[1]}; {feature.without}"
         for feature in FEATURES
@@ -97,20 +98,20 @@ def missing_features() -> dict[str, str]:
 
 
 def grad_dtype_of(p: Tensor) -> torch.dtype:
-    """The dtype that torch will give the gradient of `p`.
+    """Returns the dtype that torch will give to the gradient of `p`.
 
-    The first line goes when torch 2.10 is the oldest.
+    The first branch can be removed when 2.10 is the oldest supported torch.
     """
     if GRAD_DTYPE.missing:
         return p.dtype
-    return p.grad_dtype or p.dtype  # None: any
+    return p.grad_dtype or p.dtype  # None: any dtype
 
 
 def root_mesh_of(mesh: DeviceMesh) -> DeviceMesh:
-    """The mesh that a mesh was sliced from; itself if it was not.
+    """Returns the mesh that a mesh was sliced from, or the mesh itself if it is no slice.
 
-    torch before 2.10 keeps a table of roots, later versions keep the root in the mesh. The table
-    goes when 2.10 is the oldest.
+    torch before 2.10 keeps a table of roots; later versions store the root in the mesh. The table
+    can be removed when 2.10 is the oldest supported torch.
     """
     if TORCH < (2, 10):
         from torch.distributed import device_mesh
@@ -120,15 +121,15 @@ def root_mesh_of(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def tensor_guards(tensors: Sequence[Tensor]) -> Any:
-    """torch's own check of the inputs of compiled code.
+    """Returns torch's check of the inputs of compiled code, for these tensors.
 
-    It is private, so a newer torch may rename it or take other arguments: the broad except stays as
-    long as that holds. It is the same in torch 2.8 to 2.13.
+    The class is private, and the same in torch 2.8 to 2.13. A newer torch may rename it or change
+    its arguments, hence the broad `except`.
 
     Returns:
-        An object whose `check(*tensors)` tells in one call whether tensors look like these; None if
-        this torch has none that works. Without it each step looks at every gradient again, which
-        costs 0.05 µs per tensor and changes no result.
+        An object whose `check(*tensors)` returns whether tensors have the same layout as these;
+        None if this torch has no such check. Each step then inspects every gradient again, which
+        takes 0.05 µs per tensor and does not change the results.
     """
     try:
         from torch._C._dynamo.guards import TensorGuards
@@ -141,10 +142,10 @@ def tensor_guards(tensors: Sequence[Tensor]) -> Any:
 
 @contextmanager
 def as_if_compiling() -> Iterator[None]:
-    """Has `torch.compiler.is_compiling()` say yes, for tracing without dynamo.
+    """Makes `torch.compiler.is_compiling()` return True, for tracing without dynamo.
 
-    The optimizers of torch then keep their arithmetic in tensors. The flag is private; it is the
-    same in torch 2.8 to 2.13.
+    torch's optimizers then compute with tensors only. The flag is private; it is the same in torch
+    2.8 to 2.13.
     """
     before = torch.compiler._is_compiling_flag
     torch.compiler._is_compiling_flag = True

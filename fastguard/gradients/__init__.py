@@ -1,13 +1,13 @@
-"""Sorts gradients, and tensors that belong to them, by device and dtype into buckets.
+"""Sorts gradients, and the tensors that belong to them, into buckets by device and dtype.
 
 Modules, each building on those before it:
-    tensor_kinds    plain tensors, placeholders, and tensor wrappers
-    tensor_parts    the components of a tensor, for copies
+    tensor_kinds    classifies tensors: plain tensors, placeholders, wrappers
+    tensor_parts    splits composite tensors into parts, for copies
     transfer        moves small tensors between devices without a sync
     layout_guards   recognises a known gradient layout with one call
-    buckets         gradients by device and dtype
-    unit_buckets    gradients with their weights, divided into units
-    cpu_threads     what a CPU reads on one thread
+    buckets         groups gradients by device and dtype
+    unit_buckets    groups gradients with their weights, divided into units
+    cpu_threads     limits work on a CPU to one thread where that is faster
     elementwise     clamps and replaces elements
     host_copies     copies many tensors to host memory
 """

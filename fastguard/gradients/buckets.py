@@ -1,9 +1,9 @@
 """Arranges gradients in the order in which the stages read them: one bucket per (device, dtype).
 
-A *tensor* is one parameter's gradient and has an index in the caller's list. A *segment* is the set
-of tensors with a common clip coefficient (the whole model, a param group, or one tensor). A bucket
-stores both for each of its tensors. Building buckets copies nothing and costs the host 0.06 µs per
-tensor, or 0.2 if the list matches none of the recent layouts [EPYC].
+A *tensor* is one parameter's gradient, identified by its index in the caller's list. A *segment* is
+the set of tensors that share a clip coefficient: the whole model, a param group, or one tensor. A
+bucket stores index and segment of each of its tensors. Building buckets copies nothing and takes
+0.06 µs of host time per tensor, or 0.2 µs for a layout not seen recently [EPYC].
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A contiguous range of memory with whole gradients of one segment, and zeros between them."""
+    """A contiguous piece of memory with gradients of one segment, and zeros between them."""
 
     flat: Tensor
     segment: int
@@ -43,8 +43,8 @@ class BucketMemo:
 
     Attributes:
         nonfinite: Positions in `grads` of tensors that contain NaN or Inf; None: not measured.
-        parts: On a CPU: the addresses of the runs, and what is read there.
-        tables: On a GPU: the chunk tables, by number of segments.
+        parts: On a CPU, the addresses of the runs and the arrays that read them.
+        tables: On a GPU, the chunk tables by number of segments.
     """
 
     nonfinite: Sequence[int] | None = None
@@ -57,20 +57,20 @@ class GradBucket:
     """The gradients of one device and one dtype.
 
     Attributes:
-        device: Their device.
+        device: The device of the gradients.
         dtype: float16, bfloat16, float32 or float64.
         grads: Dense real tensors with any strides; a complex gradient appears as its real view.
-        tensor_ids: Index of each in the caller's list of tensors.
-        segment_ids: Segment of each.
-        runs: The same elements in as few contiguous pieces as possible, if they were laid out that
-            way (`FlatGradBuckets`); None otherwise. The clean path reads these instead of `grads`.
+        tensor_ids: The index of each gradient in the caller's list.
+        segment_ids: The segment of each gradient.
+        runs: With `FlatGradBuckets`, the same elements in as few contiguous pieces as possible,
+            which are read instead of `grads` as long as nothing is NaN or Inf; None otherwise.
         memo: Data that a backend keeps between the stages of a step.
-        form: The form of their list: the same object means the same sizes and strides. None:
+        form: The layout of the list; the same object means the same sizes and strides. None:
             unknown.
-        kind: How they can be read.
-        resolved: `(gradient, copy)` of gradients whose memory differs from their values (views with
-            a conjugate or negative bit); `grads` contains the copies.
-        sizes: Number of elements of each gradient, if the form tells.
+        kind: How the gradients can be read.
+        resolved: `(gradient, copy)` for each gradient with a conjugate or negative bit, whose
+            memory differs from its values; `grads` contains the copy.
+        sizes: The number of elements of each gradient, if known from `form`.
     """
 
     device: torch.device
@@ -86,7 +86,7 @@ class GradBucket:
     sizes: Sequence[int] | None = field(default=None, compare=False, repr=False)
 
     def write_back(self) -> None:
-        """Copies changes made to resolved copies back to their gradients."""
+        """Copies the values of the copies in `resolved` back to their gradients."""
         for grad, copy in self.resolved:
             grad.copy_(copy)
 
@@ -128,14 +128,15 @@ class GradBuckets:
     """All gradients of one step.
 
     Attributes:
-        buckets: One per (device, dtype), in order of first appearance; empty without a gradient.
+        buckets: One per (device, dtype), in order of first appearance; empty if there are no
+            gradients.
         n_tensors: T, the length of the caller's list, including tensors without a gradient.
         n_segments: S, the number of clip coefficients.
-        names: One name per tensor, or None to number them.
-        device: Device of the results of the stages: the requested one, or that of the first
-            gradient, or the CPU.
-        sharing: Weight of each tensor relative to other ranks; None in one process. With several
-            classes of weights, class c of segment s is segment `c * S + s` in the buckets.
+        names: One name per tensor; None: messages use numbers.
+        device: Device of the results of the stages: the requested device, else that of the first
+            gradient, else the CPU.
+        sharing: Weight of each tensor in the sums over ranks; None in one process. With several
+            classes of weights, tensors of class c and segment s have the segment id `c * S + s`.
     """
 
     buckets: tuple[GradBucket, ...]
@@ -152,18 +153,17 @@ class GradBuckets:
 
     @property
     def n_measured(self) -> int:
-        """Number of segments that the stages distinguish: S, times the classes of weights over
-        ranks."""
+        """Number of segments that the stages measure: S times the number of classes of weights."""
         return self.n_segments * (1 if self.sharing is None else len(self.sharing.weights))
 
     @property
     def float64(self) -> bool:
-        """Whether any gradient is float64, so that the total norm is reported in float64 too."""
+        """Whether any gradient is float64; the total norm is then float64 too."""
         return any(b.dtype is torch.float64 for b in self.buckets)
 
 
 def parameters_of(parameters: Tensor | Iterable[Any]) -> list[Tensor]:
-    """Returns the tensors in a user's "parameters" argument; see `gradients_of`."""
+    """Returns the tensors of a user's `parameters` argument; see `gradients_of`."""
     if isinstance(parameters, Tensor):
         return [parameters]
     items = list(parameters)
@@ -177,11 +177,14 @@ def parameters_of(parameters: Tensor | Iterable[Any]) -> list[Tensor]:
 def gradients_of(
     parameters: Tensor | Iterable[Any],
 ) -> tuple[list[Tensor | None], list[str] | None]:
-    """Returns the gradients (None if missing) and the names, if any, of a "parameters" argument.
+    """Returns the gradients of a user's `parameters` argument, and the names if there are any.
 
     Args:
         parameters: A tensor, or an iterable of tensors or of `(name, tensor)` pairs such as
             `model.named_parameters()`.
+
+    Returns:
+        One gradient or None per tensor, and the list of names or None.
     """
     if isinstance(parameters, Tensor):
         return [parameters.grad], None
@@ -192,7 +195,7 @@ def gradients_of(
         if named:
             return [p.grad for _, p in items], [name for name, _ in items]
         return [p.grad for p in items], None
-    except (AttributeError, TypeError, ValueError):  # the last two: not a pair
+    except (AttributeError, TypeError, ValueError):  # not a tensor, or not a pair
         raise _no_parameter(items, named) from None
 
 
@@ -221,24 +224,24 @@ def bucketize(
         segments: The segment of each tensor, in `[0, n_segments)`; None: all belong to segment 0.
         n_segments: Number of segments. Default: 1.
         names: One name per tensor. Default: None.
-        norm_type: The norm that will be computed; complex gradients only have the 2-norm.
+        norm_type: The norm that will be computed; must be 2 for complex gradients. Default: 2.
         device: Device of the results of the stages; None: that of the first gradient.
-        sharing: Weight of each tensor relative to other ranks. Default: None.
+        sharing: Weight of each tensor in the sums over ranks. Default: None.
 
     Raises:
-        TypeError: A gradient is sparse, quantized or of an integer dtype, or complex with another
-            norm than 2.
+        TypeError: A gradient is sparse, quantized or of an integer dtype, or is complex and
+            `norm_type` is not 2.
     """
     n_tensors = len(grads)
     ids: Sequence[int] = range(n_tensors)
-    looks_deceive = watched()
-    form = None if looks_deceive else known_form(grads)
+    is_watched = watched()
+    form = None if is_watched else known_form(grads)
     types = set(map(type, grads)) if form is None else set()
     if type(None) in types:
         types.remove(type(None))
         ids = [i for i, g in enumerate(grads) if g is not None]
         grads = [grads[i] for i in ids]
-        form = None if looks_deceive else known_form(grads)
+        form = None if is_watched else known_form(grads)
     if sharing is not None:
         segments = sharing.refined(segments, n_segments)
     if not grads:
@@ -248,12 +251,12 @@ def bucketize(
     dense: list[Tensor] = list(grads)  # type: ignore[arg-type]
     kind = PLAIN
     if form is None:
-        if looks_deceive or not types <= PLAIN_TYPES:
+        if is_watched or not types <= PLAIN_TYPES:
             if any(map(wraps, types)):
                 dense = local_parts(dense)
                 types = set(map(type, dense))
             kind = kind_of(types)
-        form = _looked_at(dense, ids, names, kind)
+        form = _inspected(dense, ids, names, kind)
 
     buckets = []
     for where, dtype, positions in form.groups:
@@ -264,7 +267,7 @@ def bucketize(
             members, resolved = _resolved(members)
         if dtype.is_complex:
             members, dtype = _real_views(members, positions, ids, names, norm_type)
-            own_form = sizes = None  # they belong to the complex list
+            own_form = sizes = None  # those of the complex list do not fit its real views
         if dtype not in FLOATING:
             raise TypeError(
                 f"the gradient of {name_of(ids[positions[0]], names)} is {dtype}; fastguard "
@@ -280,7 +283,7 @@ def bucketize(
             sizes = [sizes[i] for i in positions]
         # fmt: off
         buckets.append(
-            GradBucket(  # by position, since keywords take twice as long
+            GradBucket(  # positional, since keyword arguments take twice as long
                 where, dtype, members, tensor_ids, segment_ids, None, BucketMemo(), own_form, kind,
                 resolved, sizes,
             )
@@ -290,7 +293,7 @@ def bucketize(
     return GradBuckets(tuple(buckets), n_tensors, n_segments, names, home, sharing)
 
 
-def _looked_at(
+def _inspected(
     grads: list[Tensor], ids: Sequence[int], names: Sequence[str] | None, kind: Kind
 ) -> Form:
     """Returns the form of gradients with a layout not seen before."""
@@ -311,10 +314,10 @@ def _looked_at(
 
 
 def _resolved(members: list[Tensor]) -> tuple[list[Tensor], Sequence[tuple[Tensor, Tensor]]]:
-    """Returns the members, with copies of those whose memory differs from their values.
+    """Replaces tensors with a conjugate or negative bit by copies; returns these in pairs, too.
 
-    A kernel that reads addresses ignores a negative bit, and a complex tensor with a conjugate bit
-    has no real view. Operations of torch respect both bits.
+    A kernel that reads memory would ignore a negative bit, and a complex tensor with a conjugate
+    bit has no real view. torch's operations respect both bits.
     """
     lazy = {i: g.resolve_conj().resolve_neg() for i, g in enumerate(members) if _is_lazy(g)}
     if not lazy:
@@ -337,7 +340,7 @@ def _groups(grads: list[Tensor], kind: Kind) -> tuple[Group, ...]:
     if len(dtypes) == 1 and set(map(Tensor.get_device, grads)) == {grads[0].get_device()}:
         return (Group(grads[0].device, grads[0].dtype, range(len(grads))),)
     grouped = _group_tensors_by_device_and_dtype([grads], with_indices=True)  # type: ignore[arg-type]
-    # torch returns them in hash table order
+    # Sorted by first position, since torch returns them in the order of a hash table.
     listed = sorted(grouped.items(), key=lambda group: group[1][1][0])
     return tuple(Group(*key, positions) for key, (_, positions) in listed)  # type: ignore[misc]
 
@@ -359,8 +362,8 @@ def _refuse_sparse(
     position, grad = next((i, g) for i, g in enumerate(grads) if g.layout is not torch.strided)
     raise TypeError(
         f"the gradient of {name_of(ids[position], names)} is sparse ({grad.layout}); "
-        "fastguard guards dense gradients: use sparse=False in the embedding, "
-        "or keep this parameter in an optimizer of its own"
+        "fastguard guards dense gradients: use sparse=False in the embedding, or give this "
+        "parameter an optimizer of its own"
     )
 
 

@@ -1,13 +1,13 @@
 """Limits CPU work to one thread where waiting for a second thread could cost more than it saves.
 
-torch splits an operation on 32,768 or more elements among its threads, and MKL a dot product of any
-length. On idle cores that halves the time. If other processes, such as data workers, keep the cores
-busy, the operation waits until the scheduler gives each thread a core: 10 to 50 ms for an operation
-that takes 20 µs [2 cores, 2 busy processes]. Therefore
+torch splits an operation on 32,768 or more elements among its threads; MKL does so for a dot
+product of any length. If the cores are idle, this halves the time. If other processes, such as data
+workers, keep them busy, the operation waits until the scheduler gives each thread a core: 10 to
+50 ms for an operation that takes 20 µs [2 cores, 2 busy processes]. Therefore
 
-* small tensors are joined to vectors that one thread reads, however many there are: torch also
-  reads each of them on one thread;
-* large tensors are read and written in pieces on one thread, if they are few.
+* any number of small tensors is joined to vectors that one thread reads, as torch reads each small
+  tensor on one thread, too;
+* large tensors with less than `FEW` elements in total are processed in pieces, on one thread.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch import Tensor
 
 Tensors = list[Tensor] | tuple[Tensor, ...]  # accepted by torch's foreach functions
 
-DOT = 2**13  # elements of a dot product; OpenBLAS leaves up to 10,000 to one thread
-GRAIN = 2**15 - 16  # elements that torch leaves to one thread: fewer than 32,768; whole cache lines
-FEW = 2**20  # elements up to which a second thread saves less than 0.2 ms
+DOT = 2**13  # elements per dot product; OpenBLAS uses one thread for up to 10,000
+GRAIN = 2**15 - 16  # elements per piece: whole cache lines, and below torch's limit of 32,768
+FEW = 2**20  # with fewer elements, a second thread saves less than 0.2 ms
 
 
 def sums_of_squares(rows: np.ndarray) -> np.ndarray:
     """Returns the sum of squares of each row, on one thread, in the dtype of the elements.
 
     Args:
-        rows: `(..., 1, n)`; one dot product of n elements per row, all in a single call.
+        rows: `(..., 1, n)`. All rows are computed in one call, each as a dot product.
     """
     return np.matmul(rows, rows.swapaxes(-1, -2))[..., 0, 0]
 
@@ -46,23 +46,23 @@ def sum_of_squares(x: np.ndarray) -> float:
 
 
 def few(sizes: Iterable[int]) -> bool:
-    """Whether tensors of these sizes are read and written on one thread.
+    """Whether tensors of these sizes should be processed on one thread.
 
-    This is so if the large ones among them have fewer than `FEW` elements.
+    True if those larger than `GRAIN` have fewer than `FEW` elements in total.
     """
     return sum(n for n in sizes if n > GRAIN) < FEW
 
 
 def in_pieces(tensors: Tensors, sizes: Sequence[int] | None = None) -> Tensors:
-    """Returns the elements of tensors on one device as views that torch leaves to one thread each.
+    """Splits tensors on one device into views that torch processes on one thread each.
 
     Args:
         tensors: The tensors.
         sizes: Number of elements of each, if known. Default: None.
 
     Returns:
-        The tensors themselves if all are small, if they are more than `few`, or if they are not on
-        a CPU; a tensor whose strides leave holes stays whole.
+        The views. The tensors themselves if all are small, if they are not `few`, or if they are
+        not on a CPU. A tensor whose strides leave holes is not split.
     """
     if sizes is None:
         sizes = list(map(Tensor.numel, tensors))
@@ -76,6 +76,6 @@ def _pieces(t: Tensor) -> Sequence[Tensor]:
         return (t,)
     if t.dim() == 1 and t.is_contiguous():
         return t.split(GRAIN)
-    # such as channels_last
+    # For channels_last and other permuted tensors: a view in the order of memory.
     by_stride = t.permute(sorted(range(t.dim()), key=t.stride, reverse=True))
     return by_stride.view(-1).split(GRAIN) if by_stride.is_contiguous() else (t,)

@@ -26,7 +26,7 @@ def check_real(grads: Iterable[Tensor]) -> None:
 
 
 def clamp_finite_(grads: Sequence[Tensor], limit: float, inv_scale: Tensor | None = None) -> None:
-    """Clamps the finite elements to [-limit, limit] in place; NaN and Inf stay, to be detected.
+    """Clamps the finite elements to [-limit, limit] in place; NaN and Inf stay and can be detected.
 
     Args:
         grads: Real gradients of any dtype and device.
@@ -37,7 +37,7 @@ def clamp_finite_(grads: Sequence[Tensor], limit: float, inv_scale: Tensor | Non
         if inv_scale is not None:
             bound = limit / inv_scale.to(device=grad.device, dtype=torch.float32)
             clamped = grad.clamp(-bound, bound)
-        elif limit < LARGEST[grad.dtype]:  # otherwise the dtype cannot represent the limit
+        elif limit < LARGEST[grad.dtype]:  # else no finite element exceeds the limit
             clamped = grad.clamp(-limit, limit)
         else:
             continue
@@ -47,7 +47,7 @@ def clamp_finite_(grads: Sequence[Tensor], limit: float, inv_scale: Tensor | Non
 def clamp_(buckets: GradBuckets, limit: float) -> None:
     """Clamps all elements to [-limit, limit] in place; NaN stays.
 
-    A limit beyond the dtype's range acts like an infinite one: nothing is clamped, and Inf stays.
+    If the limit is beyond the range of the dtype, nothing is clamped, and Inf stays.
     """
     for bucket in buckets.buckets:
         if limit <= LARGEST[bucket.dtype]:
@@ -68,7 +68,12 @@ def check_fill(buckets: GradBuckets, fill: Mapping[str, float]) -> None:
 
 
 def fill_nonfinite_(buckets: GradBuckets, fill: Mapping[str, float]) -> None:
-    """Replaces non-finite elements in place, by `nan`, `posinf` and `neginf`."""
+    """Replaces NaN and Inf in place.
+
+    Args:
+        buckets: The gradients.
+        fill: The arguments of `torch.nan_to_num`: `nan`, `posinf` and `neginf`.
+    """
     for bucket in buckets.buckets:
         for grad in in_pieces(bucket.grads):
             grad.nan_to_num_(**fill)

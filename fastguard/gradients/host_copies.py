@@ -1,8 +1,8 @@
 """Copies nested states to host memory, reusing the buffers of an earlier copy.
 
-Tensors become plain tensors in pinned memory, composite tensors become `Parts`, and everything else
-is copied by `copy.deepcopy`. Copies from a GPU run on their own stream. Copies on a CPU check each
-piece for NaN and Inf while it is in a cache.
+Plain tensors become tensors in host memory (pinned for copies from a GPU), composite tensors become
+`Parts`, and everything else is copied by `copy.deepcopy`. Copies from a GPU can run on a stream of
+their own. Copies on a CPU can check each piece for NaN and Inf while it is in a cache.
 """
 
 from __future__ import annotations
@@ -29,25 +29,26 @@ from fastguard.gradients.tensor_parts import (
 )
 
 PIECE = 1 << 21
-"""Elements that are copied at a time, and still in a cache afterwards."""
+"""Elements that are copied at a time; so few that they are still in a cache afterwards."""
 
 
 class HostCopier:
     """Copies nested states to the host, into the buffers of an earlier copy if they fit.
 
     Args:
-        optimizer: Its parameters and state do not change until its next step, so on a GPU they are
-            copied on a separate stream. Everything else is copied on the current stream.
-        looked: The share of the host's bytes that is checked, from 0 to 1.
+        optimizer: The optimizer whose parameters and state do not change until its next step; on a
+            GPU they are therefore copied on a separate stream. Other tensors are copied on the
+            current stream.
+        checked_share: The share of the bytes of host tensors to check for NaN and Inf, from 0 to 1.
 
     Attributes:
         finite: The copies of host tensors that are known to be finite.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer | None, looked: float) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer | None, checked_share: float) -> None:
         self._optimizer = optimizer
-        self._looked = looked
-        self._bytes = self._bytes_looked_at = 0
+        self._checked_share = checked_share
+        self._bytes = self._checked_bytes = 0
         self.finite: set[Tensor] = set()  # by identity, since that is how tensors hash
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -59,7 +60,7 @@ class HostCopier:
             into: An earlier copy to overwrite; None without one.
 
         Raises:
-            CannotCopy: A part of it cannot be copied.
+            CannotCopy: A part of the value cannot be copied.
         """
         if isinstance(value, Mapping):
             old = into if isinstance(into, Mapping) else {}
@@ -86,7 +87,7 @@ class HostCopier:
         return self._copied_plain(value, into) if is_plain else cloned(value)
 
     def _copied_plain(self, value: Tensor, into: Any) -> Tensor:
-        # their number of elements may vary
+        # Sparse and nested tensors get no buffer, since their number of elements may vary.
         if value.layout is not torch.strided or value.is_nested:
             return value.detach().to("cpu", copy=True)
         fits = isinstance(into, Tensor) and into.shape == value.shape and into.dtype == value.dtype
@@ -99,7 +100,7 @@ class HostCopier:
             return into.copy_(value.detach(), non_blocking=True)
 
     def _copied_here(self, value: Tensor, into: Tensor) -> Tensor:
-        if value.dtype not in FLOATING or not self._is_next(value.nbytes):
+        if value.dtype not in FLOATING or not self._is_to_be_checked(value.nbytes):
             return into.copy_(value)
         pieces = [(value, into)]
         if value.numel() > PIECE and value.is_contiguous() and into.is_contiguous():
@@ -107,18 +108,19 @@ class HostCopier:
         is_finite = True
         for source, made in pieces:
             made.copy_(source)
-            # NaN and Inf survive in a sum. A sum that overflows only causes another check.
+            # A sum with NaN or Inf is not finite. If a sum of finite elements overflows, the tensor
+            # is only checked once more later.
             is_finite = is_finite and math.isfinite(source.sum())
         if is_finite:
             self.finite.add(into)
         return into
 
-    def _is_next(self, n_bytes: int) -> bool:
-        """Whether this tensor is to be checked; checked tensors are spread among the others."""
+    def _is_to_be_checked(self, n_bytes: int) -> bool:
+        """Whether to check this tensor, so that the share of checked bytes stays as requested."""
         self._bytes += n_bytes
-        if self._bytes_looked_at >= self._looked * self._bytes:
+        if self._checked_bytes >= self._checked_share * self._bytes:
             return False
-        self._bytes_looked_at += n_bytes
+        self._checked_bytes += n_bytes
         return True
 
     @cached_property
@@ -132,7 +134,7 @@ class HostCopier:
         return self._streams[device]
 
     def events(self) -> dict[torch.device, torch.cuda.Event]:
-        """Returns, by device, an event after all copies from it, on any stream."""
+        """Returns, for each device, an event that marks the end of all copies from it."""
         events = {}
         for device, stream in self._streams.items():
             stream.wait_stream(torch.cuda.current_stream(device))
@@ -170,9 +172,10 @@ def restored(value: Any) -> Any:
 
 
 def _like(value: Mapping[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
-    """Returns a dict of the same type, with the attributes that Module.state_dict adds.
+    """Returns a dict of the same class and attributes, with these items.
 
-    `MultiStepLR` keeps its milestones in a Counter and uses methods that a dict lacks.
+    The class matters because `MultiStepLR` keeps its milestones in a Counter and uses its methods;
+    `Module.state_dict` adds the attribute `_metadata`.
     """
     if not isinstance(value, dict):
         return items
@@ -185,7 +188,7 @@ def _like(value: Mapping[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Yields the leaves of nested states by name; for a DTensor, the local part."""
+    """Yields `(name, leaf)` of nested states; for a DTensor, the local part."""
     parts = value if isinstance(value, Parts) else parts_of(value)
     if parts is not None:
         for name, piece in parts.tensors.items():

@@ -1,11 +1,11 @@
-"""Classifies gradients: numbers in memory, placeholders, or wrappers of other tensors.
+"""Classifies tensors as plain tensors, placeholders, or wrappers of other tensors.
 
-The fast paths read memory: through numpy on a CPU, by address on a GPU. That is correct only for
-plain tensors. Under `FakeTensorMode` (memory estimation), `make_fx` and AOT tracing a tensor is a
-placeholder; under `torch.func` and in wrapper subclasses it wraps another tensor.
+The fast paths read memory directly, through numpy on a CPU and by address on a GPU. That is correct
+only for plain tensors. Under `FakeTensorMode` (memory estimation), `make_fx` and AOT tracing, a
+tensor is a placeholder without values. Under `torch.func`, and in wrapper subclasses, a tensor
+wraps another one.
 
-Cached tensors outlive the call that creates them, so they are created outside all modes; see
-`lasting`.
+Tensors that are cached for later calls must be plain, so they are created in `lasting`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-_PLAIN_DISPATCH = Tensor.__torch_dispatch__  # type: ignore[attr-defined]  # the default, which observes nothing
+_PLAIN_DISPATCH = Tensor.__torch_dispatch__  # type: ignore[attr-defined]  # the default
 _MODES = tuple(torch._C._TorchDispatchModeKey.__members__.values())  # fake, proxy, functional
 _modes = torch._C._len_torch_dispatch_stack
 _transform = torch._C._functorch.peek_interpreter_stack  # type: ignore[attr-defined]
@@ -26,14 +26,16 @@ _jit_traces = torch._C._is_tracing
 
 
 PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
-"""Classes known to be plain without a check."""
+"""Classes that are always plain."""
 
 
 class Kind(Enum):
     """How tensors can be read.
 
-    `PLAIN`: from memory. `TRACED`: they hold no numbers yet, but operations on them are recorded,
-    as one opaque op per stage. `WRAPPED`: only operations of torch reach the inner tensors.
+    Attributes:
+        PLAIN: From memory.
+        TRACED: Not at all. Operations on them are recorded; each stage is recorded as one op.
+        WRAPPED: Only by torch's operations, which reach the inner tensors.
     """
 
     PLAIN = 0
@@ -45,9 +47,9 @@ PLAIN, TRACED, WRAPPED = Kind  # accessing enum members takes 0.05 µs each time
 
 
 def watched() -> bool:
-    """Whether a plain tensor may stand for another one now, in a transform or a tracer. 0.3 µs.
+    """Whether a transform or a tracer is active, so that plain tensors may stand for others.
 
-    Modes that only observe, such as an operation counter, do not count.
+    Modes that only observe, such as an operation counter, do not count. Takes 0.3 µs.
     """
     if _transform() is not None or _jit_traces():
         return True
@@ -55,7 +57,7 @@ def watched() -> bool:
 
 
 def kind_of(types: Iterable[type]) -> Kind:
-    """Returns the kind of tensors of these types in the current context."""
+    """Returns the kind of a list of tensors with these types in the current context."""
     layers = [t for t in types if wraps(t)]
     if not layers and not watched():
         return PLAIN
@@ -77,7 +79,7 @@ LACKING = (NotImplementedError, RecursionError, TypeError)
 def refuse_wrapped(tensors: Iterable[Tensor], error: Exception) -> None:
     """Raises a TypeError that names the tensor classes that redefine operations.
 
-    One of them lacks an operation. Returns if there is no such class.
+    Call it after an error in `LACKING`. Returns normally if there is no such class.
     """
     kinds = sorted({type(t).__name__ for t in tensors if wraps(type(t))})
     if kinds:
@@ -89,7 +91,7 @@ def refuse_wrapped(tensors: Iterable[Tensor], error: Exception) -> None:
 
 
 def has_numbers(t: Tensor) -> bool:
-    """Whether the host can read a tensor: placeholders and meta tensors have no values."""
+    """Whether a tensor has values; placeholders and meta tensors have none."""
     kind = type(t)
     if kind in PLAIN_TYPES and not watched():
         return not t.is_meta
@@ -98,7 +100,7 @@ def has_numbers(t: Tensor) -> bool:
 
 @contextmanager
 def lasting() -> Iterator[None]:
-    """Creates plain tensors, to be kept for later calls, whatever mode is active."""
+    """Makes tensors created inside plain, so that they can be cached; disables all modes."""
     guard = torch._C._DisableTorchDispatch()
     try:
         with torch.inference_mode(False):

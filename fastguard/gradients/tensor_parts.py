@@ -1,7 +1,8 @@
-"""Splits composite tensors: DTensors, and subclasses that wrap tensors, such as quantised states.
+"""Splits composite tensors into plain ones: DTensors and subclasses that wrap tensors.
 
-Such a subclass may not support copying. For `torch.compile` it can be split into plain tensors and
-rebuilt from them: `__tensor_flatten__`, `__tensor_unflatten__`.
+Such a subclass, for example a quantised optimizer state, may not support copying. But for
+`torch.compile` it can be split into plain tensors and rebuilt from them, by `__tensor_flatten__`
+and `__tensor_unflatten__`.
 """
 
 from __future__ import annotations
@@ -20,24 +21,24 @@ from fastguard.gradients.tensor_kinds import has_numbers
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """A composite tensor in pieces.
+    """The parts of a composite tensor.
 
     Attributes:
-        tensors: The pieces by name: tensors, which may be composite themselves, or values; for a
-            DTensor the local part, under the empty name.
-        whole: Rebuilds the tensor from such pieces.
+        tensors: The parts by name: tensors, which may be composite themselves, or other values. A
+            DTensor has its local part, under the empty name.
+        whole: Rebuilds the tensor from such parts.
     """
 
     tensors: Mapping[str, Any]
     whole: Callable[[dict[str, Any]], Tensor]
 
     def of(self, tensors: dict[str, Any]) -> Parts:
-        """Returns a copy with other pieces."""
+        """Returns the same composite tensor with other parts."""
         return Parts(tensors, self.whole)
 
 
 def parts_of(tensor: Any) -> Parts | None:
-    """Returns the pieces of a composite tensor, not copied; None for a plain tensor."""
+    """Returns the parts of a composite tensor, without copying; None for a plain tensor."""
     if hasattr(tensor, "_spec"):
         return _of_dtensor(tensor)
     kind = type(tensor)
@@ -47,7 +48,7 @@ def parts_of(tensor: Any) -> Parts | None:
         return None
     names, context = tensor.__tensor_flatten__()
     size, stride = tensor.size(), tensor.stride()
-    # No reference to the tensor, whose memory would stay for as long as a copy exists.
+    # Holds no reference to the tensor, so that a copy does not keep its memory alive.
     return Parts(
         {name: getattr(tensor, name) for name in names},
         lambda tensors: kind.__tensor_unflatten__(tensors, context, size, stride),
@@ -73,7 +74,7 @@ def _of_dtensor(tensor: Any) -> Parts:
 
 
 def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    """Yields the tensor itself, or the plain tensors it consists of."""
+    """Yields the tensor itself if it is plain, else the plain tensors that it consists of."""
     parts = parts_of(tensor)
     if parts is None:
         yield tensor
@@ -84,15 +85,15 @@ def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def has_plain_type(tensor: Tensor) -> bool:
-    """Whether it is of no subclass that may redefine operations or carry attributes."""
+    """Whether the tensor is of no subclass, which could redefine operations or add attributes."""
     return type(tensor) in (Tensor, Parameter)
 
 
 def cloned(value: Any) -> Any:
-    """Returns a copy with its own memory.
+    """Returns a copy of a tensor or another value.
 
     Raises:
-        CannotCopy: It is a tensor of a class that cannot be copied.
+        CannotCopy: The class of the tensor does not support copying.
     """
     parts = parts_of(value)
     if parts is not None:
@@ -105,7 +106,7 @@ def cloned(value: Any) -> Any:
 
 
 def _cloned_subclass(value: Tensor) -> Tensor:
-    """Copies a tensor through its class, or else its memory and its attributes."""
+    """Copies a tensor by `copy.deepcopy`; if that fails, copies its memory and its attributes."""
     try:
         return copy.deepcopy(value)
     except torch.OutOfMemoryError:
@@ -120,7 +121,7 @@ def _cloned_subclass(value: Tensor) -> Tensor:
 
 
 def has_memory(value: Tensor) -> bool:
-    """Whether its elements are at its address; a class that wraps others has none."""
+    """Whether the tensor has memory of its own; one that only wraps other tensors has none."""
     try:
         return value.data_ptr() != 0 or value.numel() == 0
     except RuntimeError:
@@ -145,11 +146,11 @@ class CannotCopy(TypeError):
 
 
 def copies_for_deepcopy(state: Any) -> dict[int, Any]:
-    """Returns copies of nested tensors that wrap others, and of placeholders, by the original's id.
+    """Returns a `memo` for `copy.deepcopy`, with copies of the tensors that it cannot copy, by id.
 
-    They serve as the `memo` of `copy.deepcopy`, which would call the former's `clone`. For a
-    placeholder it would copy the mode too, and with it weak references that are then released
-    twice, which corrupts the heap.
+    These are tensors that wrap others, whose `clone` it would call, and placeholders. With a
+    placeholder it would also copy the mode, whose weak references would then be released twice,
+    which corrupts the heap.
     """
     memo: dict[int, Any] = {}
 

@@ -11,12 +11,12 @@ from fastguard.gradients.tensor_kinds import watched
 
 
 def moved(t: Tensor, device: torch.device) -> Tensor:
-    """Returns a tensor on another device. Synchronises only on the way to a CPU.
+    """Returns a tensor on another device. Synchronises only for a copy to the CPU.
 
-    There it must: `t.to("cpu", non_blocking=True)` returns pinned memory before the copy has
-    arrived, so reading it at once would return old contents.
+    There it must: `t.to("cpu", non_blocking=True)` returns before the copy has arrived, so reading
+    the result at once would return old contents.
     """
-    if t.device == device:  # half the time of a `to` that has nothing to do
+    if t.device == device:  # half the time of a `to` that does nothing
         return t
     return t.to(device, non_blocking=device.type != "cpu")
 
@@ -24,11 +24,11 @@ def moved(t: Tensor, device: torch.device) -> Tensor:
 def numbers_on(
     values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float64
 ) -> Tensor:
-    """Returns host numbers as a tensor `(n,)`. Never syncs, and works in a CUDA graph.
+    """Returns host numbers as a tensor `(n,)`. Never syncs; works while a CUDA graph is captured.
 
-    A copy to a GPU from pageable memory cannot do both. A single number is passed as the argument
-    of a fill, as part of the launch; several are copied from pinned memory, which a graph has to
-    keep.
+    A copy from pageable memory would sync. A single number is passed as the argument of a fill
+    kernel; several numbers are copied from pinned memory. During a capture each number gets a fill,
+    since a graph would need the pinned memory at every replay.
     """
     if device.type != "cuda" or watched():
         return moved(torch.tensor(values, dtype=dtype, device="cpu"), device)
@@ -42,8 +42,9 @@ def numbers_on(
 
 
 def current_stream_of(device: torch.device) -> int:
-    """Returns the address of the stream that a device's work is queued on now; 0 off a GPU.
+    """Returns the address of a GPU's current stream; 0 for other devices.
 
-    Cached data are valid for one stream only; they may not have arrived yet for another.
+    Cached data is valid for one stream only, since work on another stream may run before the data
+    has arrived.
     """
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -1,8 +1,8 @@
 """Pairs gradients with their weights, divided into units, for adaptive gradient clipping.
 
-A unit is what feeds one output of a layer. A tensor with two or more dimensions has one unit per
-index of its first dimension (a row of a linear layer, a filter of a convolution); a vector or a
-scalar is one unit.
+A unit is the set of weights of one output of a layer. A tensor with two or more dimensions has one
+unit per index of its first dimension (a row of a linear layer, a filter of a convolution); a vector
+or a scalar is one unit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastguard.gradients.buckets import BucketMemo, GradBucket, bucketize, name_of
 from fastguard.ranks.dtensors import dtensor_types
-from fastguard.ranks.plain_shards import is_managed, what_reshaped
+from fastguard.ranks.plain_shards import engine_of, is_managed
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class UnitBucket:
     """Gradients of one device and dtype, with weights of one dtype.
 
     Attributes:
-        bucket: The gradients, with `tensor_ids` of the caller's list.
-        weights: The weight of each, as a dense real tensor on the same device.
-        counts: Number of units of each; 0 for a tensor without elements.
+        bucket: The gradients; `tensor_ids` are indices in the caller's list.
+        weights: The weight of each gradient, as a dense real tensor on the same device.
+        counts: Number of units of each gradient; 0 for a tensor without elements.
     """
 
     bucket: GradBucket
@@ -36,7 +36,7 @@ class UnitBucket:
 
     @cached_property
     def starts(self) -> list[int]:
-        """First unit of each tensor among all U units; the last entry is U."""
+        """Index of the first unit of each tensor among all U units; the last entry is U."""
         return list(accumulate(self.counts, initial=0))
 
     @property
@@ -61,9 +61,9 @@ def unit_buckets(
 
     Args:
         grads: One entry per tensor; None if there is no gradient.
-        weights: The weight of each.
-        names: The name of each, or None.
-        norm_type: The norm that will be computed; complex gradients only have the 2-norm.
+        weights: The weight of each gradient.
+        names: The name of each weight, or None.
+        norm_type: The norm that will be computed; must be 2 for complex gradients. Default: 2.
 
     Raises:
         TypeError: A tensor is a DTensor, or `bucketize` does not accept a gradient.
@@ -105,13 +105,13 @@ def _as_real(weight: Tensor) -> Tensor:
 
 
 def refuse_shards(weights: Sequence[Tensor], names: Sequence[str] | None) -> None:
-    """Refuses DTensors, and tensors that FSDP1 or DeepSpeed has split or flattened.
+    """Raises an error for DTensors, and for tensors that FSDP1 or DeepSpeed has split or flattened.
 
     Raises:
-        TypeError: One was found; the message names it.
+        TypeError: There is such a tensor; the message names it.
     """
     refuse_dtensors(weights, names)
-    engine = what_reshaped(weights)
+    engine = engine_of(weights)
     if engine is not None:
         i = next(i for i, w in enumerate(weights) if is_managed(w))
         raise TypeError(

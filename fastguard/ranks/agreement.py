@@ -1,19 +1,20 @@
-"""Checks that all ranks were given the same arguments, once, at the first step of a guard.
+"""Checks at the first step of a guard that all ranks were given the same arguments.
 
-Ranks with different limits, modes or rules make different decisions from the same numbers, and the
-replicas silently diverge; with different numbers of segments, their vectors differ in length. So
-before the first vector is sent, the ranks compare a hash of each argument: one MAX collective over
-the hashes and their negatives, 208 bytes, which shows all ranks at once which arguments differ.
+With different limits, modes or rules, ranks would make different decisions from the same numbers,
+and the replicas would silently diverge. With different numbers of segments, even the vectors that
+they exchange would differ in length. Therefore the ranks first compare a hash of each argument: one
+MAX collective over the hashes and their negatives, 208 bytes, tells every rank which arguments
+differ.
 
-Coefficients of single tensors or param groups belong to positions in the vector. Ranks with the
-same parameters in a different order would clip each by the norm of another, so for these scopes
-names and shapes are compared too, in order. Names are used if all ranks have them. Without names,
-replicas are recognised by checksums of their values and gradients; shards of the same shape cannot
-be distinguished.
+If tensors or param groups have coefficients of their own, each coefficient has a position in the
+vector. Ranks with the same parameters in a different order would clip a parameter by the norm of
+another one, so the order of names and shapes is compared too. Names are used if all ranks have
+them. Without names, replicas are compared by checksums of their values and gradients; shards of the
+same shape cannot be told apart.
 
-When the number of segments changes, as with parameters that are added under these scopes, the ranks
-compare once more. Other changes, such as a trainer changing `max_norm`, are not checked, because
-that would need a collective per step.
+The ranks compare again when the number of segments changes, for example because parameters were
+added. Other changes, such as a new `max_norm`, are not checked, since that would need a collective
+per step.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 COUNTS = "the number of parameters by param group"
 
 LISTED = 8
-"""How many values an error lists, and how many ranks per value."""
+"""How many values an error lists, and how many ranks for each value."""
 
 
 class Place(NamedTuple):
@@ -64,17 +65,17 @@ class Place(NamedTuple):
 def check_agreement(
     arguments: Mapping[str, str], places: Mapping[str, list[Place]] | None, team: Team
 ) -> None:
-    """Compares the arguments of a guard over its team. Waits for the other ranks, and for a GPU.
+    """Compares the arguments of a guard over its team. Waits for the other ranks and the GPU.
 
     Args:
         arguments: Arguments that must be equal on all ranks, as text, including `COUNTS`; the same
             names on every rank.
-        places: The parameters that each coefficient of a narrow scope belongs to, by their
-            description in errors; None if there is one coefficient.
+        places: With several coefficients, the parameters in the order of the coefficients; the keys
+            describe them in errors. None: there is only one coefficient.
         team: The ranks that decide together.
 
     Raises:
-        ValueError: On all ranks; lists the arguments that differ and their values by rank.
+        ValueError: Arguments differ. All ranks raise it; it lists the values by rank.
     """
     hashed = {**arguments, COUNTS: f"{arguments[COUNTS]} {places}"}
     mine = [_hash(value) for value in hashed.values()]
@@ -110,7 +111,7 @@ def _misplaced(everywhere: Sequence[dict[str, list[Place]]], ranks: Sequence[int
     """
     for described in _descriptions([[*chain(*places.values())] for places in everywhere]):
         for what in everywhere[0]:
-            # Any order within a param group is fine, since its coefficient belongs to all of them.
+            # Sorted: the order within a param group, with one coefficient, does not matter.
             held = [sorted(map(described, places[what])) for places in everywhere]
             for column in zip(*held, strict=True):
                 if len(set(column)) > 1:
@@ -137,7 +138,7 @@ def _descriptions(everywhere: Sequence[Sequence[Place]]) -> Iterator[Callable[[P
 
 
 def _hash(value: str) -> int:
-    """Returns 56 bits of a hash, which int64 can hold with either sign."""
+    """Returns 56 bits of a hash, so that int64 can hold it and its negative."""
     data = value.encode(errors="backslashreplace")  # a name may be invalid UTF-8
     return int.from_bytes(hashlib.sha256(data).digest()[:7], "big")
 

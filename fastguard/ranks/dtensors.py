@@ -1,4 +1,4 @@
-"""Returns local parts of DTensors for the stages to measure, and reduces partial DTensors."""
+"""Returns the local parts of DTensors, which the stages measure, and reduces partial DTensors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-_local_of = attrgetter("_local_tensor")  # to_local() costs 10 µs per tensor, for autograd
+_local_of = attrgetter("_local_tensor")  # to_local() takes 10 µs per tensor, because of autograd
 
 
 def dtensor_types(kinds: Iterable[type]) -> tuple[type, ...]:
-    """Returns the DTensor types among some types. Imports nothing if DTensor is not in use."""
+    """Returns those of the types that are DTensors. Never imports DTensor."""
     module = sys.modules.get("torch.distributed.tensor")
     if module is None:
         return ()
@@ -41,7 +41,7 @@ def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def is_partial(t: Tensor) -> bool:
-    """Whether the ranks hold summands of a tensor instead of its elements."""
+    """Whether the ranks hold summands of the tensor, which still have to be added."""
     return is_dtensor(t) and any(p.is_partial() for p in t.placements)
 
 
@@ -50,8 +50,8 @@ def whole(t: Tensor, like: Tensor | None = None) -> Tensor:
 
     Args:
         t: Any tensor.
-        like: A DTensor whose placements the result uses if it is on the same mesh (a gradient uses
-            those of its parameter); otherwise partial dimensions become replicated.
+        like: A DTensor, such as the parameter of a gradient. If it is on the same mesh, the result
+            gets its placements; otherwise partial dimensions become replicated. Default: None.
     """
     if not is_partial(t):
         return t

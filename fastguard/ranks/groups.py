@@ -40,9 +40,9 @@ class Replicated:
 
 
 class AsTorch:
-    """Passed by `patch_torch` instead of None.
+    """The group that `patch_torch` passes instead of None.
 
-    Its callers know only torch's functions, so they cannot be asked to pass a group.
+    Code that calls torch's functions cannot pass a group, so errors must not ask for one.
     """
 
 
@@ -61,16 +61,16 @@ def check_group(group: object) -> None:
 
 
 def check_same_tensors(group: Group, what: str) -> None:
-    """Raises a ValueError if a per-tensor coefficient has no meaning over the group."""
+    """Raises a ValueError for a process group, whose ranks have no tensors in common."""
     if isinstance(group, ProcessGroup):
         raise ValueError(
-            f"{what} needs one number per tensor, but the ranks of a plain group hold "
-            "different tensors; use one number for all tensors, or pass no group"
+            f"{what} needs one number per tensor, but the ranks of a process group hold different "
+            "tensors; use one number for all tensors, or pass no group"
         )
 
 
 def process_group_of(group: Group) -> ProcessGroup | None:
-    """Returns the process group that a user means; None if there is none."""
+    """Returns the process group of a `group` argument; None if there is none."""
     if isinstance(group, Replicated):
         return group.group
     return None if isinstance(group, AsTorch) else group
@@ -82,15 +82,14 @@ def several_ranks() -> bool:
 
 
 def refuse_several_ranks() -> None:
-    """Raises a ValueError if a rank would decide alone by a loss unknown to the others."""
+    """Raises a ValueError if there are several ranks, because a loss on one is unknown to the
+    others."""
     if several_ranks():
         raise ValueError(
             "a loss was given on one of several ranks, which would then decide differently from "
-            "the "
-            "others; pass group=fastguard.Replicated(torch.distributed.group.WORLD) to the guard "
-            "if all "
-            "ranks hold the same parameters (DDP), group=the_process_group if they hold different "
-            "ones, or do not pass a loss"
+            "the others; pass group=fastguard.Replicated(torch.distributed.group.WORLD) to the "
+            "guard if all ranks hold the same parameters (DDP), group=the_process_group if they "
+            "hold different ones, or do not pass a loss"
         )
 
 
@@ -99,7 +98,7 @@ def _need_process_group(group: object) -> None:
         raise TypeError(f"group={shown(group)}: this build of torch has no torch.distributed")
     if isinstance(group, ProcessGroup):
         return
-    remedy = "pass a torch.distributed.ProcessGroup, or fastguard.Replicated(one)"
+    remedy = "pass a torch.distributed.ProcessGroup, or fastguard.Replicated(process_group)"
     if isinstance(group, dist.device_mesh.DeviceMesh):
         remedy = "pass mesh.get_group() of the intended dimension"
     elif group is dist.GroupMember.NON_GROUP_MEMBER:

@@ -1,12 +1,13 @@
-"""Creates a process group by its members alone, without the other ranks of the world.
+"""Creates a process group that only its members take part in creating.
 
-`torch.distributed.new_group(..., use_local_synchronization=True)` almost does this, but
+`torch.distributed.new_group(..., use_local_synchronization=True)` does this, with two problems that
+this module solves:
 
-    its name    is a hash of the ranks and of how many groups this process has. Members with
-                different numbers of groups (the embedding group of the first and the last stage,
-                say) would wait for each other under different names, until the timeout.
-    its start   splits the communicator of the default group if that is bound to a device
-                (`init_process_group(device_id=...)`), for which NCCL waits for the whole world.
+    name     torch hashes the ranks together with the number of groups of this process. If members
+             have different numbers of groups (as with an embedding group of the first and the last
+             stage), they wait for each other under different names until the timeout.
+    start    If the default group is bound to a device (`init_process_group(device_id=...)`), torch
+             splits its communicator, for which NCCL waits for the whole world.
 """
 
 from __future__ import annotations
@@ -18,32 +19,32 @@ from contextlib import contextmanager
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-_made: dict[tuple[int, ...], ProcessGroup] = {}
-_made_in: ProcessGroup | None = None  # the default group at that time
+_groups: dict[tuple[int, ...], ProcessGroup] = {}
+_default_group: ProcessGroup | None = None  # at the time when `_groups` were created
 
 
 def local_group(ranks: tuple[int, ...]) -> ProcessGroup:
-    """Returns the group of some ranks, including this one; the same object each time.
+    """Returns a process group of these ranks, which include this one; the same object each time.
 
-    Every member must call it; only the first call waits for the others.
+    Every member must call it; only the first call waits for the other members.
     """
-    global _made_in
+    global _default_group
     world = dist.group.WORLD
     assert world is not None
-    if _made_in is not world:  # earlier groups no longer exist
-        _made.clear()
-        _made_in = world
-    if ranks not in _made:
+    if _default_group is not world:  # earlier groups no longer exist
+        _groups.clear()
+        _default_group = world
+    if ranks not in _groups:
         with _named_by_ranks(ranks), _unbound(world):
             group = dist.new_group(list(ranks), use_local_synchronization=True)
         assert isinstance(group, ProcessGroup)
-        _made[ranks] = group
-    return _made[ranks]
+        _groups[ranks] = group
+    return _groups[ranks]
 
 
 @contextmanager
 def _named_by_ranks(wanted: tuple[int, ...]) -> Iterator[None]:
-    """Names groups over these ranks by the ranks alone."""
+    """Makes torch name a group of these ranks by the ranks alone."""
     c10d = dist.distributed_c10d
     theirs = c10d._process_group_name
     ours = "fastguard_" + hashlib.sha256(repr(wanted).encode()).hexdigest()[:32]

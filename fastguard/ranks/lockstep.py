@@ -1,7 +1,7 @@
-"""`Peers`: ranks that perform an operation together, or all fail.
+"""`Peers`: ranks that perform an operation together; if it fails on one, it fails on all.
 
-Only verdicts and manifest entries are exchanged, a few hundred bytes per save or rollback, never
-during a step. A single process exchanges nothing.
+The ranks exchange a few hundred bytes per save or rollback, and nothing during a step. A single
+process exchanges nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Peers:
         group: The group; None: this process only.
 
     Raises:
-        TypeError: It is not a process group.
+        TypeError: `group` is not a process group.
     """
 
     def __init__(self, group: ProcessGroup | None = None) -> None:
@@ -42,11 +42,11 @@ class Peers:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank writes data that exists only once."""
+        """Whether this is the rank that writes shared data."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """Returns the values of all ranks, by rank. Every rank calls it, with a picklable value."""
+        """Returns the values of all ranks, in order; every rank passes a picklable value."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
@@ -81,11 +81,11 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return work(), None
     except Exception as error:
-        return None, _that_travels(error)
+        return None, _picklable(error)
 
 
-def _that_travels(error: Exception) -> Exception:
-    """Returns the error, or an equivalent one if it cannot be pickled."""
+def _picklable(error: Exception) -> Exception:
+    """Returns the error, or a RuntimeError with the same text if it cannot be pickled."""
     try:
         again = pickle.loads(pickle.dumps(error))
         if str(again) == str(error):

@@ -1,13 +1,14 @@
 """Assigns positions to named losses when not every rank computes every loss.
 
-The ranks exchange a vector of fixed layout, so a loss needs the same position on every rank, even
-where it is unknown: only the last pipeline stage knows the loss, and a batch may lack a part. The
-list of names is kept in the store that every process group has; a rank with a new name appends it
-there. This takes no collective and no waiting, and a known name costs one lookup.
+The ranks exchange a vector of fixed layout, so a loss must have the same position on every rank,
+even on ranks that do not compute it: only the last pipeline stage has the loss, and some losses are
+missing in some batches. The list of names is kept in the store of the process group; a rank with a
+new name appends it there. This needs no collective and does not wait for other ranks; a known name
+costs one lookup.
 
-The layout cannot grow: the other ranks would have to know before they send, and on a GPU the host
-would have to wait for that. So when all positions are taken, further names share the last one on
-every rank, and no rank is left waiting because another one raised.
+The layout cannot grow, since the other ranks would have to know before they send, and on a GPU the
+host would have to wait for that. When all positions are taken, further names share the last one on
+every rank. (An error on one rank would leave the others waiting.)
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from torch.distributed import ProcessGroup
 from fastguard.errors.plain_text import printable
 
 PLACES = 12
-"""Positions for losses in the vector; with one segment, the vector has 248 bytes."""
+"""Number of positions for losses; with them, the vector of one segment has 248 bytes."""
 
 OWN = PLACES - 1
-"""Number of losses with their own position; the last position is for all others together."""
+"""Number of losses with a position of their own; all other losses share the last position."""
 
 OTHERS = "other losses"
-"""Name of the last position in records."""
+"""The name of the shared position in records."""
 
 log: logging.Logger = logging.getLogger("fastguard")
 
@@ -62,19 +63,18 @@ class LossNames(Sequence[str]):
         """Reserves positions for losses that rules judge.
 
         Raises:
-            ValueError: No positions are left: a rule cannot judge several losses together.
+            ValueError: No position is left; a rule cannot judge the sum in the shared position.
         """
         late = [name for name, place in zip(names, self.places(names), strict=True) if place == OWN]
         if late:
             raise ValueError(
                 f"no position is left for the rule on loss {late[0]!r}: several ranks combine "
-                f"{OWN} "
-                f"losses by name, and have {', '.join(map(printable, self._names))}; remove a "
-                "rule, or pass sums of parts as one loss"
+                f"{OWN} losses by name, and have {', '.join(map(printable, self._names))}; remove "
+                "a rule, or pass sums of parts as one loss"
             )
 
     def places(self, names: Sequence[str]) -> list[int]:
-        """Returns the position of each name: for a new name the next free one, else the last."""
+        """Returns the position of each name; a new one gets the next free position, or the last."""
         for name in names:
             if name not in self._names and name != OTHERS:
                 self._enter(name)
@@ -84,7 +84,7 @@ class LossNames(Sequence[str]):
         return PLACES
 
     def __iter__(self) -> Iterator[str]:
-        """Yields the name of every position as far as this rank knows; else an empty string."""
+        """Yields the name of each position; an empty string if this rank does not know it."""
         return itertools.chain(self._names, [""] * (OWN - len(self._names)), [OTHERS])
 
     @overload
@@ -92,22 +92,20 @@ class LossNames(Sequence[str]):
     @overload
     def __getitem__(self, place: slice) -> list[str]: ...
     def __getitem__(self, place: int | slice) -> str | list[str]:
-        """Returns the name of a position, after asking the store for names from other ranks."""
+        """Returns the name of a position; reads the store if this rank does not know it."""
         if isinstance(place, int) and len(self._names) <= place < OWN:
             self._names = self._stored()
         return [*self][place]
 
     def _enter(self, name: str) -> None:
-        if len(self._names) < OWN:  # a full list never changes, so the store is not asked again
+        if len(self._names) < OWN:  # a full list never changes
             self._append(name)
         if name not in self._names and not self._warned:
             self._warned = True
             log.warning(
                 "no position is left for loss %r: several ranks combine %d losses by name, and "
-                "have %s. It "
-                "and all further ones are recorded as %r: their sum, which is NaN if any is NaN on "
-                "any rank; "
-                "pass sums of parts to record them by name",
+                "have %s. It and all further ones are recorded as %r: their sum, which is NaN if "
+                "any is NaN on any rank; pass sums of parts to record them by name",
                 name,
                 OWN,
                 ", ".join(self._names),
@@ -117,7 +115,7 @@ class LossNames(Sequence[str]):
     def _append(self, name: str) -> None:
         names = self._stored()
         while name not in names and len(names) < OWN:
-            # If another rank was faster, its list comes back.
+            # If another rank was faster, this returns its list instead.
             names = self._compare_set(json.dumps(names), json.dumps([*names, name]))
         self._names = names
 
@@ -132,8 +130,8 @@ class LossNames(Sequence[str]):
 def _store_of(group: ProcessGroup) -> dist.Store:
     """Returns the store of a group.
 
-    The fake backend has no other ranks, and its store may keep nothing, so names stay in this
-    process.
+    With the fake backend there are no other ranks, and the store may keep nothing; the names are
+    then kept in this process.
     """
     if dist.get_backend(group) == "fake":
         return dist.HashStore()

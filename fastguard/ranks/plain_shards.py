@@ -1,16 +1,16 @@
-"""Detects shards stored in plain tensors: a rank that holds some must not decide alone.
+"""Detects shards stored in plain tensors, since ranks that hold shards must decide together.
 
-A DTensor knows where its elements are. FSDP1 and DeepSpeed keep shards in plain tensors; without a
-group, each rank would clip by the norm of its own shards, and skip steps that others take. Shards
-are recognised by:
+A DTensor knows how its elements are distributed. FSDP1 and DeepSpeed store shards in plain tensors:
+without a group, each rank would clip by the norm of its own shards, and skip steps that others
+take. Shards are recognised by:
 
     FSDP1                     `_fsdp_flattened` on flat parameters and on the original ones
     DeepSpeed, stage 3        `ds_id` on parameters and on their float32 partitions
-    DeepSpeed, stages 1, 2    no mark, but the optimizer was created with parameters that have
-                              `_hp_mapping`, and holds fewer elements now
+    DeepSpeed, stages 1, 2    no attribute; but the optimizer was created with parameters that have
+                              `_hp_mapping`, and now holds fewer elements
 
-`ZeroRedundancyOptimizer` has whole gradients on each rank, but each rank updates only a part of the
-parameters: a step must be taken by all ranks or by none.
+With `ZeroRedundancyOptimizer`, each rank holds all gradients but updates only some of the
+parameters, so a step must be taken by all ranks or by none.
 """
 
 from __future__ import annotations
@@ -36,16 +36,17 @@ def check_plain_shards(
     replaced: Sequence[Tensor] | None = (),
     instead: str | None = None,
 ) -> None:
-    """Refuses shards in plain tensors without a group of the ranks that hold them.
+    """Raises an error for shards in plain tensors if the group of their ranks was not given.
 
-    Through `patch_torch`, where a trainer may combine the norms of shards itself, it warns once.
+    In functions patched by `patch_torch`, it only warns, once, since a trainer may combine the
+    norms of the shards itself.
 
     Args:
         tensors: The tensors to guard or measure.
         group: See `Group`.
-        replaced: Parameters that `tensors` have replaced. None: called from a function at every
-            step; a list without shards is not searched again.
-        instead: What to do if no group can be passed. Default: None.
+        replaced: Parameters that `tensors` have replaced. None: for functions called at every step;
+            a list without shards is then not searched again. Default: ().
+        instead: Advice for callers that cannot pass a group. Default: None.
 
     Raises:
         ValueError: Shards were found; the message says what to pass.
@@ -83,7 +84,7 @@ def check_plain_shards(
 
 
 def check_sharded_optimizer(optimizer: object, group: Group) -> None:
-    """Refuses a `ZeroRedundancyOptimizer` on several ranks without `Replicated`.
+    """Raises an error for a `ZeroRedundancyOptimizer` on several ranks without `Replicated`.
 
     Raises:
         ValueError: The message says what to pass.
@@ -92,14 +93,13 @@ def check_sharded_optimizer(optimizer: object, group: Group) -> None:
     if sharded and several_ranks() and not isinstance(group, Replicated):
         raise ValueError(
             "ZeroRedundancyOptimizer updates different parameters on each rank, from gradients "
-            "that "
-            "all ranks hold, so all of them must decide together; pass "
+            "that all ranks hold, so all ranks must decide together; pass "
             "group=fastguard.Replicated(torch.distributed.group.WORLD)"
         )
 
 
 _cleared = WeakIdKeyDictionary()
-"""The first tensor of each list without shards, and the length of the list."""
+"""The lists that were found to be without shards: the length of each, by its first tensor."""
 
 
 def is_managed(p: Tensor) -> bool:
@@ -108,8 +108,8 @@ def is_managed(p: Tensor) -> bool:
     return "_fsdp_flattened" in marks or "ds_id" in marks
 
 
-def what_reshaped(tensors: Sequence[Tensor]) -> str | None:
-    """Returns what has split or flattened one of these tensors; None if each has its own shape."""
+def engine_of(tensors: Sequence[Tensor]) -> str | None:
+    """Returns the engine that has split or flattened some of these tensors, or None."""
     managed = [t for t in tensors if is_managed(t)]
     if any(hasattr(t, "_unpadded_unsharded_size") for t in managed):
         return FSDP1
@@ -122,12 +122,12 @@ def what_reshaped(tensors: Sequence[Tensor]) -> str | None:
 
 
 def _is_cleared(tensors: Sequence[Tensor]) -> bool:
-    """Whether a list was searched before, since functions receive it at every step."""
+    """Whether an earlier call found no shards in this list."""
     return not tensors or _cleared.get(tensors[0]) == len(tensors)
 
 
 def _kind(tensors: Sequence[Tensor], replaced: Sequence[Tensor]) -> str | None:
-    """Returns what sharded these tensors; None if unknown."""
+    """Returns the engine that has sharded these tensors, or None."""
     marks = [getattr(t, "__dict__", {}) for t in tensors]
     flattened = [t for t, marks_ in zip(tensors, marks, strict=True) if "_fsdp_flattened" in marks_]
     if flattened and _are_flat_shards(flattened):
@@ -146,11 +146,11 @@ def _are_flat_shards(flattened: Sequence[Tensor]) -> bool:
     flat = [t for t in flattened if hasattr(t, "_unpadded_unsharded_size")]
     if flat:
         return any(map(_is_split, flat))
-    # Original parameters: a shard is a range of the flat one, or empty, whatever shape it had.
+    # Original parameters: each shard is a range of the flat parameter, or empty; it is 1-d.
     ranges = [t for t in flattened if t.dim() == 1]
     if not ranges:
         return False
-    # With NO_SHARD, a bias is a range too, and nothing on it tells the two apart.
+    # With NO_SHARD a whole bias is 1-d too, so only the flat parameters tell.
     flat = _flat_parameters_of(ranges)
     if flat:
         return any(map(_is_split, flat))
@@ -165,8 +165,8 @@ def _is_split(flat: Tensor) -> bool:
 def _flat_parameters_of(originals: Sequence[Tensor]) -> list[Tensor]:
     """Returns the flat parameters of FSDP1 that contain one of these original parameters.
 
-    Originals don't refer to their flat parameter, so this searches all objects in memory (0.1 s for
-    a million). It finds nothing after `gc.freeze`.
+    Original parameters do not refer to their flat parameter, so this searches all objects in memory
+    (0.1 s for a million). It finds nothing after `gc.freeze`.
     """
     wanted = set(map(id, originals))
     flat = (o for o in gc.get_objects() if issubclass(type(o), Tensor) and hasattr(o, "_params"))
@@ -181,7 +181,6 @@ def _warn_of_local_norm(kind: str) -> None:
         _warned.add(kind)
         log.warning(
             "torch.nn.utils was given shards of %s in plain tensors; as in torch, the norm covers "
-            "only "
-            "the shards of this rank",
+            "only the shards of this rank",
             kind,
         )

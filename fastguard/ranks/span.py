@@ -1,14 +1,14 @@
-"""Finds the ranks that the meshes of some tensors span together, and one process group over them.
+"""Finds the ranks that are connected by the meshes of some tensors, and a process group over them.
 
-A mesh holds the ranks of one slice of its root: with a root of pipeline stages, `root["dp"]` on
-rank 0 is the first stage only. The ranks that exchange numbers are those connected by such slices:
-all ranks in the same slice as this one, all in the same slice as one of these, and so on. Every
-rank among them finds the same set, because the slices of one kind partition the whole root. A rank
-outside it (another pipeline stage) is neither needed nor waited for.
+A mesh contains the ranks of one slice of its root mesh: if the root has pipeline stages,
+`root["dp"]` on rank 0 contains ranks of the first stage only. The ranks that exchange numbers are
+those connected by slices: all ranks in the same slice as this one, all ranks in the same slice as
+one of these, and so on. Each of them finds the same set, because the slices of one kind partition
+the whole root. Ranks outside the set (other pipeline stages) do not take part.
 
     root (pp=2, dp=2, tp=2); tensors on root["dp"] and root["tp"]    the 4 ranks of a stage
     the same tensors, group=root["pp"].get_group()                   all 8 ranks
-    dense tensors on (dp), experts on (ep, efsdp) of another view    the ranks that both reach
+    dense tensors on (dp), experts on (ep, efsdp) of another view    the ranks of both
 """
 
 from __future__ import annotations
@@ -34,11 +34,10 @@ class Span:
     """The ranks that exchange numbers.
 
     Attributes:
-        ranks: Their global numbers, in order.
-        group: A process group over them; None if this rank is not one of them, or there is no
-            other.
+        ranks: Their global ranks, in order.
+        group: A process group over them; None if this rank is not among them, or is the only one.
         n_root: Number of ranks in the root meshes; 0 without a mesh.
-        n_outside: How many of those are not among `ranks`.
+        n_outside: Number of ranks in the root meshes that are not among `ranks`.
     """
 
     ranks: tuple[int, ...]
@@ -48,7 +47,7 @@ class Span:
 
 
 def span_of(meshes: Sequence[DeviceMesh], own: ProcessGroup | None) -> Span:
-    """Returns the span of meshes and a group; the same object for the same arguments.
+    """Returns the ranks connected by meshes and a group; the same object for the same arguments.
 
     The first call with these meshes may create a process group, which only its members join.
 
@@ -57,15 +56,15 @@ def span_of(meshes: Sequence[DeviceMesh], own: ProcessGroup | None) -> Span:
         own: The process group that the user gave, or None.
 
     Raises:
-        ValueError: They overlap and no root mesh contains them all, so each rank would find
-            different peers.
+        ValueError: Two root meshes, or one and the group, overlap and neither contains the other,
+            so that ranks would find different sets.
     """
     # By identity: equal meshes of two roots, or of two runs in one process, span different ranks.
     parts = (dist.group.WORLD, own, *meshes)
     key = tuple(map(id, parts))
     known = _spans.get(key)
     if known is None:
-        # keeping the parts alive keeps their ids unique
+        # Stored with its parts, so that no other object gets the id of one.
         known = _spans[key] = (parts, _found(meshes, own))
         while len(_spans) > KEPT:
             _spans.popitem(last=False)
@@ -74,12 +73,12 @@ def span_of(meshes: Sequence[DeviceMesh], own: ProcessGroup | None) -> Span:
 
 def ranks_of(mesh: DeviceMesh) -> list[int]:
     """Returns the global ranks of a mesh, row by row."""
-    with _disable_current_modes():  # read real numbers even if tensors are fake
+    with _disable_current_modes():  # so that FakeTensorMode does not replace the mesh's tensor
         return mesh.mesh.flatten().tolist()
 
 
 KEPT = 64
-"""Number of spans to remember; a model has one or two."""
+"""Number of cached spans; a model has one or two."""
 
 _spans: OrderedDict[tuple[int, ...], tuple[tuple[Any, ...], Span]] = OrderedDict()
 
@@ -89,7 +88,7 @@ def _found(meshes: Sequence[DeviceMesh], own: ProcessGroup | None) -> Span:
     own_ranks = [] if own is None else dist.get_process_group_ranks(own)
     _check_nested([*roots.values(), own_ranks])
     slices = [Slices(ranks_of(mesh), roots[id(root_mesh_of(mesh))]) for mesh in meshes]
-    # A group such as mesh["pp"].get_group() is also one slice, of the root that has all its ranks.
+    # A group such as mesh["pp"].get_group() is also a slice, of the root that contains its ranks.
     home = next((r for r in roots.values() if set(own_ranks) <= set(r)), own_ranks)
     slices.append(Slices(own_ranks, home))
     ranks = tuple(sorted(_connected(slices)))
@@ -99,14 +98,14 @@ def _found(meshes: Sequence[DeviceMesh], own: ProcessGroup | None) -> Span:
 
 
 class Slices:
-    """All slices of one kind in a root: they differ from a given slice only by position.
+    """All slices of one kind in a root mesh, which are shifted copies of a given slice.
 
-    In root order, the positions in a slice are `start + sum of k_i * stride_i` with `0 <= k_i <
-    n_i`; other slices have other starts. Ranks that do not form such a grid are the only slice of
-    their kind.
+    A slice contains the positions `start + sum of k_i * stride_i` of the root, with `0 <= k_i <
+    n_i`; slices of the same kind differ in `start`. If the given ranks do not form such a grid,
+    there is no other slice of their kind.
 
     Args:
-        ranks: One slice.
+        ranks: The ranks of one slice.
         root: The ranks of the root, row by row.
     """
 
@@ -121,17 +120,17 @@ class Slices:
             self._digits = None
 
     def start_of(self, rank: int) -> int | None:
-        """Returns the first position of the slice that contains a rank; None if there is none."""
+        """Returns the start of the slice that contains a rank; None if there is none."""
         if self._digits is None:
             return 0 if rank in self.first else None
         place = self._place.get(rank)
         return None if place is None else self._start(place)
 
     def at(self, start: int) -> Sequence[int]:
-        """Returns the ranks of a slice."""
+        """Returns the ranks of the slice with this start."""
         if self._digits is None:
             return self.first
-        # A root may end within a slice if the ranks are a list that no mesh is divided into.
+        # The ranks of a user's group need not divide the root, whose end may then cut a slice.
         ends = (start + offset for offset in self._offsets)
         return [self._root[place] for place in ends if place < len(self._root)]
 
@@ -158,8 +157,8 @@ def _digits(offsets: Sequence[int]) -> list[tuple[int, int]] | None:
 
 
 def _connected(slices: Sequence[Slices]) -> set[int]:
-    """Returns all ranks that slices connect with one another."""
-    # Start with all first slices: a rank may hold tensors of a mesh it does not belong to.
+    """Returns all ranks that are connected by slices."""
+    # Start with every given slice, since a rank may hold tensors of a mesh it does not belong to.
     found = set().union(*(s.first for s in slices))
     waiting = list(found)
     done: set[tuple[int, int]] = set()
@@ -201,7 +200,7 @@ def _group_over(
         if group is not None and _is_over(group, ranks):
             return group
     there = [group for mesh in meshes if me in ranks_of(mesh) for group in _groups_of(mesh)]
-    # Ordered by name, because the order of their tensors may differ between ranks.
+    # Chosen by name, so that all ranks choose the same: the order of tensors may differ.
     found = [group for group in there if _is_over(group, ranks) and not _is_fake(group, world)]
     if found:
         return min(found, key=lambda group: group.group_name)
@@ -221,5 +220,5 @@ def _is_over(group: ProcessGroup, ranks: tuple[int, ...]) -> bool:
 
 
 def _is_fake(group: ProcessGroup, world: ProcessGroup) -> bool:
-    """Whether a group exchanges nothing, as trainers create for dimensions without tensors."""
+    """Whether a group cannot communicate; trainers create such groups for unused dimensions."""
     return dist.get_backend(group) == "fake" != dist.get_backend(world)

@@ -2,13 +2,14 @@
 
     norm^p = sum over the ranks of the team of   sum over its local elements of |g|^p / copies(g)
 
-`copies(g)` is the number of ranks in the team that hold the same elements: n / shards for a DTensor
-with that many shards (given by its placements) among n ranks, n for a plain tensor beside DTensors
-or in a `Replicated` group, 1 for a plain tensor in a plain group. So every element of the model
-counts once, however it is distributed; ranks with an empty shard or no tensors add nothing.
+`copies(g)` is the number of ranks in the team that hold the same elements. In a team of n ranks it
+is n / shards for a DTensor, whose placements give the number of shards; n for a plain tensor beside
+DTensors or in a `Replicated` group; 1 for a plain tensor in a plain process group. Thus every
+element of the model counts once, however it is distributed. Ranks with an empty shard or without
+tensors add nothing.
 
-Tensors with the same weight form a class. Each class is measured as its own segment, so the stages
-need no knowledge of weights.
+Tensors with the same weight, `1 / copies`, form a class. Each class is measured as a segment of its
+own, so that the stages need not know about weights.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ log: logging.Logger = logging.getLogger("fastguard")
 
 @dataclass(frozen=True, eq=False)
 class Sharing:
-    """How the sums of this rank enter those of its team.
+    """The weights of this rank's tensors in the sums of its team.
 
     Attributes:
-        team: The ranks that exchange them.
+        team: The ranks that decide together.
         weights: `1 / copies` of each class.
         classes: The class of each tensor; None if there is only one class.
-        partial: Whether a tensor still has to be reduced.
+        partial: Whether some tensor is partial and still has to be reduced.
     """
 
     team: Team
@@ -53,7 +54,7 @@ class Sharing:
     partial: bool = False
 
     def refined(self, segments: Sequence[int] | None, n_segments: int) -> Sequence[int] | None:
-        """Returns the segments to measure: those of class c are `c * n_segments + segment`."""
+        """Returns the segment of each tensor to measure: `class * n_segments + segment`."""
         if self.classes is None:
             return segments
         if segments is None:
@@ -67,6 +68,12 @@ class Team:
     Args:
         span: These ranks, including this one.
         group: See `Group`.
+
+    Attributes:
+        group: A process group over the ranks.
+        size: Number of ranks.
+        distinct: Whether the ranks of the user's group hold different plain tensors.
+        rank: The global rank of this process.
     """
 
     def __init__(self, span: Span, group: Group) -> None:
@@ -89,12 +96,11 @@ class Team:
 
     @property
     def has_dtensors(self) -> bool:
-        """Whether any tensor lies on a mesh."""
+        """Whether any tensor is a DTensor."""
         return not self._all_plain
 
     def device_for(self, device: torch.device) -> torch.device:
-        """Returns the device of the vector to send: that of the gradients, if the backend supports
-        it."""
+        """Returns the device of the vector to send: the given one if the backend supports it."""
         served = [d.type for d in self.group._device_types]
         if not served or device.type in served:
             return device
@@ -102,13 +108,12 @@ class Team:
 
     @cached_property
     def meets_on_host(self) -> bool:
-        """Whether every rank's vector is on a CPU, where reading it needs no sync."""
+        """Whether the vector is on a CPU on every rank, where reading it needs no sync."""
         served = {d.type for d in self.group._device_types} - {"cpu"}
         return not (served and torch.accelerator.is_available())
 
     def sharing(self, tensors: Sequence[Tensor]) -> Sharing:
-        """Returns the weights of tensors, one per tensor; cached while their placement is
-        unchanged."""
+        """Returns the weights of tensors; cached as long as their placements do not change."""
         specs = [None] if self._all_plain else list(map(_spec_of, tensors))
         known = self._specs
         if self._sharing is None or len(specs) != len(known) or not all(map(is_, specs, known)):
@@ -116,9 +121,9 @@ class Team:
         return self._sharing
 
     def sharing_of_gradients(self, parameters: Sequence[Tensor]) -> Sharing:
-        """Returns the weights of gradients; reduces partial ones first, with one collective each.
+        """Reduces partial gradients, with one collective each, and returns the weights of all.
 
-        A parameter without a gradient is used itself.
+        A parameter without a gradient takes the place of its gradient.
         """
         sharing = self.sharing([p if p.grad is None else p.grad for p in parameters])
         if sharing.partial:
@@ -136,7 +141,7 @@ class Team:
         return Sharing(self, weights, [index[weight] for weight in of_spec], partial)
 
     def _weight(self, spec: Any) -> float:
-        """Returns 1 / copies of a DTensor with this spec; None: a plain tensor."""
+        """Returns `1 / copies` of a DTensor with this spec, or of a plain tensor (None)."""
         if spec is None:
             return (len(self._own_ranks) if self.distinct else 1) / self.size
         key = (id(spec.mesh), spec.placements)
@@ -144,7 +149,7 @@ class Team:
             shards = 1
             for size, placement in zip(spec.mesh.shape, spec.placements, strict=True):
                 shards *= size if _is_sharded(placement) else 1
-            if self.distinct:  # over the group, every mesh holds different elements
+            if self.distinct:  # the ranks of the group hold different elements
                 inside = set(self._own_ranks).intersection(ranks_of(spec.mesh))
                 shards *= len(self._own_ranks) / max(1, len(inside))
             self._weights[key] = shards / self.size
@@ -152,7 +157,7 @@ class Team:
 
 
 def team_of(tensors: Sequence[Tensor], group: Group) -> Team | None:
-    """Returns the team of a rank; None if it decides alone.
+    """Returns the team of this rank; None if it decides alone.
 
     Args:
         tensors: The parameters of this rank, or other tensors to measure.
@@ -185,7 +190,7 @@ def _spec_of(t: Tensor) -> Any:
 
 
 def _is_sharded(placement: Any) -> bool:
-    # Not is_shard(), which is False for the strided shards of FSDP over tensor parallelism.
+    # Not is_shard(), which is False for the strided shards of FSDP with tensor parallelism.
     return not (placement.is_replicate() or placement.is_partial())
 
 
@@ -193,15 +198,15 @@ _warned_of: set[tuple[int, ...]] = set()
 
 
 def _warn_of_larger_root(span: Span) -> None:
-    """Warns once that some ranks of the root, which hold other parameters, are not included."""
+    """Warns once if some ranks of the root mesh are not part of the team."""
     if not span.n_outside or span.ranks in _warned_of:
         return
     _warned_of.add(span.ranks)
     log.warning(
         "the meshes of the parameters span %s of the %d ranks of their root mesh, and only these "
-        "ranks "
-        "share the norm and the decision. If the others hold other parts of the model "
-        "(pipeline stages), pass their group=, such as mesh['pp'].get_group()",
+        "ranks share the norm and the decision. If the others hold other parts of the model "
+        "(pipeline stages), pass a group that includes them, such as "
+        "group=mesh['pp'].get_group()",
         len(span.ranks),
         span.n_root,
     )

@@ -349,7 +349,7 @@ def test_no_number_is_used_twice_whatever_is_put_into_the_folder(tmp_path, caplo
     with CheckpointStore(tmp_path, keep=9) as store:
         assert steps(store) == [0, 2, 3]
         assert save(store, 4).serial == 100
-    assert caplog.text.count("step-000000009.000099.pt is left alone") == 1
+    assert caplog.text.count("step-000000009.000099.pt is ignored") == 1
 
 
 class Bomb:

@@ -330,7 +330,7 @@ def test_an_order_that_changes_no_coefficient_is_let_be(two: Ranks, case: str) -
 
 
 def order_of_stages() -> str:
-    """The ranks of a plain group hold different tensors, so nothing is to be compared."""
+    """The ranks of a process group hold different tensors, so nothing is compared."""
     opt = guarded("plain", ((1, 2), (2, 1))[dist.get_rank()], clip_scope="group", max_norm=1.0)
     opt.step()
     return str(opt.records()[0].action)

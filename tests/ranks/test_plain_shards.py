@@ -208,7 +208,7 @@ def test_adaptive_clipping_refuses_tensors_without_their_units(
             continue
         assert "is a part of a flat tensor of FullyShardedDataParallel" in of_function
         assert "max_norm=1.0" in of_function
-        assert of_guard == of_function or "the ranks of a plain group hold different" in of_guard
+        assert of_guard == of_function or "the ranks of a process group hold different" in of_guard
 
 
 def a_trainers_own_recipe() -> tuple[float, float, list[str]]:
