@@ -12,7 +12,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "config.md"
 
 
 @pytest.mark.parametrize("section", ["checkpoints", "activations", "batch", "rollback", "schedule"])
-def test_the_loop_of_the_page_bears_a_section_that_is_gone(
+def test_the_loop_in_the_docs_works_without_any_one_section(
     section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

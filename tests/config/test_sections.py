@@ -93,7 +93,7 @@ class Sdf(torch.nn.Module):
         return self.decoder(self.latents(i))
 
 
-def test_toml_and_yaml_say_the_same(tmp_path: Path) -> None:
+def test_toml_and_yaml_give_the_same_configuration(tmp_path: Path) -> None:
     require("yaml")
     (tmp_path / "guard.toml").write_text(TOML)
     (tmp_path / "guard.yaml").write_text(YAML)
@@ -105,9 +105,7 @@ def test_toml_and_yaml_say_the_same(tmp_path: Path) -> None:
     }
 
 
-def test_everything_that_is_configured_is_in_force(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_setting_takes_effect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "guard.toml").write_text(TOML)
     config = GuardConfig.from_file("guard.toml")
@@ -218,7 +216,7 @@ def test_a_wrap_that_fails_changes_nothing(
     assert len(closed) == (settings["records"]["jsonl"] == "r.jsonl")
 
 
-def test_own_limits_of_some_parameters() -> None:
+def test_groups_set_limits_of_some_parameters() -> None:
     """The first pattern counts; what a section leaves out stays as the group had it."""
     model, other = Sdf(), torch.nn.Parameter(torch.zeros(1))
     groups = {"decoder.*": {"clip_value": 1.0}, "*": {"max_norm": 2.0}}
@@ -346,7 +344,7 @@ def test_files_that_do_not_parse_are_named(tmp_path: Path) -> None:
         ("guard:\nbatch: {}", "guard", "guard: {}"),
     ],
 )
-def test_an_empty_section_of_yaml_is_not_silently_off(
+def test_an_empty_yaml_section_is_an_error(
     text: str, name: str, write: str, tmp_path: Path
 ) -> None:
     require("yaml")
@@ -375,7 +373,7 @@ def test_a_file_nested_too_deeply_is_refused(suffix: str, tmp_path: Path) -> Non
         ("spike:\n  loss: {max: 1.0}\n  grad_norm: {max: 2.0, max: 3.0}\n", "max", "3 and 3"),
     ],
 )
-def test_a_section_or_key_twice_in_yaml_is_refused(
+def test_a_repeated_section_or_key_in_yaml_is_an_error(
     text: str, name: str, lines: str, tmp_path: Path
 ) -> None:
     require("yaml")
@@ -385,7 +383,7 @@ def test_a_section_or_key_twice_in_yaml_is_refused(
         GuardConfig.from_file(path)
 
 
-def test_a_yaml_alias_is_no_repetition(tmp_path: Path) -> None:
+def test_a_yaml_alias_is_not_a_repetition(tmp_path: Path) -> None:
     require("yaml")
     path = tmp_path / "guard.yaml"
     path.write_text("spike:\n  loss: &limit {max: 3.0}\n  grad_norm: *limit\n")
@@ -395,14 +393,16 @@ def test_a_yaml_alias_is_no_repetition(tmp_path: Path) -> None:
     }
 
 
-def test_what_a_configuration_holds_makes_it_again() -> None:
+def test_a_configuration_can_be_rebuilt_from_its_values() -> None:
     config = GuardConfig.from_dict({"rollback": {}, "schedule": {"warmup": {"steps": 3}}})
     assert config.rollback is not None and config.batch is None
     assert GuardConfig.from_dict(dataclasses.asdict(config)) == config
 
 
 @pytest.mark.parametrize("given", ["1e-6", "1e6", "-2.5e3", ".5E3"])
-def test_a_number_that_yaml_takes_for_text(given: str, tmp_path: Path) -> None:
+def test_a_number_that_yaml_reads_as_text_is_an_error_with_a_remedy(
+    given: str, tmp_path: Path
+) -> None:
     yaml = require("yaml")
     assert isinstance(yaml.safe_load(given), str) and isinstance(yaml.safe_load("1.0e-6"), float)
     path = tmp_path / "guard.yaml"
@@ -420,7 +420,7 @@ def test_a_number_that_yaml_takes_for_text(given: str, tmp_path: Path) -> None:
             GuardConfig.from_file(path)
 
 
-def test_yaml_is_read_and_not_run_and_may_be_empty(tmp_path: Path) -> None:
+def test_yaml_is_parsed_without_executing_it_and_may_be_empty(tmp_path: Path) -> None:
     require("yaml")
     path = tmp_path / "guard.yaml"
     path.write_text(f"guard: !!python/object/apply:os.mkdir [{tmp_path}/executed]")
@@ -444,7 +444,7 @@ def test_yaml_is_read_and_not_run_and_may_be_empty(tmp_path: Path) -> None:
     ],
     ids=lambda x: x.__name__,
 )
-def test_a_section_has_the_defaults_of_what_it_configures(section, callee) -> None:
+def test_a_section_has_the_defaults_of_the_class_it_configures(section, callee) -> None:
     parameters = inspect.signature(callee).parameters
     compared = 0
     for field in dataclasses.fields(section):
@@ -471,7 +471,7 @@ def test_the_limit_may_be_a_rule(settings, rule):
     assert opt.max_norm == rule
 
 
-def test_the_limit_may_be_that_of_units():
+def test_the_limit_may_apply_to_units():
     settings = {"max_norm": {"rule": "AGC", "exclude": ["head"]}, "clip_scope": "unit"}
     config = GuardConfig.from_dict({"guard": settings})
     model = torch.nn.ModuleDict({"body": torch.nn.Linear(2, 1), "head": torch.nn.Linear(1, 1)})
@@ -491,7 +491,7 @@ def test_the_limit_may_be_that_of_units():
         ({"rule": "ZClip", "z": -1.0}, "guard.max_norm: ZClip z=-1.0 must be"),
     ],
 )
-def test_a_rule_that_makes_no_sense_is_refused(settings, text):
+def test_an_invalid_rule_is_an_error(settings, text):
     with pytest.raises(ValueError, match="max_norm") as caught:
         GuardConfig.from_dict({"guard": {"max_norm": settings}})
     assert text in str(caught.value)

@@ -89,7 +89,7 @@ TAKERS = {
 
 
 @pytest.mark.parametrize("take", TAKERS.values(), ids=TAKERS.keys())
-def test_bools_and_texts_are_no_numbers(take):
+def test_bools_and_texts_are_not_numbers(take):
     for wrong in (True, False, "1.0", b"1", np.True_, torch.tensor(True)):
         with pytest.raises(TypeError):
             take(wrong)
@@ -136,7 +136,7 @@ WORDS = {
 
 
 @pytest.mark.parametrize("name", WORDS)
-def test_a_number_too_long_to_be_written_is_named_where_no_number_is_meant(name):
+def test_a_huge_integer_where_none_is_expected_is_named(name):
     with pytest.raises((TypeError, ValueError), match=f"{name.strip()}=.*int") as error:
         WORDS[name](10**5000)
     assert "Exceeds the limit" not in str(error.value) and len(str(error.value)) < 300
@@ -159,7 +159,7 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_a_count_that_no_counter_holds_is_named(name):
+def test_a_count_beyond_int64_is_named(name):
     """Counters are int64, and so are the files and tensors that counts go into."""
     argument = name.removesuffix(" of a sink").removeprefix("GuardConfig ")
     for huge in (2**63, HUGE, -HUGE, 10**5000, -(10**5000)):
@@ -174,7 +174,7 @@ def test_a_window_is_not_larger_than_a_device_holds():
     assert fastguard.SpikeRule(window=2**20).window == 2**20
 
 
-def test_what_is_a_count():
+def test_integers_in_range_are_counts():
     assert count_of("n", 3, 3, 3) == 3
     for wrong in (2, 4, True, 3.0, "3", None):
         with pytest.raises(ValueError, match=r"n=.* must be None or an integer >= 3"):
@@ -184,7 +184,7 @@ def test_what_is_a_count():
 
 
 @pytest.mark.parametrize("value", [True, torch.tensor(True)], ids=str)
-def test_a_bool_is_no_norm_type(value):
+def test_a_bool_is_not_a_norm_type(value):
     with pytest.raises(TypeError, match=r"norm_type=.*True.* is not a number"):
         fastguard.clip_grad_norm_(parameters(), 1.0, value)
 
@@ -200,17 +200,17 @@ def test_a_bool_is_no_norm_type(value):
         (lambda n: fastguard.Rollback(guarded(), {}, after_skips=n), True),
     ],
 )
-def test_a_bool_is_no_count(taker, wrong):
+def test_a_bool_is_not_a_count(taker, wrong):
     with pytest.raises(ValueError, match="=True must be"):
         taker(wrong)
 
 
-def test_a_bool_is_no_loss_scale():
+def test_a_bool_is_not_a_loss_scale():
     with pytest.raises(TypeError, match="loss_scale=True"):
         check_loss_scale(True)
 
 
-def test_what_is_a_number():
+def test_numbers_of_many_types_are_accepted():
     for one in (1, 1.0, np.float16(1), np.int8(1), Fraction(1), torch.ones(()), torch.ones(1, 1)):
         number = number_of("x", one)
         assert type(number) is float and number == 1.0
@@ -225,7 +225,7 @@ def test_what_is_a_number():
 
 @pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.parametrize("wrong", [True, "1.0"], ids=repr)
-def test_compiled_calls_refuse_them_too(wrong, fullgraph):
+def test_compiled_calls_raise_the_same_errors(wrong, fullgraph):
     """In a graph that must be whole, dynamo reports the error in its own words."""
     expected = torch._dynamo.exc.Unsupported if fullgraph else TypeError
     for take in (TAKERS["clip_grad_norm_"], TAKERS["clip_grad_value_"]):
@@ -251,7 +251,7 @@ def warnings_of(call, times=3):
     return [w for w in caught if "sets every gradient to zero" in str(w.message)]
 
 
-def test_a_limit_of_zero_is_torchs_and_warns_once():
+def test_a_limit_of_zero_acts_as_in_torch_and_warns_once():
     params = parameters()
     (warning,) = warnings_of(lambda: fastguard.clip_grad_norm_(params, 0))
     assert "max_norm=0 " in str(warning.message) and "max_norm=None" in str(warning.message)

@@ -49,12 +49,12 @@ QUIET = {
 
 
 @pytest.mark.parametrize("case", QUIET)
-def test_the_start_is_quiet_where_the_program_says_so(case):
+def test_the_announcement_respects_the_log_level(case):
     (incident,) = stderr_of(QUIET[case] + "\n")
     assert "fastguard: step 1 skipped" in incident
 
 
-def test_a_handler_of_the_program_serves_instead():
+def test_a_handler_of_the_program_replaces_the_last_resort():
     setup = (
         "import logging; logging.basicConfig(level='INFO', format='[%(levelname)s] %(message)s')"
     )

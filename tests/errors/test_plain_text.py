@@ -44,11 +44,11 @@ def test_every_character_that_is_not_printable_is_escaped(hostile: str) -> None:
     assert text == f"head{hostile!r}.weight".replace("'", "")
 
 
-def test_letters_of_all_scripts_and_spaces_stay() -> None:
+def test_letters_of_all_scripts_and_spaces_are_kept() -> None:
     assert printable("größe\tπ 損失\u3000\xa0é👍") == "größe π 損失  é👍"
 
 
-def test_text_has_a_limit() -> None:
+def test_text_is_shortened_to_a_limit() -> None:
     assert printable("x" * 100, 10) == "x" * 9 + "…"
     assert len(shown([0] * 10**5)) == 60 and len(shown([0] * 10**5, 200)) == 200
 
@@ -60,7 +60,7 @@ class Raises:
     __repr__ = __str__
 
 
-def test_what_cannot_be_shown_says_so() -> None:
+def test_values_that_cannot_be_shown_are_marked() -> None:
     deep: list = []
     for _ in range(200_000):
         deep = [deep]
@@ -115,7 +115,7 @@ def test_an_error_names_parameters_and_losses_in_one_line(hostile: str) -> None:
     assert_is_plain(str(raised.value))
 
 
-def test_a_name_without_end_does_not_fill_the_message() -> None:
+def test_a_very_long_name_is_shortened_in_the_message() -> None:
     assert len(describe_culprits([("x" * 10**6, 1, 0, 0)] * 8)) < 4000
 
 
@@ -135,7 +135,7 @@ def test_messages_of_sinks_that_fail_are_plain_text_too(hostile: str, written: i
     assert not any(line.startswith("step 2 applied") for line in traceback)
 
 
-def test_a_sink_that_cannot_be_shown_ends_no_run(written: io.StringIO) -> None:
+def test_a_sink_whose_repr_fails_does_not_end_the_run(written: io.StringIO) -> None:
     class Sink:
         def __repr__(self) -> str:
             return repr(self)  # until the recursion limit
@@ -151,7 +151,7 @@ def test_a_sink_that_cannot_be_shown_ends_no_run(written: io.StringIO) -> None:
     assert "<Sink that cannot be shown: RecursionError> raised" in written.getvalue()
 
 
-def test_an_argument_of_a_log_message_that_cannot_be_shown_ends_no_run(
+def test_a_log_argument_whose_str_fails_does_not_end_the_run(
     written: io.StringIO,
 ) -> None:
     logging.getLogger("fastguard").warning("the file %s, step %d", Raises(), 3)
@@ -181,7 +181,7 @@ def model_with(name: str, weight: float) -> torch.nn.Module:
     return model
 
 
-def test_what_explains_a_bad_step_is_plain_text(hostile: str) -> None:
+def test_the_explanation_of_a_bad_step_is_plain_text(hostile: str) -> None:
     model = model_with(hostile, float("nan"))
     report = fastguard.explain_nonfinite(
         model, {f"x{hostile}": torch.ones(3, 2)}, step=lambda m, b: m(*b.values()).sum()
@@ -199,7 +199,7 @@ def test_a_diagnosis_is_plain_text(hostile: str) -> None:
     assert diagnosis.to_json().replace("\n", "").isprintable()
 
 
-def test_meters_and_checks_of_batches_and_outputs_tell_plain_text(hostile: str) -> None:
+def test_meters_and_batch_checks_print_plain_text(hostile: str) -> None:
     meter = fastguard.LossMeter()
     meter.update({f"a{hostile}": torch.tensor(float("nan"))}, tag=hostile)
     assert_are_plain(str(meter), range(1, 4))

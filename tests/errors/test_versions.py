@@ -43,7 +43,7 @@ def test_no_other_file_asks_for_a_version():
     assert found == {}
 
 
-def test_a_comparison_of_versions_is_found():
+def test_the_search_finds_version_comparisons():
     assert asks_for_a_version(ast.parse("x = 1\nif torch.__version__ < (2, 12): pass")) == [2]
     assert asks_for_a_version(ast.parse("assert f.__version__ == '1'")) == []
 
@@ -61,7 +61,7 @@ def test_the_numbers_of_a_version(version, numbers):
     assert versions.numbers_of(version) == numbers
 
 
-def test_what_is_said_to_be_missing_is_missing():
+def test_features_listed_as_missing_are_missing():
     p = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
     assert hasattr(p, "grad_dtype") is not versions.GRAD_DTYPE.missing
     adagrad = torch.optim.Adagrad([nn.Parameter(torch.zeros(1))], fused=True)
@@ -69,7 +69,7 @@ def test_what_is_said_to_be_missing_is_missing():
     assert obeys is not versions.FUSED_ADAGRAD.missing
 
 
-def test_the_dtype_of_a_gradient_to_come():
+def test_the_dtype_of_a_future_gradient():
     p = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
     assert versions.grad_dtype_of(p) == torch.bfloat16
     if not versions.GRAD_DTYPE.missing:

@@ -40,7 +40,7 @@ def test_a_missing_gradient_keeps_its_number():
     assert bucket.segment is None
 
 
-def test_one_bucket_a_dtype_in_order_of_appearance():
+def test_one_bucket_per_dtype_in_order_of_appearance():
     dtypes = [torch.bfloat16, torch.float32, torch.bfloat16, torch.float64]
     buckets = bucketize([torch.ones(1, dtype=d) for d in dtypes], segments=[0, 1, 0, 1])
     assert [b.dtype for b in buckets.buckets] == [torch.bfloat16, torch.float32, torch.float64]
@@ -49,7 +49,7 @@ def test_one_bucket_a_dtype_in_order_of_appearance():
     assert buckets.float64
 
 
-def test_results_live_where_asked_else_with_the_first_gradient():
+def test_results_are_on_the_requested_device_or_that_of_the_first_gradient():
     meta = torch.device("meta")  # a second device that every machine has
     grads = [torch.ones(2), torch.ones(2, dtype=torch.float64, device=meta)]
     assert bucketize(grads).device == torch.device("cpu")
@@ -65,7 +65,7 @@ def test_missing_gradients_and_several_dtypes_together():
     assert [list(b.segment_ids) for b in buckets.buckets] == [[1, 4], [2]]
 
 
-def test_segments_that_are_all_zero_behave_like_a_list():
+def test_segment_ids_that_are_all_zero_behave_like_a_list():
     (bucket,) = bucketize([torch.ones(1)] * 3).buckets
     same = bucket.segment_ids
     assert (len(same), list(same), same[1:], same[-1]) == (3, [0, 0, 0], [0, 0], 0)
@@ -91,7 +91,7 @@ def test_a_copy_stands_for_a_lazily_conjugated_gradient_and_is_written_back():
     assert memory.tolist() == [6 + 8j]
 
 
-def test_kernels_get_no_memory_with_a_negative_bit():
+def test_kernels_never_read_memory_with_a_negative_bit():
     """Nor does its form hide it: the lists of a form are all resolved, or none is."""
     for _ in range(2):
         grads = [torch._neg_view(torch.ones(2, device="meta")) for _ in range(40)]
@@ -121,7 +121,7 @@ REFUSED = {
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
 @pytest.mark.parametrize("kind", REFUSED)
 @pytest.mark.parametrize("place", [0, 1, 3])
-def test_what_cannot_be_measured_is_refused_wherever_it_stands(place, kind):
+def test_gradients_that_cannot_be_measured_are_an_error_anywhere(place, kind):
     make, word = REFUSED[kind]
     grads = [torch.ones(2), None, torch.ones(3), torch.ones(2).half()]
     grads[place] = make()
@@ -184,7 +184,7 @@ A, B = parameters(torch.ones(2), torch.ones(3))
         "a pair without a tensor": ([("a", A), ("b", 3)], "tuple"),
     }.values(),
 )
-def test_other_things_are_refused_with_their_type(items, wrong):
+def test_other_values_are_an_error_with_their_type(items, wrong):
     with pytest.raises(
         TypeError, match=f"(?s)one is a {wrong}: .*{re.escape('model.parameters()')}"
     ):

@@ -14,7 +14,7 @@ YES = torch.ones(())
 
 
 @pytest.mark.parametrize("inv_scale", [None, 0.25])
-def test_clamping_leaves_what_is_to_be_found(inv_scale):
+def test_clamping_keeps_nan_and_inf(inv_scale):
     unit = 1.0 if inv_scale is None else 1 / inv_scale
     grad = torch.tensor([0.5, 3.0, -7.0, NAN, INF, -INF]) * unit
     clamp_finite_([grad], 2.0, None if inv_scale is None else torch.tensor(inv_scale))

@@ -21,7 +21,7 @@ def grads_of(n=N):
     return [torch.randn(2 + i % 3, 4) for i in range(n)]
 
 
-def test_new_tensors_that_look_the_same_are_known_again():
+def test_new_tensors_with_the_same_layout_are_recognised():
     first = bucketize(grads_of()).buckets[0]
     again = bucketize(grads_of()).buckets[0]
     assert again.form is first.form is layout_guards.known_form(grads_of()) is not None
@@ -46,7 +46,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
 @pytest.mark.parametrize("at", [0, N // 2, N - 1])
-def test_a_list_that_differs_anywhere_is_not(other, at):
+def test_a_list_that_differs_anywhere_is_not_recognised(other, at):
     form = bucketize(grads_of()).buckets[0].form
     different = grads_of()
     different[at] = other(different[at])
@@ -55,7 +55,7 @@ def test_a_list_that_differs_anywhere_is_not(other, at):
     assert form.fits(grads_of())
 
 
-def test_short_lists_subclasses_and_complex_gradients_have_no_form_to_know():
+def test_short_lists_subclasses_and_complex_gradients_are_not_recognised():
     assert bucketize(grads_of(layout_guards.FEWEST - 1)).buckets[0].form is None
     assert bucketize(list(map(torch.nn.Parameter, grads_of()))).buckets[0].form is None
     mixed = [*grads_of(), torch.randn(3, dtype=torch.complex64)]
@@ -64,7 +64,7 @@ def test_short_lists_subclasses_and_complex_gradients_have_no_form_to_know():
         assert kinds == [(torch.float32, False), (torch.float32, True)]
 
 
-def test_sets_of_none_gradients_alternate_and_are_few():
+def test_alternating_sets_of_none_gradients_are_all_recognised():
     for i in [*range(6), *range(6)]:
         grads = grads_of()
         grads[i] = None
@@ -76,7 +76,7 @@ def test_sets_of_none_gradients_alternate_and_are_few():
 
 
 @pytest.mark.parametrize("how", ["absent", "refuses", "says no"])
-def test_without_torchs_check_every_list_is_looked_at(how, monkeypatch):
+def test_without_torchs_check_every_list_is_inspected(how, monkeypatch):
     class Guards:
         def __init__(self, *grads, **options):
             if how == "refuses":
@@ -95,7 +95,7 @@ def test_without_torchs_check_every_list_is_looked_at(how, monkeypatch):
     assert not layout_guards._forms
 
 
-def test_buckets_are_those_of_lists_that_are_looked_at(monkeypatch):
+def test_buckets_of_recognised_lists_equal_those_of_inspected_lists(monkeypatch):
     """Lists of two dtypes, some None, in any order: the same buckets, known or not."""
     kinds = [torch.float32, torch.bfloat16]
     lists = []

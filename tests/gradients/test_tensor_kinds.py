@@ -127,7 +127,7 @@ def test_placeholders_of_several_devices_and_dtypes():
     assert stats.segment_norms.shape == (6,) and stats.nan_count.shape == (6,)
 
 
-def test_estimates_of_memory_see_no_copy_of_a_gradient():
+def test_memory_estimates_see_no_copy_of_a_gradient():
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         n = 0
 
@@ -148,7 +148,7 @@ def test_estimates_of_memory_see_no_copy_of_a_gradient():
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 @every_function
-def test_make_fx_records_what_holds_for_other_gradients(name, mode):
+def test_a_graph_recorded_by_make_fx_holds_for_other_gradients(name, mode):
     function = function_of(name)
     graph = make_fx(lambda *gs: outcome(function, list(gs)), tracing_mode=mode)(*some_grads())
     others = [torch.tensor([3.0, -40.0, 5.0, 6.0]), torch.ones(4), torch.full((4,), 7.0)]
@@ -226,7 +226,7 @@ def test_inside_functionalize_and_jit_trace(name):
 
 
 @every_function_and_raise
-def test_a_wrapper_subclass_is_each_of_the_tensors_inside(name):
+def test_a_wrapper_subclass_is_split_into_its_inner_tensors(name):
     function = function_of(name)
     grads = [TwoTensor(g.clone(), g * 3) for g in some_grads()]
     got = function(grads)
@@ -283,7 +283,7 @@ def test_local_tensors_of_simulated_ranks():
             assert total.item() == pytest.approx(2.0)
 
 
-def test_a_subclass_that_only_bears_a_name_is_plain():
+def test_a_subclass_without_dispatch_is_plain():
     class Named(Tensor):
         pass
 
@@ -297,7 +297,7 @@ def test_a_subclass_that_only_bears_a_name_is_plain():
 
 
 @pytest.mark.parametrize("limit", [101.0, 102.0])
-def test_a_first_call_in_any_world_leaves_nothing_behind(limit):
+def test_a_first_call_in_any_mode_leaves_nothing_behind(limit):
     """With limits that no call had before: what is kept for them is made in that world."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -314,7 +314,7 @@ def test_a_first_call_in_any_world_leaves_nothing_behind(limit):
     first(some_grads())
 
 
-def test_what_is_made_to_last_is_plain_under_any_mode():
+def test_lasting_tensors_are_plain_under_any_mode():
     with FakeTensorMode(), torch.inference_mode(), lasting():
         made = torch.ones(2)
     assert type(made) is Tensor and made.tolist() == [1, 1] and not made.is_inference()

@@ -95,7 +95,7 @@ def same(a, b):
     return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
-def test_rollback_keeps_and_restores_them():
+def test_rollback_saves_and_restores_them():
     opt = made()
     weights = torch.nn.ParameterList(parameters_of(opt))
     rollback = Rollback(opt, {"weights": weights}, every=1, after_skips=1)
@@ -111,7 +111,7 @@ def test_rollback_keeps_and_restores_them():
     assert same(everything(train(opt, [4])), everything(train(made(), range(5))))
 
 
-def test_a_snapshot_shares_no_memory_with_them_and_names_what_is_not_finite():
+def test_a_snapshot_shares_no_memory_and_names_nonfinite_tensors():
     slot, opt = Snapshot(), train(made(), range(2))
     p = parameters_of(opt)[1]
     slot.take({"optimizer": opt}, 2, None)
@@ -128,7 +128,7 @@ def test_a_snapshot_shares_no_memory_with_them_and_names_what_is_not_finite():
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda opt: pickle.loads(pickle.dumps(opt))])
-def test_a_copy_of_the_guard_goes_on_by_itself(copied):
+def test_a_copy_of_the_guard_works_independently(copied):
     opt = train(made(), range(2))
     twin = copied(opt)
     before = everything(opt)
@@ -159,7 +159,7 @@ def test_a_checkpoint_store_says_which_class_a_later_process_could_not_load(tmp_
         assert same(everything(opt)[-2:], before[-2:])
 
 
-def test_nested_ones_are_taken_apart_to_the_bottom():
+def test_nested_subclasses_are_split_completely():
     inner = Quantised.of(torch.randn(3))
     outer = Quantised(torch.zeros(3, dtype=torch.int8), inner)
     assert [type(t) for t in plain_tensors(outer)] == [Tensor] * 3
@@ -168,7 +168,7 @@ def test_nested_ones_are_taken_apart_to_the_bottom():
     assert copied.scale.scale != 9.0 and parts_of(copied.scale) is not None
 
 
-def test_attributes_of_a_subclass_come_back_with_it():
+def test_attributes_of_a_subclass_are_restored():
     slot = Snapshot()
     holder = torch.nn.Module()
     holder.state_dict = lambda: {"value": labelled(torch.ones(2), ["a"])}
@@ -181,7 +181,7 @@ def test_attributes_of_a_subclass_come_back_with_it():
     assert type(loaded) is Labelled and loaded.label == ["a"] and loaded.tolist() == [1.0, 1.0]
 
 
-def test_a_tensor_that_takes_no_copies_is_refused_by_name():
+def test_a_tensor_that_cannot_be_copied_is_named():
     class Closed(Tensor):
         @staticmethod
         def __new__(cls, shape):
@@ -207,7 +207,7 @@ def test_a_tensor_that_takes_no_copies_is_refused_by_name():
     ],
     ids=["lock", "meta"],
 )
-def test_whatever_takes_no_copies_is_refused_by_name(value, called):
+def test_values_that_cannot_be_copied_are_named(value, called):
     opt = train(made(), range(1))
     opt.state[parameters_of(opt)[0]]["momentum"] = {"inner": [value]}
     with pytest.raises(TypeError, match=rf"optimizer\.state\.0\.momentum\.inner\.0 is {called}"):
@@ -215,7 +215,7 @@ def test_whatever_takes_no_copies_is_refused_by_name(value, called):
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of (MaskedTensors|nested tensors)")
-def test_a_class_that_copies_itself_and_shows_nothing_is_rolled_back():
+def test_a_class_with_its_own_deepcopy_is_rolled_back():
     """What a MaskedTensor or a strided nested tensor holds, no plain tensor tells."""
     masked = torch.masked.masked_tensor(torch.ones(2), torch.tensor([True, False]))
     nested = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])

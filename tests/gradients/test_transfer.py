@@ -51,13 +51,13 @@ def unscaled():
 
 
 @pytest.mark.parametrize("stage", [measured, scaled, joined, unscaled])
-def test_the_way_to_a_cpu_waits(stage):
+def test_a_transfer_to_the_cpu_waits(stage):
     with WaysHome() as ways:
         stage()
     assert ways.waited and all(ways.waited)
 
 
-def test_no_other_way_does():
+def test_no_other_transfer_syncs():
     seen = []
 
     class Seen(TorchFunctionMode):

@@ -46,7 +46,9 @@ def train(steps, *, before=None, dtype=torch.float32, batches="new", sink=None, 
 @pytest.mark.parametrize("sink", [False, True], ids=["", "sink"])
 @pytest.mark.parametrize("clip", [1.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_gradients_that_come_clipped_to_our_limit_are_told_once(dtype, clip, sink, log, tmp_path):
+def test_gradients_clipped_beforehand_to_our_limit_are_reported_once(
+    dtype, clip, sink, log, tmp_path
+):
     sink = JsonLinesSink(tmp_path / "records.jsonl") if sink else None
     opt = train(400, before=clip, max_norm=clip, dtype=dtype, sink=sink)
     opt.records()
@@ -56,7 +58,7 @@ def test_gradients_that_come_clipped_to_our_limit_are_told_once(dtype, clip, sin
 
 
 @pytest.mark.parametrize("scope", ["group", "tensor"])
-def test_segments_that_come_clipped_to_our_limit_each_are_told_once(scope, log):
+def test_segments_clipped_beforehand_to_our_limit_are_reported_once(scope, log):
     """The norm of the whole model is no round number there, and no one limit."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 4), nn.Linear(4, 4))
@@ -78,7 +80,7 @@ def test_segments_that_come_clipped_to_our_limit_each_are_told_once(scope, log):
 
 @pytest.mark.parametrize("limit", [5.0, None])
 @pytest.mark.parametrize("scope", ["global", "group"])
-def test_gradients_that_come_clipped_to_another_limit_are_told_once(limit, scope, log):
+def test_gradients_clipped_beforehand_to_another_limit_are_reported_once(limit, scope, log):
     opt = train(2 * CONSTANT, before=0.5, max_norm=limit, clip_scope=scope)
     opt.records()
     (message,) = told(log)
@@ -87,7 +89,7 @@ def test_gradients_that_come_clipped_to_another_limit_are_told_once(limit, scope
 
 @pytest.mark.parametrize("batches", ["new", "one"])
 @pytest.mark.parametrize("limit", [1.0, 0.01, None])
-def test_a_loop_that_leaves_clipping_to_the_guard_is_told_nothing(limit, batches, log):
+def test_a_loop_that_leaves_clipping_to_the_guard_is_not_reported(limit, batches, log):
     train(600, max_norm=limit, batches=batches).records()
     assert told(log) == []
 
@@ -114,7 +116,7 @@ def test_an_optimizer_that_the_guard_cannot_clip_is_told_nothing(limit, log):
     assert max(norms) - min(norms) < 1e-5 and told(log) == []
 
 
-def test_a_constant_gradient_is_told_nothing(log):
+def test_a_constant_gradient_is_not_reported(log):
     """A toy, whose norm is the same to the last bit."""
     p = nn.Parameter(torch.zeros(2))
     opt = GuardedOptimizer(torch.optim.SGD([p], lr=0.1), max_norm=1.0)
@@ -163,14 +165,14 @@ def test_norms_of_sound_runs(norms, log):
     assert told(log) == []
 
 
-def test_incidents_say_nothing_of_clipping(log):
+def test_incidents_do_not_count_as_clipping(log):
     advice = Advice()
     for step in range(5 * NEAR_LIMIT):
         advice.check(StepRecord(step, 1.0, 1.0, "skipped", "nonfinite_grad"), 1.0)
     assert told(log) == []
 
 
-def test_a_scale_that_does_not_fall_is_told(log):
+def test_a_scale_that_does_not_fall_is_reported(log):
     """As by a loop that gives `scaler.update` a scale of its own."""
     p = nn.Parameter(torch.zeros(2))
     opt = GuardedOptimizer(torch.optim.SGD([p], lr=0.1))
@@ -185,7 +187,7 @@ def test_a_scale_that_does_not_fall_is_told(log):
 
 
 @pytest.mark.parametrize("backoff", [0.5, 0.9, 0.97])
-def test_a_scale_that_falls_slowly_is_told_nothing(backoff, log):
+def test_a_scale_that_falls_slowly_is_not_reported(backoff, log):
     p = nn.Parameter(torch.zeros(2))
     opt = GuardedOptimizer(torch.optim.SGD([p], lr=0.1))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**50, backoff_factor=backoff)
@@ -199,7 +201,7 @@ def test_a_scale_that_falls_slowly_is_told_nothing(backoff, log):
     assert opt.loss_scale_skips == skips == (30 if backoff == 0.5 else skips) and not log.records
 
 
-def test_searches_with_steps_between_them_are_told_nothing(log):
+def test_searches_with_applied_steps_between_them_are_not_reported(log):
     advice = Advice()
     for step in range(5 * LONGEST_SEARCH):
         reason = "loss_scale" if step % 50 else None
@@ -207,7 +209,7 @@ def test_searches_with_steps_between_them_are_told_nothing(log):
     assert not log.records
 
 
-def test_each_run_is_told_for_itself(log):
+def test_each_run_is_reported_separately(log):
     for _, _ in itertools.product(range(2), range(1)):
         train(2 * AT_LIMIT, before=1.0, max_norm=1.0).records()
     assert len(told(log)) == 2

@@ -37,7 +37,7 @@ def lines(clock):
     return IncidentLines(clock)
 
 
-def test_repeats_are_counted_and_the_count_comes_before_the_next_line(lines, clock, caplog):
+def test_repeats_are_counted_and_the_count_is_logged_before_the_next_line(lines, clock, caplog):
     for step in range(1, BURST + 18):
         lines.add(bad(step))
     assert [m.split()[2] for m in caplog.messages] == ["1", "2", "3"]
@@ -48,7 +48,7 @@ def test_repeats_are_counted_and_the_count_comes_before_the_next_line(lines, clo
     assert last.startswith("fastguard: step 100 skipped")
 
 
-def test_an_incident_now_and_then_always_has_its_line(lines, clock, caplog):
+def test_an_occasional_incident_is_always_logged(lines, clock, caplog):
     for step in range(1, 100):
         clock.now += INTERVAL
         lines.add(bad(step))
@@ -56,7 +56,7 @@ def test_an_incident_now_and_then_always_has_its_line(lines, clock, caplog):
     assert len(caplog.messages) == 99
 
 
-def test_another_kind_has_lines_of_its_own(lines, caplog):
+def test_each_kind_has_its_own_limit(lines, caplog):
     for step in range(1, 20):
         lines.add(bad(step))
     lines.add(bad(20, "applied", "loss_spike", losses={"loss": 5.0}, spikes=("loss",)))
@@ -65,7 +65,7 @@ def test_another_kind_has_lines_of_its_own(lines, caplog):
     )
 
 
-def test_what_was_held_back_is_said_when_it_is_over(lines, clock, caplog):
+def test_the_held_back_count_is_logged_after_a_good_step(lines, clock, caplog):
     for step in range(1, 6):
         lines.add(bad(step))
     lines.add(good(6))
@@ -79,7 +79,7 @@ def test_what_was_held_back_is_said_when_it_is_over(lines, clock, caplog):
     )
 
 
-def test_what_was_held_back_is_said_at_the_end_of_the_run(clock, caplog):
+def test_the_held_back_count_is_logged_at_the_end_of_the_run(clock, caplog):
     lines = IncidentLines(clock)
     for step in range(1, BURST + 2):
         lines.add(bad(step))
@@ -88,7 +88,7 @@ def test_what_was_held_back_is_said_at_the_end_of_the_run(clock, caplog):
     assert caplog.messages[-1].endswith("... and 1 more skipped because of nonfinite_grad (step 4)")
 
 
-def test_a_lowered_loss_scale_is_no_warning(lines, caplog):
+def test_a_lowered_loss_scale_is_not_a_warning(lines, caplog):
     caplog.set_level(logging.INFO)
     for step in range(1, 9):
         lines.add(bad(step, reason="loss_scale"))
@@ -97,7 +97,7 @@ def test_a_lowered_loss_scale_is_no_warning(lines, caplog):
     assert "and 5 more skipped because of loss_scale" in caplog.messages[-1]
 
 
-def test_a_line_has_120_characters_at_most_and_the_cause_first(lines, caplog):
+def test_a_line_has_at_most_120_characters_with_the_cause_first(lines, caplog):
     culprits = tuple((f"model.layers.{i}.mlp.down_proj.weight", 12, 0, 0) for i in range(8))
     losses = {f"loss_{name}": NAN for name in "abcdefgh"}
     tag = {"epoch": 3, "file": "shard-00012-of-00512.parquet"}
@@ -121,7 +121,7 @@ def test_a_line_has_120_characters_at_most_and_the_cause_first(lines, caplog):
         ("applied", None, ""),
     ],
 )
-def test_how_the_reason_led_to_the_action(action, reason, because):
+def test_the_reason_is_phrased_by_action(action, reason, because):
     record = bad(1, action, reason)
     assert record.because == because
     assert because in str(record)

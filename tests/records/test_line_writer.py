@@ -61,7 +61,7 @@ class Other:
         self.process.communicate()
 
 
-def test_a_second_process_is_refused_by_name_until_the_first_one_dies(path: Path) -> None:
+def test_a_second_process_gets_an_error_with_the_pid_until_the_first_ends(path: Path) -> None:
     other = Other(path)
     with pytest.raises(BlockingIOError, match=f"open for writing in process {other.process.pid}"):
         JsonLinesSink(path)
@@ -71,7 +71,7 @@ def test_a_second_process_is_refused_by_name_until_the_first_one_dies(path: Path
     assert steps(path) == [1, 2]
 
 
-def test_a_run_that_is_resumed_goes_on_in_its_file(path: Path) -> None:
+def test_a_resumed_run_continues_its_file(path: Path) -> None:
     for step in (1, 2, 3):
         with JsonLinesSink(path, max_bytes=1024) as sink:
             sink(record(step))
@@ -94,7 +94,7 @@ def test_sinks_of_one_process_share_a_file_and_the_last_one_closes_it(path: Path
     assert os.listdir("/proc/self/fd") == before
 
 
-def test_a_sink_that_nobody_closed_is_in_nobodys_way(path: Path) -> None:
+def test_an_unclosed_sink_does_not_block_others(path: Path) -> None:
     """As in a notebook, where a cell is run again."""
     for step in (1, 2, 3):
         sink = JsonLinesSink(path)
@@ -107,9 +107,7 @@ def test_a_sink_that_nobody_closed_is_in_nobodys_way(path: Path) -> None:
     assert steps(path) == [1, 2, 3, 1]
 
 
-def test_threads_that_share_a_sink_lose_nothing_and_write_into_no_other_file(
-    path: Path, tmp_path: Path
-) -> None:
+def test_threads_that_share_a_sink_lose_no_record(path: Path, tmp_path: Path) -> None:
     n, n_threads = 300, 4
     sink = JsonLinesSink(path, max_bytes=2000)
     stop, spoiled = threading.Event(), []
@@ -162,7 +160,7 @@ def test_records_after_the_close_of_another_thread_are_counted(path: Path) -> No
     assert n + sink.lost == 1500
 
 
-def test_a_forked_child_is_refused_and_counts_what_it_loses(path: Path) -> None:
+def test_a_forked_child_counts_its_lost_records(path: Path) -> None:
     sink = JsonLinesSink(path)
     sink(record(1))
     answers = multiprocessing.get_context("fork").Queue()
@@ -181,7 +179,7 @@ def test_a_forked_child_is_refused_and_counts_what_it_loses(path: Path) -> None:
     assert steps(path) == [1, 2] and sink.lost == 0
 
 
-def test_a_child_goes_on_when_its_parent_has_closed_the_file(path: Path) -> None:
+def test_a_child_can_write_once_its_parent_has_closed_the_file(path: Path) -> None:
     """As a program that becomes a daemon does."""
     read, write = os.pipe()
     sink = JsonLinesSink(path)
@@ -246,7 +244,7 @@ print(sink.lost, max(file.tell() for file in files))
 """
 
 
-def test_in_a_spawned_process_a_copy_writes_into_no_other_file(path: Path, tmp_path: Path) -> None:
+def test_a_copy_in_a_spawned_process_writes_to_the_right_file(path: Path, tmp_path: Path) -> None:
     sink = JsonLinesSink(path)
     sink(record(1))
     for is_closed in (False, True):
@@ -276,7 +274,7 @@ def test_the_working_directory_may_change(path: Path, monkeypatch: pytest.Monkey
     assert steps(path) == list(range(1, 20)) and os.listdir() == []
 
 
-def test_a_descriptor_that_somebody_else_closed_is_not_used(path: Path, tmp_path: Path) -> None:
+def test_a_descriptor_closed_by_other_code_is_not_used(path: Path, tmp_path: Path) -> None:
     sink = JsonLinesSink(path)
     sink(record(1))
     os.close(sink._writer._file)
@@ -288,7 +286,7 @@ def test_a_descriptor_that_somebody_else_closed_is_not_used(path: Path, tmp_path
     assert steps(path) == [1, 2] and sink.lost == 0
 
 
-def test_a_file_that_is_deleted_or_cut_by_hand_is_begun_anew(path: Path) -> None:
+def test_a_file_deleted_or_truncated_by_hand_is_restarted(path: Path) -> None:
     sink = JsonLinesSink(path, max_bytes=1500)
     for step in (1, 2):
         sink(record(step))
@@ -316,7 +314,7 @@ def test_a_file_that_was_moved_away_by_hand_is_not_renamed_again(path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "link to a pipe"])
-def test_a_pipe_or_device_is_no_file_of_records(path: Path, kind: str) -> None:
+def test_a_pipe_or_device_is_not_a_file_of_records(path: Path, kind: str) -> None:
     target = path.with_name("target") if kind == "link to a pipe" else path
     if kind == "device":
         path.symlink_to("/dev/zero")
@@ -350,7 +348,7 @@ with JsonLinesSink(sys.argv[1], max_bytes=1500) as sink:   # one rotation in thr
 """
 
 
-def test_nobody_gets_in_between_while_a_writer_rotates(path: Path) -> None:
+def test_no_other_process_can_take_over_during_a_rotation(path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", ROTATES, str(path)], stdout=subprocess.PIPE, text=True
     )
@@ -368,7 +366,7 @@ def test_nobody_gets_in_between_while_a_writer_rotates(path: Path) -> None:
     assert outcomes["refused"] and not outcomes["got in"]
 
 
-def test_what_comes_in_the_middle_of_a_write_is_written_too(
+def test_a_record_written_by_a_signal_handler_during_a_write_is_kept(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A signal handler may take a step while a line is written, or between two files."""
@@ -400,7 +398,7 @@ def test_what_comes_in_the_middle_of_a_write_is_written_too(
     assert sum(found.values()) == 48 + n_extra
 
 
-def test_a_full_file_that_cannot_be_deleted_costs_no_record(
+def test_a_full_file_that_cannot_be_deleted_loses_no_record(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
@@ -414,7 +412,7 @@ def test_a_full_file_that_cannot_be_deleted_costs_no_record(
     assert "cannot delete a full file" in caplog.text
 
 
-def test_without_a_descriptor_to_spare_the_full_file_takes_more(path: Path) -> None:
+def test_without_free_descriptors_the_full_file_grows(path: Path) -> None:
     sink = JsonLinesSink(path, max_bytes=2048)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = os.dup(0)

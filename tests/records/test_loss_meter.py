@@ -25,7 +25,7 @@ def filled(*losses: float, **kwargs: float) -> LossMeter:
     return meter
 
 
-def test_the_plain_mean_is_nan_where_the_meter_has_the_mean_of_the_rest():
+def test_the_meter_averages_the_finite_losses_where_the_plain_mean_is_nan():
     losses = [1.0, NAN, 2.0, INF, -INF, 6.0]
     assert math.isnan(torch.tensor(losses).mean().item())
     summary = filled(*losses).compute()
@@ -44,7 +44,7 @@ def test_weights_count_samples():
     assert summary.weights == {"loss": 3.0}
 
 
-def test_parts_are_judged_one_by_one_and_may_be_missing():
+def test_each_named_loss_is_checked_alone_and_may_be_missing():
     meter = LossMeter()
     meter.update({"seg": torch.tensor(1.0), "contour": torch.tensor(NAN)}, tag=(0, 7))
     meter.update({"seg": torch.tensor(3.0)})
@@ -85,18 +85,18 @@ def test_a_bad_weight_tensor_makes_the_batch_bad():
 
 
 @pytest.mark.parametrize("weight", [-1.0, NAN, INF])
-def test_a_bad_weight_is_refused(weight):
+def test_a_bad_weight_is_an_error(weight):
     with pytest.raises(ValueError, match="finite number >= 0"):
         LossMeter().update(1.0, weight=weight)
 
 
 @pytest.mark.parametrize("weight", ["3", True, None])
-def test_a_weight_that_is_no_number_is_refused(weight):
+def test_a_weight_that_is_not_a_number_is_an_error(weight):
     with pytest.raises(TypeError, match="weight"):
         LossMeter().update(1.0, weight=weight)
 
 
-def test_a_loss_per_sample_is_refused_with_the_remedy():
+def test_a_loss_per_sample_is_an_error_with_a_remedy():
     with pytest.raises(ValueError, match=r"reduce it first"):
         LossMeter().update(torch.ones(3))
 
@@ -116,7 +116,7 @@ def test_reset_starts_at_batch_0():
     assert [b.index for b in meter.compute().bad] == [0]
 
 
-def test_a_resumed_meter_goes_on_as_if_uninterrupted(tmp_path: Path):
+def test_a_resumed_meter_equals_an_uninterrupted_one(tmp_path: Path):
     whole, first = filled(1.0, NAN, 5.0, INF), filled(1.0, NAN)
     torch.save(first.state_dict(), tmp_path / "meter.pt")
     second = LossMeter()

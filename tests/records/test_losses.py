@@ -28,7 +28,7 @@ def test_a_loss_without_a_name_is_called_loss(loss):
     assert named_losses({"ce": loss}) == {"ce": 2.0}
 
 
-def test_no_loss_is_none():
+def test_no_loss_gives_an_empty_dict():
     assert named_losses(None) == {}
     assert named_losses({}) == {}
 
@@ -68,7 +68,7 @@ def test_losses_are_detached(losses_by_name):
     ],
 )
 @pytest.mark.parametrize("losses_by_name", [named_losses, read_losses])
-def test_what_is_no_loss_is_refused(loss, error, message, losses_by_name):
+def test_values_that_are_not_losses_are_an_error(loss, error, message, losses_by_name):
     with pytest.raises(error, match=message):
         losses_by_name(loss)
 
@@ -92,7 +92,7 @@ def test_one_nonfinite_micro_batch_makes_the_mean_nonfinite(bad):
     assert not math.isfinite(observed.take()["loss"])
 
 
-def test_large_losses_do_not_overflow_on_the_way():
+def test_large_losses_do_not_overflow():
     observed = ObservedLosses()
     for _ in range(4):
         observed.observe(read_losses(torch.tensor(3e38)))
@@ -101,7 +101,7 @@ def test_large_losses_do_not_overflow_on_the_way():
 
 @pytest.mark.parametrize("losses_by_name", [named_losses, read_losses])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_the_caller_may_use_its_buffer_again(dtype, losses_by_name):
+def test_the_caller_may_reuse_its_buffer(dtype, losses_by_name):
     buffer = torch.tensor(1.0, dtype=dtype)
     observed = ObservedLosses()
     observed.observe(losses_by_name(buffer))
@@ -117,7 +117,7 @@ def test_a_loss_of_an_evaluation_without_gradients_can_be_added_to():
     assert observed.take()["loss"].item() == 2.0
 
 
-def test_numbers_and_tensors_travel_in_one_vector():
+def test_numbers_and_tensors_are_stacked_in_one_vector():
     losses = {"ce": 0.5, "aux": torch.tensor(2.0, dtype=torch.float64)}
     assert stacked(losses, torch.device("cpu")).tolist() == [0.5, 2.0]
     assert stacked({}, torch.device("cpu")).shape == (0,)

@@ -38,7 +38,7 @@ def write(path, count, **options):
 
 
 @pytest.mark.parametrize("block_bytes", [700, 1000, 1 << 22])  # a record has 300
-def test_every_record_once_and_in_order_whatever_the_block(block_bytes, tmp_path):
+def test_every_record_is_read_once_and_in_order_for_any_block_size(block_bytes, tmp_path):
     path = write(tmp_path / "run.jsonl", 100)
     assert steps(path, block_bytes=block_bytes) == list(range(1, 101))
     blocks = list(rf.read_blocks(path, block_bytes=block_bytes))
@@ -52,7 +52,7 @@ def test_rotated_files_are_one_run(tmp_path):
     assert steps(path) == [r.step for r in read_records(path)] == list(range(1, 101))
 
 
-def test_a_run_whose_current_file_is_not_there_yet(tmp_path):
+def test_a_run_without_its_current_file_is_read(tmp_path):
     path = write(tmp_path / "run.jsonl", 5)
     path.rename(tmp_path / "run.1.jsonl")
     assert find_run(path) == path
@@ -85,7 +85,7 @@ def test_a_run_whose_current_file_is_not_there_yet(tmp_path):
     ids=lambda line: line[:70].decode("latin1").replace("\0", "NUL"),
 )
 @pytest.mark.parametrize("place", ["first", "middle", "last", "last, unfinished"])
-def test_what_is_no_record_is_counted_and_left_out(line, place, tmp_path):
+def test_lines_that_are_not_records_are_counted_and_skipped(line, place, tmp_path):
     good = [json.dumps(record(step).as_dict()).encode() for step in (1, 4)]
     at = {"first": 0, "middle": 1}.get(place, 2)
     path = tmp_path / "run.jsonl"
@@ -97,7 +97,7 @@ def test_what_is_no_record_is_counted_and_left_out(line, place, tmp_path):
     assert damaged(path) == 1
 
 
-def test_two_halves_of_lines_never_make_one(tmp_path):
+def test_two_damaged_lines_never_make_a_record(tmp_path):
     path = tmp_path / "run.jsonl"
     halves = b'{"step": 1, "tag": "a\nb"}', b'{"step": 2, "culprits": [1', line_of(3), b"]}"
     path.write_bytes(b"\n".join(halves))
@@ -105,7 +105,7 @@ def test_two_halves_of_lines_never_make_one(tmp_path):
     assert damaged(path) == 4
 
 
-def test_numbers_that_strict_json_does_not_know_are_read(tmp_path):
+def test_numbers_outside_strict_json_are_read(tmp_path):
     path = tmp_path / "run.jsonl"
     path.write_bytes(line_of(1, lr=NAN) + b"\n" + line_of(2, total_norm=INF) + b"\n")
     assert steps(path) == [1, 2]
@@ -113,21 +113,21 @@ def test_numbers_that_strict_json_does_not_know_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"  \n\r\n", line_of(1) + b"\r\n\r\n"])
-def test_blank_lines_are_nothing(content, tmp_path):
+def test_blank_lines_are_ignored(content, tmp_path):
     path = tmp_path / "run.jsonl"
     path.write_bytes(content)
     assert steps(path) == ([1] if b"step" in content else [])
     assert damaged(path) == 0
 
 
-def test_a_line_without_end_takes_no_memory(tmp_path):
+def test_an_endless_line_takes_no_memory(tmp_path):
     path = tmp_path / "run.jsonl"
     path.write_bytes(b"\n".join([line_of(1), b"x" * 10_000, line_of(2), b"y" * 10_000]))
     assert steps(path, block_bytes=500) == [1, 2]
     assert damaged(path, block_bytes=500) == 2
 
 
-def test_without_orjson_the_same_is_read(tmp_path, monkeypatch):
+def test_reading_without_orjson_gives_the_same_records(tmp_path, monkeypatch):
     path = write(tmp_path / "run.jsonl", 100)
     with path.open("ab") as file:
         file.write(line_of(101, lr=NAN) + b'\n{"st')

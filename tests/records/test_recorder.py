@@ -26,7 +26,7 @@ RULES = {"grad_norm": SpikeRule(window=4, warmup=2, sigma=3.0), "ce": Threshold(
 
 
 @pytest.mark.parametrize("action", ["applied", "clipped", "sanitized", "skipped"])
-def test_everything_with_a_reason_is_an_incident_but_the_search_for_a_loss_scale(action):
+def test_every_reason_is_an_incident_except_a_search_for_a_loss_scale(action):
     reasons = {reason.label: reason.is_incident for reason in Reason if reason}
     assert [label for label, is_incident in reasons.items() if not is_incident] == ["loss_scale"]
     for reason, is_incident in reasons.items():
@@ -102,7 +102,7 @@ def test_clip_coef_is_the_smallest_of_the_segments(scope, expected):
 
 
 @pytest.mark.parametrize("lr", [0.25, torch.tensor(0.25)], ids=["float", "tensor"])
-def test_the_learning_rate_is_that_of_the_first_group_now(lr):
+def test_the_learning_rate_is_the_current_one_of_the_first_group(lr):
     parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
     groups = [{"params": parameters[:1], "lr": lr}, {"params": parameters[1:], "lr": 9.0}]
     opt = GuardedOptimizer(torch.optim.AdamW(groups, foreach=False))
@@ -132,7 +132,7 @@ def test_a_record_is_one_line_whatever_the_tag():
     )
 
 
-def test_a_nan_coefficient_is_not_taken_for_an_untouched_step():
+def test_a_nan_coefficient_is_not_reported_as_applied():
     """`nan < 1` is False, so the comparison must be the other way round."""
     (p,), opt = guard(max_norm=1.0, nonfinite="propagate")
     p.grad[0] = NAN
@@ -156,7 +156,7 @@ def test_records_are_handed_out_once():
     assert [r.step for r in opt.flush()] == [3]
 
 
-def test_the_history_can_be_looked_at_again_and_again():
+def test_the_history_can_be_read_repeatedly():
     _, opt = guard()
     for n in (1, 2, 3):
         opt.step()
@@ -171,7 +171,7 @@ def test_the_history_can_be_looked_at_again_and_again():
     assert opt.history[-1] is opt.history[-1]
 
 
-def test_memory_is_bounded_when_nobody_fetches(monkeypatch):
+def test_memory_is_bounded_if_records_are_never_fetched(monkeypatch):
     recorder = Recorder()
     for step in range(KEPT + 10):
         recorder._finish(StepRecord(step, 1.0, 1.0, "applied"))
@@ -215,7 +215,7 @@ def test_records_come_in_order_whenever_they_are_fetched():
     assert [r.tag for r in fetched if r.reason] == list(range(7, 3 * ROWS, 50))
 
 
-def test_a_record_says_what_held_at_its_step():
+def test_a_record_has_the_settings_of_its_step():
     (p,), opt = guard(max_norm=10.0)
     lr = opt.param_groups[0]["lr"] = torch.tensor(0.5)
     losses = {"ce": torch.tensor(1.5)}
@@ -230,7 +230,7 @@ def test_a_record_says_what_held_at_its_step():
     assert (second.total_norm, second.lr, second.losses) == (6.0, 0.25, {"ce": 9.0})
 
 
-def test_a_sink_is_told_at_each_step_and_nothing_of_before():
+def test_a_sink_gets_every_record_from_when_it_was_added():
     _, opt = guard()
     opt.step()
     told = []
@@ -241,7 +241,7 @@ def test_a_sink_is_told_at_each_step_and_nothing_of_before():
     assert [r.step for r in opt.records()] == [1, 2]
 
 
-def test_few_steps_wait_to_be_written_down():
+def test_few_records_wait_to_be_made():
     _, opt = guard()
     for _ in range(5 * ROWS + 3):
         opt.step()
@@ -270,7 +270,7 @@ def outcomes(counts, mode="skip", steps=3, **options):
 @pytest.mark.parametrize("n_tensors", [1, 3, 12])
 @pytest.mark.parametrize("mode", ["skip", "zero", "propagate"])
 @pytest.mark.parametrize("bad", ["none", "some", "all"])
-def test_a_record_by_way_of_the_ring_is_that_of_a_cpu(n_tensors, mode, bad, lr):
+def test_a_record_sent_through_the_ring_equals_that_of_a_cpu(n_tensors, mode, bad, lr):
     counts = torch.zeros(3, n_tensors, dtype=torch.int64)
     if bad == "some":
         counts[:, n_tensors // 2] = torch.tensor([2, 0, 1])
@@ -282,14 +282,14 @@ def test_a_record_by_way_of_the_ring_is_that_of_a_cpu(n_tensors, mode, bad, lr):
         assert repr(recorder.wait()) == repr(Settled.of(outcome).record())
 
 
-def test_the_ring_turns_without_losing_a_record():
+def test_the_ring_wraps_without_losing_a_record():
     recorder = Recorder()
     for outcome in outcomes(torch.zeros(3, 1, dtype=torch.int64), steps=2 * ROWS + 3):
         recorder.send(outcome)
     assert [r.step for r in recorder.drain()] == list(range(1, 2 * ROWS + 4))
 
 
-def test_a_model_that_comes_back_from_a_device_keeps_the_order():
+def test_records_stay_in_order_when_a_model_moves_back_from_a_device():
     recorder, seen = Recorder(), []
     steps = outcomes(torch.zeros(3, 1, dtype=torch.int64), steps=4)
     recorder.send(next(steps))
@@ -312,7 +312,7 @@ def test_a_step_with_more_losses_than_the_ring_was_made_for():
     assert [len(r.losses) for r in recorder.drain()] == [2, 5, 2]
 
 
-def test_what_the_device_has_not_finished_is_waited_for_only_when_asked():
+def test_unfinished_records_are_waited_for_only_on_request():
     record, arrival = StepRecord(1, 1.0, 1.0, "applied"), SlowArrival()
     recorder = Recorder()
     recorder._pending.append(SimpleNamespace(key=object(), arrival=arrival, record=lambda: record))
@@ -336,7 +336,7 @@ def test_a_device_that_falls_a_whole_ring_behind_is_waited_for():
     assert [r.step for r in recorder.drain()] == [0]
 
 
-def test_forgetting_the_last_record_keeps_those_not_yet_fetched():
+def test_clearing_the_last_record_keeps_unfetched_ones():
     recorder = Recorder()
     recorder._finish(StepRecord(1, 1.0, 1.0, "skipped", consecutive_skips=9))
     recorder.forget_last()

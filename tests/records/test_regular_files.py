@@ -35,7 +35,7 @@ def make_socket(path):
     ids=["pipe", "socket", "device"],
 )
 @pytest.mark.parametrize("through_a_link", [False, True], ids=["itself", "link"])
-def test_anything_else_is_refused_and_not_waited_for(
+def test_other_kinds_of_files_are_an_error_without_waiting(
     tmp_path, monkeypatch, make, says, through_a_link
 ):
     monkeypatch.chdir(tmp_path)  # the name of a socket may be some 100 characters long
@@ -51,7 +51,7 @@ def test_anything_else_is_refused_and_not_waited_for(
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path, monkeypatch):
+def test_a_pipe_that_replaces_a_file_does_not_block(tmp_path, monkeypatch):
     path = tmp_path / "x"
     path.write_bytes(b"weights")
     open_now = os.open
@@ -66,7 +66,7 @@ def test_a_pipe_that_takes_the_place_of_a_file_is_not_waited_for(tmp_path, monke
         open_regular(path)
 
 
-def test_what_is_not_there_is_an_error_of_its_own(tmp_path):
+def test_a_missing_file_has_its_own_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         open_regular(tmp_path / "x")
     with pytest.raises(IsADirectoryError):

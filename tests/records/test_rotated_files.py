@@ -21,7 +21,7 @@ def read(path: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("rotation", ROTATIONS, ids=str)
-def test_a_rotation_while_it_looks_around_makes_no_hole(
+def test_a_rotation_while_listing_leaves_no_gap(
     path: Path, monkeypatch: pytest.MonkeyPatch, rotation: Rotation
 ) -> None:
     path.with_name("r.1.jsonl").write_text("1\n")
@@ -32,7 +32,7 @@ def test_a_rotation_while_it_looks_around_makes_no_hole(
 
 
 @pytest.mark.parametrize("missed", ["ours", "one after ours"])
-def test_a_list_that_misses_a_file_is_made_again(
+def test_a_listing_that_misses_a_file_is_repeated(
     path: Path, monkeypatch: pytest.MonkeyPatch, missed: str
 ) -> None:
     """A folder that is read while a file is renamed may show it under neither name."""
@@ -55,14 +55,14 @@ def test_a_list_that_misses_a_file_is_made_again(
     assert read(path) == [1, 2, 3, 4]  # all there was when it looked
 
 
-def test_a_file_that_was_deleted_by_hand_long_ago_stops_nobody(path: Path) -> None:
+def test_a_file_deleted_by_hand_does_not_stop_reading(path: Path) -> None:
     for number in (1, 2, 5, 6):
         path.with_name(f"r.{number}.jsonl").write_text(f"{number}\n")
     path.write_text("7\n")
     assert read(path) == [1, 2, 5, 6, 7]
 
 
-def test_names_that_are_no_numbers_are_no_files_of_the_run(path: Path) -> None:
+def test_names_without_a_number_are_not_files_of_the_run(path: Path) -> None:
     for name in ("r.².jsonl", "r.٣.jsonl", "r.-1.jsonl", "r.1.2.jsonl", "r..jsonl", "r.1.json"):
         path.with_name(name).write_text("bad")
     path.with_name("r.010.jsonl").write_text("10\n")
@@ -71,7 +71,7 @@ def test_names_that_are_no_numbers_are_no_files_of_the_run(path: Path) -> None:
     assert read(path) == [9, 10, 11]
 
 
-def test_a_folder_of_such_a_name_is_no_file_of_the_run(path: Path) -> None:
+def test_a_folder_with_such_a_name_is_not_a_file_of_the_run(path: Path) -> None:
     path.with_name("r.2.jsonl").mkdir()
     path.with_name("r.1.jsonl").write_text("1\n")
     path.write_text("2\n")
@@ -86,7 +86,7 @@ def test_a_run_without_any_file_is_not_found(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["r.jsonl", "r.1.jsonl"])
 @pytest.mark.parametrize("kind", ["pipe", "device"])
-def test_a_pipe_or_device_is_refused_not_waited_for(path: Path, name: str, kind: str) -> None:
+def test_a_pipe_or_device_is_an_error_without_waiting(path: Path, name: str, kind: str) -> None:
     path.write_text("2\n")
     path.with_name(name).unlink(missing_ok=True)
     if kind == "pipe":

@@ -54,7 +54,9 @@ def records(n: int) -> list[StepRecord]:
     return [StepRecord(i, float(i), 1.0, "applied", lr=0.5) for i in range(1, n + 1)]
 
 
-def test_what_is_read_is_what_was_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_records_read_back_equal_those_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with JsonLinesSink(tmp_path / "runs" / "today" / "r.jsonl") as sink:
         sink(NAN_RECORD)
     (read,) = read_records(sink.path)
@@ -100,7 +102,7 @@ def test_full_files_are_rotated_and_the_oldest_deleted(tmp_path: Path) -> None:
     assert steps == list(range(steps[0], 61)) and 1 < steps[0] < 60
 
 
-def test_a_name_with_brackets_is_no_pattern(tmp_path: Path) -> None:
+def test_a_name_with_brackets_is_not_a_pattern(tmp_path: Path) -> None:
     with JsonLinesSink(tmp_path / "run[1].jsonl", max_bytes=1024) as sink:
         for record in records(12):
             sink(record)
@@ -136,7 +138,7 @@ while True:
 """
 
 
-def test_a_killed_writer_leaves_whole_records_and_the_next_run_goes_on(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_complete_records_and_the_next_run_continues(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline()
@@ -152,7 +154,7 @@ def test_a_killed_writer_leaves_whole_records_and_the_next_run_goes_on(tmp_path:
     assert [r.step for r in read_records(path)] == [*steps, 1]
 
 
-def test_damaged_lines_are_skipped_counted_and_named_on_demand(
+def test_damaged_lines_are_skipped_and_counted_or_named_if_strict(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "r.jsonl"
@@ -189,7 +191,7 @@ RECORD = '{"step": 1, "total_norm": 1, "clip_coef": 1, "action": "applied"'
     ],
     ids=lambda line: line[-20:],
 )
-def test_a_line_that_is_no_record_is_a_value_error_whatever_is_wrong(line: str) -> None:
+def test_a_line_that_is_not_a_record_is_always_a_value_error(line: str) -> None:
     with pytest.raises(ValueError):
         parse_record(line.encode())
 
@@ -294,7 +296,7 @@ def test_between_a_rename_and_the_next_file_the_full_ones_are_read(tmp_path: Pat
     assert [r.step for r in read_records(path)] == [1, 2, 3]
 
 
-def test_a_full_file_that_is_deleted_meanwhile_is_read_all_the_same(tmp_path: Path) -> None:
+def test_a_full_file_deleted_while_reading_is_still_read(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     for name in ("r.1.jsonl", "r.2.jsonl", "r.jsonl"):
         with JsonLinesSink(tmp_path / name) as sink:
@@ -306,7 +308,7 @@ def test_a_full_file_that_is_deleted_meanwhile_is_read_all_the_same(tmp_path: Pa
     assert [r.step for r in reading] == [2, 1, 2, 1, 2]
 
 
-def test_records_that_were_deleted_before_they_could_be_read_are_said_to_be_missing(
+def test_files_deleted_before_they_could_be_read_are_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "r.jsonl"
@@ -322,7 +324,7 @@ def test_records_that_were_deleted_before_they_could_be_read_are_said_to_be_miss
     assert "full files were deleted before they could be read" in caplog.text
 
 
-def test_loggers_get_what_was_watched_and_no_name_is_metric_and_folder() -> None:
+def test_loggers_get_watched_values_and_no_name_is_both_metric_and_folder() -> None:
     watch = {
         "tensor_norms": {"head.weight": 2.0},
         "zero_share": {"head.weight": 0.5},

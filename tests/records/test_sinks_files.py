@@ -26,7 +26,7 @@ def n_open() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def test_a_file_is_full_at_its_last_byte_and_no_file_is_empty(tmp_path: Path) -> None:
+def test_a_file_is_filled_to_its_last_byte_and_never_empty(tmp_path: Path) -> None:
     with JsonLinesSink(tmp_path / "r.jsonl", max_bytes=1 << 20) as sink:
         sink(record(1))
     header, line = map(len, sink.path.read_bytes().splitlines(keepends=True))
@@ -43,7 +43,7 @@ def test_a_file_is_full_at_its_last_byte_and_no_file_is_empty(tmp_path: Path) ->
     assert rotated_files(sink.path) == []
 
 
-def test_rotated_files_are_told_from_their_neighbours(tmp_path: Path) -> None:
+def test_rotated_files_are_distinguished_from_other_files(tmp_path: Path) -> None:
     (tmp_path / "records.notes").write_text("not mine")
     (tmp_path / "records.7").write_text("")  # numbers go on behind the last one there is
     with JsonLinesSink(tmp_path / "records", max_bytes=1024) as sink:
@@ -63,7 +63,7 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
     assert n_open() == before
 
 
-def test_a_closed_sink_writes_to_nobody_elses_file(tmp_path: Path) -> None:
+def test_a_closed_sink_writes_to_no_other_file(tmp_path: Path) -> None:
     sink = JsonLinesSink(tmp_path / "r.jsonl", max_bytes=1024)
     for step in range(7):
         sink(record(step))
@@ -77,9 +77,7 @@ def test_a_closed_sink_writes_to_nobody_elses_file(tmp_path: Path) -> None:
     assert (tmp_path / "other").read_bytes() == b""
 
 
-def test_what_was_written_is_on_the_disk_when_it_is_closed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_closing_flushes_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: list[int] = []
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (flushed.append(os.fstat(fd).st_ino), fsync(fd)))
@@ -88,7 +86,7 @@ def test_what_was_written_is_on_the_disk_when_it_is_closed(
     assert flushed == [sink.path.stat().st_ino]
 
 
-def test_a_failed_rotation_costs_no_record_and_is_made_up_for(
+def test_a_failed_rotation_loses_no_record_and_is_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: object) -> None:
@@ -108,7 +106,7 @@ def test_a_failed_rotation_costs_no_record_and_is_made_up_for(
     assert steps(sink.path) == list(range(1, 10))
 
 
-def test_a_line_cut_short_by_the_system_costs_no_other_record(
+def test_a_truncated_line_loses_no_other_record(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with JsonLinesSink(tmp_path / "r.jsonl") as sink:
@@ -140,7 +138,7 @@ def test_a_file_that_cannot_be_opened_is_not_left_open(tmp_path: Path) -> None:
     assert n_open() == before
 
 
-def test_a_file_name_that_is_no_utf8_is_a_tag_like_any_other(tmp_path: Path) -> None:
+def test_a_file_name_that_is_not_utf8_can_be_a_tag(tmp_path: Path) -> None:
     tag = os.fsdecode(b"batch-\xff.pt")
     with JsonLinesSink(tmp_path / "r.jsonl") as sink:
         sink(record(1, tag=tag))
@@ -159,7 +157,7 @@ def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
         list(read_records(tmp_path))
 
 
-def test_a_class_is_no_sink() -> None:
+def test_a_class_is_not_a_sink() -> None:
     opt = fastguard.GuardedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]))
     with pytest.raises(
         TypeError, match=r"sink is the class JsonLinesSink.*JsonLinesSink\(\.\.\.\)"

@@ -23,11 +23,11 @@ def test_nonfinite_numbers_are_strings_that_float_reads(value):
 
 
 @pytest.mark.parametrize("value", [1, 1.5, 0.1, True, None, "NaN", "σ", [1, [2.5]], {"a": {}}])
-def test_what_json_holds_stays_as_it_is(value):
+def test_json_values_are_unchanged(value):
     assert json.loads(dumps(value)) == value
 
 
-def test_what_json_does_not_hold_becomes_text():
+def test_other_values_become_text():
     assert strict({3: (1, Path("a/b"))}) == {"3": [1, "a/b"]}
     assert strict(torch.tensor(3)) == "tensor(3)"
 
@@ -116,7 +116,7 @@ class NoItems(dict):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_a_value_of_any_kind_and_size_makes_a_line_that_readers_take(value):
+def test_any_value_gives_a_line_that_readers_accept(value):
     line = encode(shortened(value))
     assert len(line.encode()) < 400_000  # of 512 KiB
     assert line.isprintable()
@@ -126,11 +126,11 @@ def test_a_value_of_any_kind_and_size_makes_a_line_that_readers_take(value):
 @pytest.mark.parametrize(
     "value", [None, True, 3, -(10**300), 0.1, "σ" * 1000, [1, [2.5]], {"a": {}}]
 )
-def test_what_is_small_is_not_shortened(value):
+def test_small_values_are_not_shortened(value):
     assert shortened(value) == strict(value)
 
 
-def test_what_was_left_out_can_be_seen():
+def test_omitted_parts_are_marked():
     assert shortened("abcdefghij", room=10) == "abcde…"
     assert shortened(list(range(100)), room=20)[-1] == "…"
     assert shortened({"a": 1, "b": "x" * 50, "c": 2}, room=30)["…"] == "…"
@@ -142,7 +142,7 @@ def test_what_was_left_out_can_be_seen():
 @pytest.mark.parametrize(
     "text", ["\x1b[2J", "\x9b", "\u202e", "\u2028", "\x85", "\u200b", "\udce9", "\U000e0041"]
 )
-def test_json_commands_no_terminal_and_can_be_encoded(text, indent):
+def test_json_has_no_control_characters_and_can_be_encoded(text, indent):
     line = dumps({text: [text, "é損"]}, indent=indent)
     assert line.replace("\n", "").isprintable() and line.encode()
     assert "é損" in line

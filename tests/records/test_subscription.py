@@ -55,7 +55,7 @@ def test_a_sink_may_ask_for_the_records():
     assert [*seen, *(r.step for r in opt.records())] == [1, 2, 3]
 
 
-def test_a_sink_that_an_interrupt_left_is_called_once_more():
+def test_an_interrupted_sink_is_called_once_more():
     _, opt = guard()
     told = []
 
@@ -74,7 +74,7 @@ def test_a_sink_that_an_interrupt_left_is_called_once_more():
     assert [r.step for r in after] == [r.step for r in opt.records()] == [1, 2]
 
 
-def test_a_subscriber_that_is_gone_costs_nothing():
+def test_a_deleted_subscriber_costs_nothing():
     _, opt = guard()
     inbox = opt.subscribe()
     opt.step()
@@ -86,7 +86,7 @@ def test_a_subscriber_that_is_gone_costs_nothing():
     assert opt._recorder.undelivered == []
 
 
-def test_an_inbox_that_nobody_empties_is_bounded(caplog, monkeypatch):
+def test_an_inbox_that_is_never_emptied_is_bounded(caplog, monkeypatch):
     monkeypatch.setattr("fastguard.records.recorder.INBOX", 3)
     _, opt = guard()
     slow, quick = opt.subscribe(), opt.subscribe()
@@ -104,7 +104,7 @@ def a_record_on_its_way(recorder, step):
     )
 
 
-def test_what_was_on_its_way_when_a_state_is_loaded_reaches_no_inbox():
+def test_records_in_transfer_during_a_load_reach_no_inbox():
     recorder = Recorder()
     inbox = recorder.subscribe()
     a_record_on_its_way(recorder, 7)
@@ -113,7 +113,7 @@ def test_what_was_on_its_way_when_a_state_is_loaded_reaches_no_inbox():
     assert list(inbox) == []
 
 
-def test_one_subscriber_may_be_told_ahead_of_the_others_and_only_once():
+def test_one_subscriber_can_fetch_records_early_and_gets_them_once():
     recorder = Recorder()
     hasty, other = recorder.subscribe(), recorder.subscribe()
     a_record_on_its_way(recorder, 1)
@@ -127,7 +127,7 @@ def test_one_subscriber_may_be_told_ahead_of_the_others_and_only_once():
     assert [r.step for r in hasty] == [r.step for r in other] == [1, 2]
 
 
-def test_what_a_loaded_state_says_is_coming_comes_with_the_next_delivery():
+def test_expected_records_arrive_with_the_next_delivery():
     recorder = Recorder()
     inbox = recorder.subscribe()
     inbox.expect([StepRecord(3, 1.0, 1.0, "applied")])

@@ -31,7 +31,7 @@ def test_the_schedule_advances_only_on_applied_steps() -> None:
     assert play(opt, lr, [GOOD, BAD, BAD, GOOD]) == [0.5, 0.5, 0.5, 0.25]
 
 
-def test_an_incident_backs_off_and_applied_steps_take_it_back() -> None:
+def test_an_incident_backs_off_and_applied_steps_recover() -> None:
     opt = guarded()
     lr = GuardedLR(opt, backoff=0.5, recovery=2)
     assert play(opt, lr, [GOOD, BAD, BAD, GOOD, GOOD, GOOD, GOOD, GOOD]) == [
@@ -46,7 +46,7 @@ def test_an_incident_backs_off_and_applied_steps_take_it_back() -> None:
     ]
 
 
-def test_the_recovery_is_logged_as_the_backoff_was(caplog: pytest.LogCaptureFixture) -> None:
+def test_recovery_is_logged_like_a_backoff(caplog: pytest.LogCaptureFixture) -> None:
     opt = guarded()
     lr = GuardedLR(opt, backoff=0.5, recovery=2)
     play(opt, lr, [GOOD, BAD, BAD, *[GOOD] * 6])
@@ -59,7 +59,7 @@ def test_the_recovery_is_logged_as_the_backoff_was(caplog: pytest.LogCaptureFixt
 
 
 @pytest.mark.filterwarnings("ignore:Detected call")  # nothing steps here
-def test_the_search_for_a_loss_scale_is_no_incident() -> None:
+def test_a_search_for_a_loss_scale_is_not_an_incident() -> None:
     opt = guarded()
     lr = GuardedLR(ExponentialLR(opt, gamma=0.5), backoff=0.1, recovery=2)
     for action, reason in [("skipped", "loss_scale"), ("applied", None), ("skipped", "loss_scale")]:
@@ -80,7 +80,7 @@ def test_without_recovery_a_backoff_lasts() -> None:
     assert play(opt, lr, [BAD] + [GOOD] * 20)[-1] == 0.5
 
 
-def test_the_floor_holds_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_clamping_to_the_floor_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     opt = guarded(lr=1e-3)
     lr = GuardedLR(ExponentialLR(opt, gamma=0.1), floor=1e-6)
     assert play(opt, lr, [GOOD] * 30)[-1] == 1e-6  # where plain torch arrives at 1e-33
@@ -124,7 +124,7 @@ def test_a_clean_run_follows_torch_exactly(make) -> None:
         assert guard.param_groups[0]["momentum"] == plain.param_groups[0]["momentum"]
 
 
-def test_each_group_has_its_own_floor_and_is_held_only_below_it() -> None:
+def test_each_group_is_clamped_to_its_own_floor() -> None:
     opt = guarded(n_groups=2)
     lr = GuardedLR(ExponentialLR(opt, gamma=0.5), floor=(0.25, 0.0))
     play(opt, lr, [GOOD, GOOD])
@@ -135,7 +135,7 @@ def test_each_group_has_its_own_floor_and_is_held_only_below_it() -> None:
     assert lr.held_at_floor == 1
 
 
-def test_without_a_backoff_incidents_are_nothing_to_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_backoff_incidents_have_no_effect(caplog: pytest.LogCaptureFixture) -> None:
     opt = guarded()
     lr = GuardedLR(opt)
     play(opt, lr, [BAD, BAD])
@@ -152,7 +152,7 @@ def test_a_metric_between_steps_does_not_undo_a_backoff() -> None:
     assert opt.param_groups[0]["lr"] == 0.5
 
 
-def test_plateau_looks_at_metrics_not_steps() -> None:
+def test_plateau_advances_with_metrics_not_steps() -> None:
     opt = guarded()
     lr = GuardedLR(ReduceLROnPlateau(opt, patience=0, factor=0.1))
     for metric in (1.0, 1.0, 1.0):
@@ -179,7 +179,7 @@ def test_groups_warm_up_from_above_and_from_below_and_momentum_too() -> None:
         play(opt, lr, [GOOD])
 
 
-def test_a_warm_up_from_below_the_floor_is_held_there(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_warm_up_from_below_the_floor_is_clamped(caplog: pytest.LogCaptureFixture) -> None:
     opt = guarded(lr=1e-3)
     lr = GuardedLR(opt, floor=4e-4, warmup=Warmup(steps=4))
     seen = [opt.param_groups[0]["lr"], *play(opt, lr, [GOOD] * 5)]
@@ -218,7 +218,7 @@ def test_adam_warms_its_first_beta() -> None:
     assert opt.param_groups[0]["betas"] == pytest.approx((0.9, 0.99))
 
 
-def test_a_tensor_learning_rate_stays_the_tensor_it_is() -> None:
+def test_a_tensor_learning_rate_is_updated_in_place() -> None:
     p = torch.nn.Parameter(torch.zeros(2))
     rate = torch.tensor(1.0)
     opt = GuardedOptimizer(torch.optim.AdamW([p], lr=rate, fused=True))
@@ -228,7 +228,7 @@ def test_a_tensor_learning_rate_stays_the_tensor_it_is() -> None:
     assert rate.item() == pytest.approx(0.2)
 
 
-def test_a_schedule_of_the_inner_optimizer_works_when_told_the_guard() -> None:
+def test_a_schedule_of_the_inner_optimizer_works_with_the_guard_as_argument() -> None:
     inner = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0)
     schedule = ExponentialLR(inner, gamma=0.5)
     opt = GuardedOptimizer(inner)
@@ -238,7 +238,7 @@ def test_a_schedule_of_the_inner_optimizer_works_when_told_the_guard() -> None:
     assert play(opt, lr, [GOOD, BAD, GOOD]) == [0.5, 0.5, 0.25]
 
 
-def test_lowering_by_hand_multiplies_for_good() -> None:
+def test_lowering_manually_is_permanent() -> None:
     opt = guarded()
     lr = GuardedLR(opt, backoff=0.5, recovery=1)
     lr.lower(0.1)
@@ -247,7 +247,7 @@ def test_lowering_by_hand_multiplies_for_good() -> None:
     assert play(opt, lr, [GOOD])[-1] == 0.1
 
 
-def test_backing_off_by_hand_needs_the_whole_recovery() -> None:
+def test_a_manual_backoff_recovers_like_an_incident() -> None:
     opt = guarded()
     lr = GuardedLR(opt, backoff=0.5, recovery=2)
     play(opt, lr, [GOOD])
@@ -256,7 +256,7 @@ def test_backing_off_by_hand_needs_the_whole_recovery() -> None:
 
 
 @pytest.mark.parametrize("factor", [0.0, 1.0, 1.5, math.nan])
-def test_a_factor_that_lowers_nothing_is_named(factor: float) -> None:
+def test_a_factor_that_does_not_lower_the_rate_is_an_error(factor: float) -> None:
     opt = guarded()
     with pytest.raises(ValueError, match=f"factor={factor}"):
         GuardedLR(opt).lower(factor)
@@ -288,13 +288,13 @@ def test_bad_arguments_are_named(kwargs: dict, match: str) -> None:
         ({"floor": None}, "floor=None is not a number; use a number >= 0"),
     ],
 )
-def test_arguments_of_another_kind_are_named(kwargs: dict, match: str) -> None:
+def test_arguments_of_the_wrong_type_are_named(kwargs: dict, match: str) -> None:
     with pytest.raises(TypeError, match=match):
         GuardedLR(guarded(n_groups=2), **kwargs)
 
 
 @pytest.mark.parametrize("lr", [None, "1e-3", lambda step: 0.1], ids=["None", "text", "function"])
-def test_an_optimizer_whose_learning_rate_is_no_number_is_refused(lr: object) -> None:
+def test_a_learning_rate_that_is_not_a_number_is_an_error(lr: object) -> None:
     parameter = torch.nn.Parameter(torch.ones(1))
     opt = GuardedOptimizer(torch.optim.Optimizer([parameter], {"lr": lr}))
     with pytest.raises(TypeError, match=r"^lr=.* is not a number.*; GuardedLR needs an optimizer"):
@@ -315,7 +315,7 @@ def test_warmup_names_its_bad_arguments() -> None:
 
 
 @pytest.mark.parametrize("constant", [True, False])
-def test_a_param_group_that_is_added_gets_its_place(constant: bool) -> None:
+def test_an_added_param_group_is_scheduled_too(constant: bool) -> None:
     opt = guarded(momentum=0.9)
     schedule = opt if constant else StepLR(opt, step_size=2, gamma=0.5)
     lr = GuardedLR(schedule, floor=0.2, backoff=0.5, warmup=Warmup(steps=2, lr=0.6, momentum=0.5))
@@ -333,7 +333,7 @@ def test_a_param_group_that_is_added_gets_its_place(constant: bool) -> None:
         assert opt.param_groups[2]["lr"] == 1.0
 
 
-def test_an_added_group_takes_the_last_entry_of_what_was_given_by_group(
+def test_an_added_group_uses_the_last_entry_of_per_group_arguments(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "fastguard")
@@ -371,7 +371,7 @@ def test_several_groups_join_at_once_and_one_after_the_other() -> None:
 
 
 @needs(STRICT_LAMBDAS)
-def test_what_the_schedule_itself_cannot_do_changes_nothing() -> None:
+def test_an_error_of_the_schedule_changes_nothing() -> None:
     """`LambdaLR` of torch does not take groups that join."""
     opt = guarded()
     lr = GuardedLR(LambdaLR(opt, lambda n: 0.5**n), warmup=Warmup(steps=4, lr=[0.25]))
@@ -385,7 +385,7 @@ def test_what_the_schedule_itself_cannot_do_changes_nothing() -> None:
         assert [g["lr"] for g in opt.param_groups] == pytest.approx([0.375, 0.375])
 
 
-def test_a_param_group_that_is_gone_is_named() -> None:
+def test_a_removed_param_group_is_an_error() -> None:
     opt = guarded(n_groups=2)
     lr = GuardedLR(opt)
     del opt.param_groups[1]
@@ -393,7 +393,7 @@ def test_a_param_group_that_is_gone_is_named() -> None:
         lr.step()
 
 
-def test_a_state_of_other_groups_is_refused_whole() -> None:
+def test_a_state_with_other_groups_changes_nothing() -> None:
     two = guarded(n_groups=2)
     saved = GuardedLR(two).state_dict()
     opt = guarded()
@@ -403,7 +403,7 @@ def test_a_state_of_other_groups_is_refused_whole() -> None:
     assert opt.param_groups[0]["lr"] == 1.0
 
 
-def test_it_is_a_scheduler_to_others() -> None:
+def test_other_code_can_use_it_as_a_scheduler() -> None:
     assert issubclass(fastguard.GuardedLR, torch.optim.lr_scheduler.LRScheduler)
 
 

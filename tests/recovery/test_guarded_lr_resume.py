@@ -35,7 +35,7 @@ def test_resume_is_exact() -> None:
     assert head + play(second, second_lr, script[4:]) == whole
 
 
-def test_a_loaded_state_is_whole_and_forgets_the_steps_before_it() -> None:
+def test_a_loaded_state_is_complete_and_ignores_earlier_steps() -> None:
     opt = guarded(lr=1.0)
     lr = GuardedLR(ExponentialLR(opt, gamma=0.1), floor=0.05, backoff=0.5)
     lr.lower(0.9)
@@ -60,7 +60,7 @@ def delayed(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("delayed")
 @pytest.mark.parametrize("script", [[GOOD] * 6, [GOOD, GOOD, BAD, GOOD, GOOD, BAD]], ids=str)
 @pytest.mark.parametrize("optimizer_first", [True, False])
-def test_a_verdict_on_its_way_is_part_of_the_state(script, optimizer_first: bool) -> None:
+def test_a_pending_verdict_is_part_of_the_state(script, optimizer_first: bool) -> None:
     def fresh() -> tuple[GuardedOptimizer, GuardedLR]:
         opt = guarded()
         return opt, GuardedLR(ExponentialLR(opt, gamma=0.5), backoff=0.5, recovery=2)
@@ -84,7 +84,7 @@ def test_a_verdict_on_its_way_is_part_of_the_state(script, optimizer_first: bool
 
 
 @pytest.mark.usefixtures("delayed")
-def test_a_state_between_a_step_and_its_schedule_is_whole_too() -> None:
+def test_a_state_between_optimizer_and_schedule_step_is_complete() -> None:
     def fresh() -> tuple[GuardedOptimizer, GuardedLR]:
         opt = guarded()
         return opt, GuardedLR(ExponentialLR(opt, gamma=0.5))
@@ -102,7 +102,7 @@ def test_a_state_between_a_step_and_its_schedule_is_whole_too() -> None:
         assert play(resumed.optimizer, resumed, [GOOD] * 2) == [0.125, 0.0625]
 
 
-def test_a_state_of_before_verdicts_were_part_of_it_loads() -> None:
+def test_a_state_without_verdicts_loads() -> None:
     opt = guarded()
     lr = GuardedLR(ExponentialLR(opt, gamma=0.5))
     saved = lr.state_dict()

@@ -127,7 +127,7 @@ def test_a_warm_up_by_step_and_a_schedule_by_epoch(way: str, name: str) -> None:
 
 
 @needs(TENSOR_PLATEAU)
-def test_a_tensor_learning_rate_warms_up_by_itself_in_place() -> None:
+def test_a_tensor_learning_rate_warms_up_in_place() -> None:
     rate = torch.tensor(1.0)
     p = torch.nn.Parameter(torch.zeros(1))
     opt = GuardedOptimizer(torch.optim.AdamW([p], lr=rate, fused=True))
@@ -181,7 +181,7 @@ def test_a_backoff_follows_the_steps_in_any_rhythm(
     assert lr_in_force(opt) == [*late, 1.0, 1.0, 0.5, 0.5, 1.0, 1.0][:6]
 
 
-def test_between_the_calls_of_step_a_state_is_whole() -> None:
+def test_a_state_between_calls_of_step_is_complete() -> None:
     def fresh() -> tuple[GuardedOptimizer, GuardedLR]:
         opt = guarded()
         return opt, GuardedLR(StepLR(opt, 1, gamma=0.5), warmup=WARMUP, backoff=0.5)
@@ -204,7 +204,7 @@ def test_between_the_calls_of_step_a_state_is_whole() -> None:
         assert head + run(opt, lr, range(stop, 12)) == whole, stop
 
 
-def test_a_loop_that_warms_up_by_hand_between_the_calls_of_step_is_left_alone() -> None:
+def test_a_manual_warmup_between_calls_of_step_is_not_overwritten() -> None:
     opt = guarded(momentum=0.9)
     lr = GuardedLR(StepLR(opt, 1, gamma=0.5), floor=0.01)
     for i in range(4):
@@ -229,7 +229,7 @@ def test_a_trainer_that_writes_momentum_finds_it_again() -> None:
     assert seen == pytest.approx([0.5, 0.65, 0.8])
 
 
-def test_a_step_outside_of_the_block_has_what_the_trainer_wrote() -> None:
+def test_a_step_outside_the_block_uses_the_trainers_values() -> None:
     opt = guarded()
     lr = GuardedLR(opt, backoff=0.5)
     with lr.in_force():
@@ -241,7 +241,7 @@ def test_a_step_outside_of_the_block_has_what_the_trainer_wrote() -> None:
     assert lr_in_force(opt) == [1.0, 0.7, 0.35]
 
 
-def test_what_is_lowered_between_two_blocks_is_not_taken_for_the_trainer_s() -> None:
+def test_lowering_between_two_blocks_is_not_taken_for_a_trainers_value() -> None:
     opt = guarded()
     schedule = plateau(opt)
     lr = GuardedLR(schedule)
@@ -288,7 +288,7 @@ def test_a_wrong_argument_leaves_the_learning_rate_in_force() -> None:
     assert lr.get_last_lr() == [0.25]
 
 
-def test_a_schedule_that_is_gone_touches_nothing() -> None:
+def test_a_deleted_schedule_changes_nothing() -> None:
     opt = guarded()
     lr = GuardedLR(opt, warmup=WARMUP)
     del lr

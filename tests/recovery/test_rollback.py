@@ -18,7 +18,7 @@ from fastguard.recovery.snapshot import Snapshot
 from guardtest.rollback_run import Run, same
 
 
-def test_one_call_after_several_steps_stands_for_them_all() -> None:
+def test_one_call_can_cover_several_steps() -> None:
     run = Run(every=3, after_skips=2)
     rewinds = []
     for i in range(4):
@@ -32,7 +32,7 @@ def test_one_call_after_several_steps_stands_for_them_all() -> None:
     assert (rewinds[1].step, rewinds[1].skip) == (0, ("pair 1", "pair 1"))
 
 
-def test_after_a_state_was_loaded_by_hand_positions_are_those_given_since() -> None:
+def test_after_a_load_only_later_positions_count() -> None:
     run = Run(every=100, after_skips=2)
     for i in range(4):
         run.batch(i)
@@ -45,7 +45,7 @@ def test_after_a_state_was_loaded_by_hand_positions_are_those_given_since() -> N
     assert rewind is not None and rewind.skip == (104, 105)
 
 
-def test_trouble_before_the_first_snapshot_goes_back_to_where_the_data_stood() -> None:
+def test_a_problem_before_the_first_snapshot_restores_the_initial_data_position() -> None:
     run = Run(every=5, after_skips=1, position=40)
     run.batch(41)
     rewind = run.batch(42, math.nan)
@@ -76,7 +76,7 @@ def test_too_many_skips_restore_the_last_snapshot_bit_for_bit() -> None:
     assert run.opt.skipped_steps == 0  # the guard's own state went back as well
 
 
-def test_the_run_after_a_rollback_equals_one_that_left_the_bad_batches_out() -> None:
+def test_the_run_after_a_rollback_equals_one_without_the_bad_batches() -> None:
     run = Run(every=2, after_skips=2, lr_factor=1.0)
     for i in range(4):
         run.batch(i)
@@ -91,7 +91,7 @@ def test_the_run_after_a_rollback_equals_one_that_left_the_bad_batches_out() -> 
     assert same(run.state(), clean.state())
 
 
-def test_a_spike_that_persists_restores() -> None:
+def test_persistent_spikes_trigger_a_rollback() -> None:
     run = Run(every=5, after_skips=None, after_spikes=2)
     for i in range(6):
         assert run.batch(i) is None
@@ -101,7 +101,7 @@ def test_a_spike_that_persists_restores() -> None:
     assert "spiked" in rewind.reason
 
 
-def test_spikes_are_counted_anew_after_a_rollback() -> None:
+def test_spikes_are_counted_from_zero_after_a_rollback() -> None:
     run = Run(every=5, after_skips=None, after_spikes=2)
     for i in range(6):
         run.batch(i)
@@ -118,7 +118,7 @@ def test_one_spike_may_be_enough() -> None:
     assert run.batch(6, 1e6).reason == "a step spiked"
 
 
-def test_only_what_was_bad_after_the_snapshot_is_left_out() -> None:
+def test_only_bad_steps_after_the_snapshot_are_skipped() -> None:
     run = Run(every=2, after_skips=5)
     for i, scale in enumerate((1.0, 1.0, math.nan, 1.0, 1.0)):
         run.batch(i, scale)
@@ -130,7 +130,7 @@ def test_only_what_was_bad_after_the_snapshot_is_left_out() -> None:
     assert run.rollback.trigger().skip == (6,)
 
 
-def test_what_was_bad_before_a_poisoned_snapshot_is_left_out_too() -> None:
+def test_bad_steps_before_a_poisoned_snapshot_are_skipped_too() -> None:
     run = Run(every=2, after_skips=5)
     for i in range(2):
         run.batch(i)
@@ -143,7 +143,7 @@ def test_what_was_bad_before_a_poisoned_snapshot_is_left_out_too() -> None:
     assert (rewind.step, rewind.skip) == (2, (2,))
 
 
-def test_the_caller_may_ask_for_it_before_the_step_is_told() -> None:
+def test_the_caller_can_trigger_a_rollback_before_calling_step() -> None:
     """The record and the position of that step belong together, or to nothing."""
     run = Run(every=2, after_skips=2)
     for i in range(2):
@@ -155,14 +155,14 @@ def test_the_caller_may_ask_for_it_before_the_step_is_told() -> None:
     assert run.batch(5, math.nan).skip == (4, 5)
 
 
-def test_the_caller_may_ask_for_it() -> None:
+def test_the_caller_can_trigger_a_rollback() -> None:
     run = Run(every=2)
     for i in range(3):
         run.batch(i)
     assert run.rollback.trigger("validation collapsed").step == 2
 
 
-def test_it_gives_up_with_the_story() -> None:
+def test_it_gives_up_with_the_history() -> None:
     run = Run(every=2, after_skips=1, max_attempts=2)
     for i in range(4):
         run.batch(i)
@@ -172,7 +172,7 @@ def test_it_gives_up_with_the_story() -> None:
         run.batch(6, math.nan)
 
 
-def test_the_story_ends_with_the_last_bad_steps_and_whom_they_blame() -> None:
+def test_the_history_ends_with_the_last_bad_steps_and_their_culprits() -> None:
     run = Run(every=2, keep=1, after_skips=11, max_attempts=1)
     for i in range(11):
         run.opt.zero_grad()
@@ -190,7 +190,7 @@ def test_the_story_ends_with_the_last_bad_steps_and_whom_they_blame() -> None:
     assert list(error.value.culprits) == [("parameter 0", 1, 0, 0)]
 
 
-def test_without_a_finite_snapshot_the_last_bad_step_is_blamed() -> None:
+def test_without_a_finite_snapshot_the_error_has_the_culprits_of_the_last_bad_step() -> None:
     run = Run(keep=1, after_skips=1)
     with torch.no_grad():
         run.model[0].weight.fill_(math.nan)
@@ -202,7 +202,7 @@ def test_without_a_finite_snapshot_the_last_bad_step_is_blamed() -> None:
     assert list(error.value.culprits) == [("parameter 5", 0, 1, 0)]
 
 
-def test_attempts_start_anew_beyond_the_trouble() -> None:
+def test_attempts_restart_after_the_problem() -> None:
     run = Run(every=2, after_skips=1, max_attempts=1)
     for i in range(4):
         run.batch(i)
@@ -212,7 +212,7 @@ def test_attempts_start_anew_beyond_the_trouble() -> None:
     assert run.batch(12, math.nan).attempt == 1
 
 
-def test_each_attempt_lowers_the_lr_further_and_counts_skips_anew() -> None:
+def test_each_attempt_lowers_the_lr_further_and_restarts_the_count_of_skips() -> None:
     run = Run(every=2, after_skips=2, lr_factor=0.5)
     for i in range(4):
         run.batch(i)
@@ -228,7 +228,7 @@ def test_each_attempt_lowers_the_lr_further_and_counts_skips_anew() -> None:
     assert seen == pytest.approx([0.005, 0.0025])
 
 
-def test_the_log_says_where_the_lr_is_after_a_rollback(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_of_a_rollback_shows_the_lr(caplog: pytest.LogCaptureFixture) -> None:
     """The snapshot's schedule has none of the back-offs that led to the rollback."""
     p = torch.nn.Parameter(torch.zeros(2))
     opt = GuardedOptimizer(torch.optim.SGD([p], lr=1.0))
@@ -245,7 +245,7 @@ def test_the_log_says_where_the_lr_is_after_a_rollback(caplog: pytest.LogCapture
     assert "backed off to 0.01 of the schedule" in said[-2]
 
 
-def test_without_a_schedule_the_log_says_nothing_of_the_lr(caplog) -> None:
+def test_without_a_schedule_the_log_does_not_mention_the_lr(caplog) -> None:
     p = torch.nn.Parameter(torch.zeros(2))
     opt = GuardedOptimizer(torch.optim.SGD([p], lr=1.0))
     Rollback(opt, {}).trigger()
@@ -265,7 +265,7 @@ def test_old_incidents_are_forgotten() -> None:
     assert len(run.rollback._incidents._bad) <= 4
 
 
-def test_a_snapshot_before_the_end_of_the_trouble_is_no_way_out() -> None:
+def test_a_snapshot_before_the_problem_ended_does_not_reset_the_attempts() -> None:
     run = Run(every=1, after_skips=2, lr_factor=0.5)
     for i in range(4):
         run.batch(i)
@@ -288,7 +288,7 @@ def test_a_snapshot_before_the_end_of_the_trouble_is_no_way_out() -> None:
     assert run.opt.param_groups[0]["lr"] == pytest.approx(0.000625)
 
 
-def test_the_trouble_reaches_as_far_as_it_ever_did() -> None:
+def test_a_problem_ends_at_its_latest_step_of_all_attempts() -> None:
     run = Run(every=100, after_skips=2, max_attempts=9)
     run.rollback.snapshot()
     run.batch(0, math.nan)
@@ -304,7 +304,7 @@ def test_the_trouble_reaches_as_far_as_it_ever_did() -> None:
     assert run.rollback.trigger().attempt == 1
 
 
-def test_bad_steps_before_a_snapshot_are_not_skipped_though_their_numbers_came_again() -> None:
+def test_bad_steps_before_a_snapshot_are_not_skipped_even_if_their_numbers_repeat() -> None:
     run = Run(every=4, after_skips=6)
     for i in range(4):
         run.batch(i)
@@ -318,7 +318,7 @@ def test_bad_steps_before_a_snapshot_are_not_skipped_though_their_numbers_came_a
     assert (rewind.step, rewind.position, rewind.skip) == (8, 13, tuple(range(14, 20)))
 
 
-def test_bad_snapshots_push_out_no_good_one() -> None:
+def test_bad_snapshots_do_not_displace_a_good_one() -> None:
     run = Run(every=2, keep=2, after_skips=None)
     for i in range(2):
         run.batch(i)
@@ -338,7 +338,7 @@ def test_bad_snapshots_push_out_no_good_one() -> None:
     assert run.rollback.snapshots == [4, 6]
 
 
-def test_every_second_snapshot_is_looked_at_while_it_is_copied(
+def test_every_second_snapshot_is_checked_during_the_copy(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     checks = []
@@ -359,7 +359,7 @@ def test_every_second_snapshot_is_looked_at_while_it_is_copied(
     assert checks == [False, False]
 
 
-def test_a_nan_number_in_a_snapshot_is_seen() -> None:
+def test_a_nan_number_in_a_snapshot_is_found() -> None:
     run = Run()
     rollback = Rollback(run.opt, {"model": run.model}, keep=2)
     run.batch(0)
@@ -370,7 +370,7 @@ def test_a_nan_number_in_a_snapshot_is_seen() -> None:
 
 
 @pytest.mark.parametrize("with_lr", [True, False])
-def test_a_tensor_learning_rate_stays_the_tensor_it_is(with_lr: bool) -> None:
+def test_a_tensor_learning_rate_is_updated_in_place(with_lr: bool) -> None:
     rates = torch.tensor(0.5), torch.tensor(0.25)
     groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "lr": rate} for rate in rates]
     opt = GuardedOptimizer(torch.optim.AdamW(groups, fused=True))
@@ -385,7 +385,7 @@ def test_a_tensor_learning_rate_stays_the_tensor_it_is(with_lr: bool) -> None:
     assert [rate.item() for rate in rates] == [0.5 * factor, 0.25 * factor]
 
 
-def test_a_rollback_that_is_gone_leaves_nothing_behind() -> None:
+def test_a_deleted_rollback_leaves_nothing_behind() -> None:
     run = Run(every=1)
     run.batch(0)
     assert len(run.opt._optimizer_step_pre_hooks) == 2
@@ -415,7 +415,7 @@ def test_bad_arguments_are_named(kwargs: dict, error: type[Exception], match: st
         Run(**kwargs)
 
 
-def test_an_object_without_state_is_refused() -> None:
+def test_an_object_without_state_is_an_error() -> None:
     opt = GuardedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]))
     with pytest.raises(TypeError, match=r"objects\['loader'\] is a list"):
         Rollback(opt, {"loader": [1, 2]})

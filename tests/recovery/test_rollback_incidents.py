@@ -40,7 +40,7 @@ class Loop:
     ],
     ids=["zeroed", "zeroed-clipped", "recorded", "spike-clipped", "zeroed-recorded"],
 )
-def test_what_is_let_through_at_every_step_is_no_bar_to_a_snapshot(guard, every_step) -> None:
+def test_incidents_applied_at_every_step_do_not_prevent_snapshots(guard, every_step) -> None:
     loop = Loop(guard, every=5, keep=2)
     loop.steps(40, **every_step)
     assert loop.rollback.snapshots == [30, 40]
@@ -50,7 +50,7 @@ def test_what_is_let_through_at_every_step_is_no_bar_to_a_snapshot(guard, every_
     assert (rewind.step, rewind.skip) == (40, (41, 42, 43))
 
 
-def test_a_snapshot_waits_for_a_step_without_an_incident_if_one_comes() -> None:
+def test_a_snapshot_waits_for_a_step_without_an_incident() -> None:
     loop = Loop({"nonfinite": "zero"}, every=4)
     loop.steps(3)
     loop.steps(3, math.nan)
@@ -59,7 +59,7 @@ def test_a_snapshot_waits_for_a_step_without_an_incident_if_one_comes() -> None:
     assert loop.rollback.snapshots == [0, 7]
 
 
-def test_a_spike_that_counts_bars_a_snapshot() -> None:
+def test_a_spike_that_can_trigger_a_rollback_prevents_a_snapshot() -> None:
     loop = Loop({"spike": SPIKES}, every=2, after_spikes=9)
     loop.steps(8, loss=2.0)
     assert loop.rollback.snapshots == [0]
@@ -67,7 +67,7 @@ def test_a_spike_that_counts_bars_a_snapshot() -> None:
     assert loop.rollback.snapshots == [0, 10]
 
 
-def test_propagated_nan_is_in_no_snapshot_and_the_reason_is_said(
+def test_propagated_nan_prevents_snapshots_and_the_reason_is_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     loop = Loop({"nonfinite": "propagate"}, every=3)
@@ -84,7 +84,7 @@ def test_propagated_nan_is_in_no_snapshot_and_the_reason_is_said(
     assert loop.rollback.trigger().step == 3
 
 
-def test_skips_that_set_off_nothing_are_said_too(caplog: pytest.LogCaptureFixture) -> None:
+def test_skips_without_a_rollback_are_logged_too(caplog: pytest.LogCaptureFixture) -> None:
     loop = Loop({}, every=1, after_skips=None)
     loop.steps(25, math.nan)
     assert sum("no snapshot" in message for message in caplog.messages) == 1
@@ -103,7 +103,7 @@ def test_the_memory_of_bad_steps_is_bounded(
     )
 
 
-def test_the_search_for_a_loss_scale_is_no_bad_step() -> None:
+def test_a_search_for_a_loss_scale_is_not_a_bad_step() -> None:
     stretch = IncidentLog(every=2, after_skips=2, after_spikes=None)
     overflow = StepRecord(1, 1.0, 1.0, "skipped", "loss_scale", posinf=3)
     bad = StepRecord(1, 1.0, 1.0, "skipped", "nonfinite_grad", nan=3)

@@ -65,9 +65,7 @@ def test_a_snapshot_does_not_disturb_a_schedule(
 
 
 @pytest.mark.parametrize("delayed", [False, True])
-def test_going_back_takes_the_schedule_to_where_it_was(
-    monkeypatch: pytest.MonkeyPatch, delayed: bool
-) -> None:
+def test_a_rollback_restores_the_schedule(monkeypatch: pytest.MonkeyPatch, delayed: bool) -> None:
     if delayed:
         longrun.delay_records(monkeypatch)
     opt = GuardedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1.0))

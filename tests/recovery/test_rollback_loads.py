@@ -59,7 +59,7 @@ def test_a_state_loaded_between_a_step_and_its_rollback_step(n_before: int) -> N
 
 
 @pytest.mark.usefixtures("delayed")
-def test_a_state_of_later_steps_is_gone_on_from_too() -> None:
+def test_loading_a_state_of_later_steps_works_too() -> None:
     ahead = Loop(every=100)
     for _ in range(9):
         ahead.step()
@@ -73,7 +73,7 @@ def test_a_state_of_later_steps_is_gone_on_from_too() -> None:
     assert rewind.skip == (0, 1)
 
 
-def test_the_first_good_step_after_a_load_is_kept() -> None:
+def test_the_first_good_step_after_a_load_is_saved() -> None:
     """Else a run that is resumed late would go back to the weights that it was made with."""
     saved = Run(every=100)
     for i in range(7):
@@ -90,7 +90,7 @@ def test_the_first_good_step_after_a_load_is_kept() -> None:
     assert same(run.state(), kept)
 
 
-def test_a_bad_step_after_a_load_is_not_kept() -> None:
+def test_a_bad_step_after_a_load_is_not_saved() -> None:
     run = Run(every=100, after_skips=3)
     run.batch(0)
     run.opt.load_state_dict(run.opt.state_dict())
@@ -100,7 +100,7 @@ def test_a_bad_step_after_a_load_is_not_kept() -> None:
     assert run.rollback.snapshots == [0, 3]
 
 
-def test_a_load_ends_a_row_of_spikes() -> None:
+def test_loading_a_state_resets_the_count_of_spikes() -> None:
     run = Run(every=100, after_skips=None, after_spikes=2)
     for i in range(6):
         run.batch(i)
@@ -110,7 +110,7 @@ def test_a_load_ends_a_row_of_spikes() -> None:
     assert run.batch(8, 1e24) is not None
 
 
-def test_what_is_loaded_between_trouble_and_its_rollback_keeps_bad_data_out() -> None:
+def test_a_load_between_bad_steps_and_their_rollback_discards_them() -> None:
     """The batches stay bad, whatever state was loaded since."""
     run = Run(every=100, after_skips=5)
     for i in range(3):
@@ -170,7 +170,7 @@ def test_it_still_gives_up_after_loads() -> None:
         run.batch(1, math.nan)
 
 
-def test_after_a_param_group_joined_the_next_good_step_is_kept() -> None:
+def test_after_a_param_group_was_added_the_next_good_step_is_saved() -> None:
     run = Loop(every=100, after_skips=2)
     late = torch.nn.Parameter(torch.ones(1))
     run.step()
@@ -185,7 +185,7 @@ def test_after_a_param_group_joined_the_next_good_step_is_kept() -> None:
     assert rewind is not None and (rewind.step, rewind.skip) == (2, (2, 3))
 
 
-def test_a_state_of_other_param_groups_is_not_loaded_half() -> None:
+def test_a_state_with_other_param_groups_is_not_loaded_partly() -> None:
     run = Loop(every=100, after_skips=1)
     run.step()
     run.rollback.step(0)

@@ -38,7 +38,7 @@ def test_without_a_finite_snapshot_it_says_which_tensors_are_bad() -> None:
         run.rollback.trigger()
 
 
-def test_random_numbers_go_back_too() -> None:
+def test_random_states_are_restored_too() -> None:
     run = Run()
     run.rollback.snapshot()
     drawn = torch.rand(3), np.random.rand(), random.random()
@@ -59,7 +59,7 @@ def test_a_second_snapshot_reuses_the_memory_of_the_first() -> None:
     assert torch.equal(slot._states["model"]["weight"], model.weight)
 
 
-def test_training_on_does_not_reach_into_a_snapshot() -> None:
+def test_further_training_does_not_change_a_snapshot() -> None:
     run = Run(every=3)
     for i in range(3):
         run.batch(i)

@@ -53,7 +53,7 @@ def store(tmp_path: Path):
         yield opened
 
 
-def test_from_the_store_comes_bit_for_bit_what_comes_from_memory(store: CheckpointStore) -> None:
+def test_store_and_memory_restore_the_same_bits(store: CheckpointStore) -> None:
     rewinds, runs = [], []
     for place in (None, store):
         run = Run(place).advance(4)
@@ -68,7 +68,9 @@ def test_from_the_store_comes_bit_for_bit_what_comes_from_memory(store: Checkpoi
     assert_same_bits(snapshot(runs[1].opt), snapshot(runs[0].opt))
 
 
-def test_a_restarted_process_goes_on_from_it_and_back_to_it(store: CheckpointStore) -> None:
+def test_a_restarted_process_resumes_from_the_store_and_rolls_back_to_it(
+    store: CheckpointStore,
+) -> None:
     expected = snapshot(Run(None).advance(8).opt)
     Run(store).advance(5)  # dies here; the last snapshot is of step 3
     files = [entry.file for entry in store.list()]
@@ -82,7 +84,7 @@ def test_a_restarted_process_goes_on_from_it_and_back_to_it(store: CheckpointSto
     assert_same_bits(snapshot(run.advance(8).opt), expected)
 
 
-def test_steps_that_are_done_again_replace_those_of_before(store: CheckpointStore) -> None:
+def test_repeated_steps_replace_the_earlier_ones(store: CheckpointStore) -> None:
     run = Run(store).advance(3)
     with torch.no_grad():
         run.model[0].weight[0, 0] = math.nan
@@ -93,7 +95,7 @@ def test_steps_that_are_done_again_replace_those_of_before(store: CheckpointStor
     assert [entry.step for entry in store.replaced()] == [3]
 
 
-def test_an_old_run_in_the_directory_is_not_gone_back_to(store: CheckpointStore) -> None:
+def test_an_old_run_in_the_directory_is_not_restored(store: CheckpointStore) -> None:
     Run(store).advance(4)
     with torch.no_grad():
         new = Run(store, after_skips=1)
@@ -112,7 +114,7 @@ def test_nor_is_one_that_never_took_a_step(store: CheckpointStore) -> None:
     assert (new.model[0].weight == 0.5).all()
 
 
-def test_attempts_start_anew_with_a_snapshot_beyond_the_trouble_and_not_without(
+def test_attempts_restart_only_with_a_snapshot_after_the_problem(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run(store, after_skips=1, every=1).advance(2)
@@ -131,14 +133,14 @@ def test_attempts_start_anew_with_a_snapshot_beyond_the_trouble_and_not_without(
     assert run.batch(12, math.nan).attempt == 1
 
 
-def test_a_damaged_snapshot_is_passed_over(store: CheckpointStore) -> None:
+def test_a_damaged_snapshot_is_skipped(store: CheckpointStore) -> None:
     run = Run(store).advance(4)
     path = store.directory / store.last().file
     path.write_bytes(path.read_bytes()[:-100])
     assert run.rollback.trigger().step == 0
 
 
-def test_a_full_disk_is_reported_and_the_run_goes_on(
+def test_a_full_disk_is_reported_and_the_run_continues(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = Run(store).advance(4)
@@ -157,7 +159,7 @@ def test_a_full_disk_is_reported_and_the_run_goes_on(
     run.advance(11)
 
 
-def test_a_disk_that_became_read_only_can_still_be_gone_back_to(
+def test_rollback_works_from_a_disk_that_became_read_only(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = Run(store).advance(4)
@@ -183,7 +185,7 @@ def test_without_a_usable_snapshot_it_says_so(store: CheckpointStore) -> None:
         run.rollback.trigger()
 
 
-def test_a_snapshot_that_the_system_cannot_read_ends_the_run_with_the_story(
+def test_an_unreadable_snapshot_ends_the_run_with_the_history(
     store: CheckpointStore,
 ) -> None:
     run = Run(store)
@@ -194,7 +196,7 @@ def test_a_snapshot_that_the_system_cannot_read_ends_the_run_with_the_story(
         run.rollback.trigger()
 
 
-def test_wrong_use_is_named(store: CheckpointStore) -> None:
+def test_wrong_use_is_an_error(store: CheckpointStore) -> None:
     run = Run(store)
     with pytest.raises(TypeError, match=r"store='there' must be None or a fastguard\.Checkpoint"):
         Rollback(run.opt, {}, store="there")  # type: ignore[arg-type]

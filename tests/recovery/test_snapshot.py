@@ -70,11 +70,11 @@ SPARSE = torch.sparse_coo_tensor([[0, 2]], torch.tensor([1.0, NAN]), (4,), check
         *("numbers", "number", "both"),
     ],
 )
-def test_what_is_not_finite_is_named(value: Any, bad: list[str]) -> None:
+def test_nonfinite_tensors_are_named(value: Any, bad: list[str]) -> None:
     assert taken(value).nonfinite() == bad
 
 
-def test_a_restored_state_is_of_the_kind_that_was_given() -> None:
+def test_a_restored_state_has_its_original_type() -> None:
     value = {
         "counter": collections.Counter("aab"),
         "default": collections.defaultdict(list, a=[1]),
@@ -90,11 +90,11 @@ def test_a_restored_state_is_of_the_kind_that_was_given() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
-def test_a_compressed_sparse_tensor_is_looked_into_too() -> None:
+def test_a_compressed_sparse_tensor_is_checked_too() -> None:
     assert taken(torch.tensor([[0.0, NAN]]).to_sparse_csr()).nonfinite() == ["x.value"]
 
 
-def test_a_schedule_by_milestones_still_knows_its_closed_form() -> None:
+def test_a_milestone_schedule_keeps_its_closed_form() -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 4], gamma=0.1)
     slot = Snapshot()
@@ -105,7 +105,7 @@ def test_a_schedule_by_milestones_still_knows_its_closed_form() -> None:
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
 
 
-def test_the_versions_of_modules_survive() -> None:
+def test_module_versions_survive() -> None:
     norm = torch.nn.BatchNorm1d(2)
     slot = Snapshot()
     slot.take({"norm": norm}, 1, None)
@@ -121,7 +121,7 @@ def test_the_versions_of_modules_survive() -> None:
     assert seen == [norm._version] * 2
 
 
-def test_what_the_run_does_to_its_values_later_reaches_no_snapshot() -> None:
+def test_later_changes_of_values_do_not_reach_a_snapshot() -> None:
     value = [torch.ones(2), {"seen": {1}}, collections.Counter("a")]
     before = copy.deepcopy(value)
     slot = taken(value)
@@ -133,7 +133,7 @@ def test_what_the_run_does_to_its_values_later_reaches_no_snapshot() -> None:
         assert repr(value) == repr(before)
 
 
-def test_a_tensor_of_another_shape_or_dtype_is_copied_as_it_is_now() -> None:
+def test_a_tensor_whose_shape_or_dtype_changed_is_copied_anew() -> None:
     slot = Snapshot()
     values = [torch.ones(3), torch.ones(2, 3) / 3, torch.ones(2, 3).double() / 3, [torch.ones(1)]]
     for step, value in enumerate(values):
@@ -144,7 +144,7 @@ def test_a_tensor_of_another_shape_or_dtype_is_copied_as_it_is_now() -> None:
         assert restored(slot).to_dense().sum() == n
 
 
-def test_buffers_within_lists_are_used_again_too() -> None:
+def test_buffers_inside_lists_are_reused_too() -> None:
     slot = taken([torch.ones(64)])
     first = slot._states["x"]["value"][0].data_ptr()
     slot.take({"x": Holder([torch.zeros(64)])}, 2, None)
@@ -158,7 +158,7 @@ def test_a_copy_holds_no_graph() -> None:
         assert not found.requires_grad and found.tolist() == [2.0, 2.0]
 
 
-def test_the_random_streams_are_those_of_the_latest_copy() -> None:
+def test_the_random_states_are_those_of_the_latest_copy() -> None:
     slot = taken(None)
     torch.rand(3)
     slot.take({}, 2, None)
@@ -167,7 +167,7 @@ def test_the_random_streams_are_those_of_the_latest_copy() -> None:
     assert torch.equal(torch.rand(3), drawn)
 
 
-def test_a_copy_that_was_not_finished_is_none() -> None:
+def test_an_unfinished_copy_is_not_a_snapshot() -> None:
     class Failing(Holder):
         def state_dict(self) -> dict[str, Any]:
             raise KeyError("a state that cannot be had")
@@ -179,7 +179,7 @@ def test_a_copy_that_was_not_finished_is_none() -> None:
     assert slot.step is None
 
 
-def test_what_was_seen_to_be_finite_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_known_to_be_finite_are_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastguard.recovery.snapshot.CHECKED_SHARE", 1.0)
     values = [torch.ones(5), torch.ones(2, 3).T, torch.ones(3).half(), torch.tensor(2), "text", 3.0]
     slot = taken(values)
@@ -191,7 +191,7 @@ def test_what_was_seen_to_be_finite_is_not_read_again(monkeypatch: pytest.Monkey
     assert slot.nonfinite() == [] and read() == set()
 
 
-def test_what_was_not_looked_at_is_read_when_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unchecked_tensors_are_read_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     values = [torch.ones(100 + i % 7) for i in range(50)]
     slot = taken(values)
     read = names_read(monkeypatch)
@@ -224,12 +224,12 @@ def names_read(monkeypatch: pytest.MonkeyPatch) -> Callable[[], set[str]]:
     return since
 
 
-def test_large_numbers_are_finite_though_their_sum_is_not() -> None:
+def test_large_values_whose_sum_overflows_are_finite() -> None:
     assert taken([torch.full((9,), 3e38), torch.full((9,), -6e4).half()]).nonfinite() == []
 
 
 @pytest.mark.parametrize("size", [0, 1, 6, 7, 8, 100])
-def test_a_copy_in_pieces_is_whole(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_in_pieces_is_complete(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastguard.gradients.host_copies.PIECE", 7)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     values = [torch.arange(size) / 3, torch.randn(size, 3).T, torch.arange(size)]
@@ -242,7 +242,7 @@ def test_a_copy_in_pieces_is_whole(size: int, monkeypatch: pytest.MonkeyPatch) -
         values[0][at] = 1.0
 
 
-def test_what_lies_on_a_gpu_is_looked_at_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_on_a_gpu_are_checked_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its memory is ten times as fast, and the host has other things to do."""
     monkeypatch.setattr("fastguard.recovery.snapshot._on_gpu", lambda tensor: tensor.ndim == 2)
     values = {"gpu": torch.ones(2, 2), "host": torch.tensor([1.0, NAN]), "n": NAN}
