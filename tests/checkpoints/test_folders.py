@@ -51,7 +51,7 @@ def test_a_folder_of_weights_alone_has_nothing_to_go_back_to(tmp_path, capsys, d
     status, out, err = ckpt(capsys, "rollback", weights)
     assert status == 1
     assert "passed over scheduler.pt: holds no tensors" in out
-    assert "no good checkpoint beside" in err
+    assert "no good checkpoint next to" in err
     assert weights.read_bytes() == before
 
 

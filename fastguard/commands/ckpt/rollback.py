@@ -46,7 +46,7 @@ def run(path: Path, to: str | None, ignore: Sequence[str], answer: Answer) -> in
                 if any(foreign.NOT_FINITE in line for line in passed_over)
                 else ""
             )
-            say(f"fastguard ckpt: no good checkpoint beside {target}{hint}", file=sys.stderr)
+            say(f"fastguard ckpt: no good checkpoint next to {target}{hint}", file=sys.stderr)
             return FOUND_BAD
     else:
         source = _source_file(Path(to), target)

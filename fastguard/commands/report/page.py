@@ -128,11 +128,11 @@ def _plot(figure: go.Figure) -> Markup:
         "doubleClick": False,  # the page's script shows the whole run
     }
     drawn = json.loads(str(plotly.io.to_json(figure, validate=False)))
-    told = json.dumps({"data": drawn["data"], "layout": drawn["layout"], "config": config})
-    told = told.replace("<", "\\u003c")  # prevents closing the element early
+    data = json.dumps({"data": drawn["data"], "layout": drawn["layout"], "config": config})
+    data = data.replace("<", "\\u003c")  # prevents closing the element early
     return Markup(
         f'<div id="{PLOT_ID}"></div>\n'
-        f'<script type="application/json" id="figure">{told}</script>\n'
+        f'<script type="application/json" id="figure">{data}</script>\n'
         f'<script type="text/plain" id="library">{_library()}</script>'
     )
 

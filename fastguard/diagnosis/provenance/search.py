@@ -130,7 +130,7 @@ class Search:
                 kind=origin.origin,
                 remedy=remedies.OUTSIDE[origin.origin],
             )
-        told = origin.explanation or _by_ranges(origin)
+        explanation = origin.explanation or _by_ranges(origin)
         return NonFiniteReport(
             origin="forward",
             module=origin.site.module,
@@ -140,9 +140,9 @@ class Search:
             inputs=origin.inputs,
             outputs=origin.outputs,
             reached=reached,
-            kind=told.kind,
-            evidence=told.evidence,
-            remedy=told.remedy,
+            kind=explanation.kind,
+            evidence=explanation.evidence,
+            remedy=explanation.remedy,
             precision=origin.precision or None,  # False is inconclusive: the cause may be earlier
         )
 

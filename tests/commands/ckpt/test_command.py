@@ -118,7 +118,7 @@ def test_without_a_good_checkpoint_nothing_changes(weights, capsys):
         write(weights / f"{name}.pt", 0, bad=True)
     before = {p.name: p.read_bytes() for p in weights.iterdir()}
     assert main(["ckpt", "rollback", str(weights)]) == 1
-    assert "no good checkpoint beside" in capsys.readouterr().err
+    assert "no good checkpoint next to" in capsys.readouterr().err
     target = str(weights / "last.pt")
     assert main(["ckpt", "rollback", target, "--to", str(weights / "best.pt")]) == 1
     assert "cannot be used for a rollback: 1 tensor is not finite" in capsys.readouterr().err

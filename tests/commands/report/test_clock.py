@@ -1,4 +1,4 @@
-"""The time axis of a report: which step was taken when."""
+"""The time axis of a report: the time of each step."""
 
 import numpy as np
 import pytest
@@ -18,13 +18,13 @@ def test_seconds_count_from_the_first_step():
     assert found.as_dict() == {"start": 1000.0, "steps": [1, 2, 3], "seconds": [0.0, 0.5, 2.0]}
 
 
-def test_a_repeated_step_counts_when_it_was_last_taken():
+def test_a_repeated_step_has_the_time_of_its_last_repetition():
     found = clock([(1, 10.0), (2, 11.0), (3, 12.0), (2, 20.0), (3, 21.0), (4, 22.0)])
     assert found.steps.tolist() == [1, 2, 3, 4]
     assert found.seconds.tolist() == [0.0, 10.0, 11.0, 12.0]
 
 
-def test_time_never_runs_backwards():
+def test_times_never_decrease():
     assert clock([(1, 10.0), (2, 15.0), (3, 12.0), (4, 16.0)]).seconds.tolist() == [0, 5, 5, 6]
     ended_below = clock([(1, 10.0), (2, 11.0), (3, 12.0), (2, 20.0)])
     assert ended_below.seconds.tolist() == [0.0, 10.0, 10.0]
@@ -37,7 +37,7 @@ def test_a_bucket_keeps_its_first_and_last_step_and_those_near_an_incident():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -5.0, 0.0, 1e300])
-def test_what_is_no_time_is_left_out(bad):
+def test_invalid_times_are_ignored(bad):
     assert clock([(1, 10.0), (2, bad), (3, 12.0)]).steps.tolist() == [1, 3]
     assert clock([(1, bad), (2, bad)]) is None
     assert clock([(1, 10.0), (2, bad)]) is None

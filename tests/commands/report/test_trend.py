@@ -68,7 +68,7 @@ def test_a_few_values_are_no_trend(n):
     assert find_rise(np.arange(n, dtype=float), np.arange(1.0, n + 1)) is None
 
 
-def test_what_is_not_finite_is_left_out():
+def test_nonfinite_values_are_ignored():
     step, value = averaged(RISE * noise(0))
     value[::7] = np.nan
     value[3::50] = np.inf

@@ -1,4 +1,4 @@
-"""What tests share: pytest puts tests/support on the path, so `from guardtest import require`."""
+"""Shared code of the tests; pytest puts tests/support on the path."""
 
 import importlib
 import os
@@ -12,7 +12,7 @@ def in_ci() -> bool:
 
 
 def require(module: str) -> ModuleType:
-    """An optional module, for a test or (at the top of a file) for all tests of it.
+    """Imports an optional module, for one test or (at the top of a file) for all tests in it.
 
     Missing on a user's machine, the tests are skipped and say why; missing in CI, they fail, so
     that no part of the suite disappears unseen. A module that is there but breaks while it is
@@ -22,7 +22,7 @@ def require(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # `module` is installed, something that it imports is not
+            raise  # `module` is installed, but one of its imports is not
         if in_ci():
             pytest.fail(f"{module} is not installed, and CI must test with it", pytrace=False)
         pytest.skip(f"{module} is not installed", allow_module_level=True)

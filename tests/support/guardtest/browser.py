@@ -1,4 +1,4 @@
-"""A real browser without a window, for pages that must work in one."""
+"""A real headless browser, for tests of pages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from guardtest import in_ci, require
 
 FLAGS = (
     "--headless",
-    "--no-sandbox",  # root, as in a container, may not have one
+    "--no-sandbox",  # Chromium's sandbox does not work for root, as in a container
     "--disable-gpu",
     "--disable-quic",
     "--no-first-run",
@@ -32,7 +32,7 @@ def chromium(profile: Path) -> Iterator[Any]:
     Where it is missing, the test is skipped and says why; in CI it fails.
 
     Args:
-        profile: An empty folder, for its user data.
+        profile: An empty folder for its user data.
     """
     require("selenium")
     from selenium import webdriver

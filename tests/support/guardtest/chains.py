@@ -1,4 +1,4 @@
-"""Models with a fault somewhere between two healthy layers, and batches that bring it out."""
+"""Models with a fault between two healthy layers, and batches that trigger it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class SegNet(nn.Module):
 
 
 def chain(*modules, n: int = 4) -> nn.Sequential:
-    """A layer with a gradient, then what is under test, then another layer."""
+    """A linear layer, the module under test, and another linear layer."""
     first, last = nn.Linear(n, n, bias=False), nn.Linear(n, n)
     return nn.Sequential(first, *modules, last)
 

@@ -1,4 +1,4 @@
-"""Commands as a user gives them, and what they print."""
+"""Runs commands as a user does, and returns what they print."""
 
 from fastguard.commands.cli import main
 

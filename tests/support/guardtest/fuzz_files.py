@@ -1,4 +1,4 @@
-"""Stores, archives and manifests, each a little wrong: from a seed, so that a failure repeats."""
+"""Slightly corrupted stores, archives and manifests, reproducible from a seed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ NAMES = [
 
 
 class Callable_:
-    """Pickles to a call of a function."""
+    """Its pickle calls a function when it is loaded."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = function, arguments
@@ -46,7 +46,7 @@ class Callable_:
 
 
 def make_bases(folder: Path) -> None:
-    """The files and stores that are changed; `folder` is empty."""
+    """Writes the files and stores to corrupt into `folder`, which is empty."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
     optimizer = torch.optim.Adam(model.parameters())
@@ -87,13 +87,13 @@ def write_safetensors(path: Path, header: Any, data: bytes) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
-# Changes. Each takes the random numbers and the folder of a case, with a copy of every base.
+# Corruptions. Each takes a random generator and the folder of a case with a copy of every file.
 
 Change = Callable[[random.Random, Path], Path]
 
 
 def changed_bytes(rng: random.Random, folder: Path) -> Path:
-    """A file, flipped, cut, doubled or overwritten somewhere."""
+    """Flips, cuts, duplicates or overwrites bytes of a file."""
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != ".lock"]
     path = rng.choice(files)
     raw = bytearray(path.read_bytes())
@@ -118,7 +118,7 @@ def changed_bytes(rng: random.Random, folder: Path) -> Path:
 
 
 def changed_records(rng: random.Random, folder: Path) -> Path:
-    """An archive put together anew, with records lost, twice, renamed or exchanged."""
+    """Rebuilds an archive with records missing, repeated, renamed or exchanged."""
     path = folder / rng.choice(["zip.pt", "plain.pt"])
     with zipfile.ZipFile(path) as archive:
         records = [(name, archive.read(name)) for name in archive.namelist()]
@@ -155,7 +155,7 @@ def rewrite(path: Path, records: list[tuple[str, bytes]], method: int = zipfile.
 
 
 def changed_pickle(rng: random.Random, folder: Path) -> Path:
-    """An archive whose pickle has opcodes that were moved, repeated or given other arguments."""
+    """Moves or repeats opcodes of an archive's pickle, or changes their arguments."""
     path = folder / rng.choice(["zip.pt", "plain.pt"])
     with zipfile.ZipFile(path) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
@@ -186,7 +186,7 @@ def changed_pickle(rng: random.Random, folder: Path) -> Path:
 
 
 def planted_call(rng: random.Random, folder: Path) -> Path:
-    """A file that would leave `executed` in its folder, if anything in it were called."""
+    """Writes a file that creates `executed` in its folder if anything in it is called."""
     called = rng.choice(
         [
             (os.mkdir, str(folder / "executed")),
@@ -206,7 +206,7 @@ def planted_call(rng: random.Random, folder: Path) -> Path:
 
 
 def changed_manifest(rng: random.Random, folder: Path) -> Path:
-    """A manifest of odd values, with the right checksum."""
+    """Writes a manifest with unusual values and the correct checksum."""
     path = folder / "store" / "manifest.json"
     body = json.loads(path.read_text())
     for _ in range(rng.choice([1, 1, 2, 3])):
@@ -227,7 +227,7 @@ def changed_manifest(rng: random.Random, folder: Path) -> Path:
     if rng.random() < 0.8:
         try:
             body["sha256"] = manifest._digest(body)
-        except ValueError:  # a number that no JSON has
+        except ValueError:  # a number that JSON cannot represent
             body["sha256"] = ""
     try:
         path.write_text(json.dumps(body))
@@ -237,7 +237,7 @@ def changed_manifest(rng: random.Random, folder: Path) -> Path:
 
 
 def changed_header(rng: random.Random, folder: Path) -> Path:
-    """A safetensors header of odd values."""
+    """Writes a safetensors header with unusual values."""
     path = folder / "x.safetensors"
     header, data = safetensors_parts()
     for _ in range(rng.choice([1, 1, 2])):
@@ -258,7 +258,7 @@ def changed_header(rng: random.Random, folder: Path) -> Path:
 
 
 def special_file(rng: random.Random, folder: Path) -> Path:
-    """A link, pipe, device or folder under a name of a store, or of a file."""
+    """Replaces a store or a file by a link, pipe, device or folder."""
     store = folder / "store"
     last = sorted(store.glob("*.pt"))[-1]
     path = rng.choice(
@@ -287,9 +287,9 @@ CHANGES: list[Change] = [
 
 
 def make_case(seed: int, bases: Path, folder: Path) -> tuple[str, Path]:
-    """Makes a case in `folder`, which is made anew: how something in it was changed, and what.
+    """Creates a case in `folder`, which is replaced; returns the kind of change and the target.
 
-    Beside what was changed there is only what links lead to: the commands look at all of it.
+    Keeps only the target and the files that links lead to, because the commands read all files.
     """
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(bases, folder)
@@ -306,7 +306,7 @@ def make_case(seed: int, bases: Path, folder: Path) -> tuple[str, Path]:
 
 
 def loads_finite(path: Path) -> bool:
-    """Whether torch loads a file, and everything in it is finite."""
+    """Whether torch can load a file and all its values are finite."""
     try:
         tree = torch.load(io.BytesIO(path.read_bytes()), weights_only=True)
     except Exception:

@@ -1,4 +1,4 @@
-"""A small training run with everything that a resume must restore, to be stopped and continued."""
+"""A small training run with all state that a resume must restore."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastguard import CheckpointStore, GuardedOptimizer, SpikeRule
 
 
 class LongRun:
-    """Dropout and augmentation from global random streams, batches from a generator of its own."""
+    """Dropout and augmentation use the global generators; batches have a separate generator."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -73,7 +73,7 @@ class LongRun:
         return run
 
     def everything(self) -> dict[str, Any]:
-        """All state by name, flat; and what the random streams would give next."""
+        """All state by name, and the next value of each random generator."""
         found: dict[str, Any] = {}
         for name, value in self.objects().items():
             state = value.get_state() if name == "order" else value.state_dict()
@@ -86,7 +86,7 @@ class LongRun:
 
 
 def delay_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU without synchronisation: the record of step k arrives before step k + 1."""
+    """Behaves like a GPU without syncs: the record of step k arrives before step k + 1."""
 
     def deliver(optimizer: GuardedOptimizer, *, before: bool) -> None:
         if before:

@@ -1,4 +1,4 @@
-"""Records with one odd value, for the commands that read records from anywhere."""
+"""Records with one unusual value, for commands that read records from untrusted sources."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ FIELDS = [
 
 
 def good(step: int) -> dict[str, Any]:
-    """A record of a sound step, as JSON values."""
+    """A record of a good step, as JSON values."""
     row = {"step": step, "total_norm": 1.0, "clip_coef": 1.0, "action": "applied", "lr": 0.1}
     return {**row, "losses": {"loss": 1.0 + step}, "thresholds": {"loss": 9.0}}

@@ -1,4 +1,4 @@
-"""What hand-written loops train in tests: a small model, batches, optimizers."""
+"""A small model, batches and optimizers for handwritten loops in tests."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Guards whose records are looked at, and a device that is slow to send them."""
+"""Guards for tests of records, and a device that sends its records late."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def guard(n=1, size=4, **options):
 
 
 class SlowArrival:
-    """Stands in for an event of a device that has not finished."""
+    """Replaces the event of a device that has not finished."""
 
     def __init__(self):
         self.waited = 0

@@ -1,4 +1,4 @@
-"""A writer that rotates at the worst moments: right before or after a reader lists the folder."""
+"""A writer that rotates at critical moments: right before or after a reader lists the folder."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import fastguard.records.rotated_files as listing
 
 @dataclass(frozen=True)
 class Rotation:
-    """Rotations around one of the times at which a reader lists the full files.
+    """Rotates around one of the moments at which a reader lists the rotated files.
 
     Attributes:
-        look: Which time, from 1.
-        before, after: How many rotations right before, and right after it.
-        begins: Whether the new file is there at once, or not yet.
+        look: The number of the listing, from 1.
+        before, after: Number of rotations right before and right after it.
+        begins: Whether the new file exists immediately.
     """
 
     look: int
@@ -32,7 +32,7 @@ class Rotation:
         return f"look{self.look}-{self.before}before-{self.after}after{new}"
 
     def comes(self, monkeypatch: pytest.MonkeyPatch, path: Path, *modules: ModuleType) -> None:
-        """Patches `rotated_files` in these modules, too; each new file holds the next number."""
+        """Patches `rotated_files` in these modules too; each new file contains the next number."""
         real, looks = listing.rotated_files, itertools.count(1)
 
         def looked(name: Path) -> list[Path]:
@@ -54,12 +54,12 @@ class Rotation:
 
     @staticmethod
     def line(number: int) -> str:
-        """What a file holds: override for other lines."""
+        """The content of a file; can be overridden."""
         return f"{number}\n"
 
     @staticmethod
     def last(path: Path) -> int:
-        """The last number in all files."""
+        """The highest number in all files."""
         files = path.parent.glob(f"{path.stem}*{path.suffix}")
         return max(int(word) for file in files for word in file.read_text().split())
 

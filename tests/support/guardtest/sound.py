@@ -1,4 +1,4 @@
-"""A sound model and batch, for a diagnosis of what is then made wrong; its findings by kind."""
+"""A model and a batch without problems, for tests that add one problem; findings by kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Guards that live through scripted steps, each told to both twins of stage 3."""
+"""Guards that take scripted steps; each decision is made by both implementations of stage 3."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ def float64(values) -> torch.Tensor:
 def stats_of(
     norms: float | Sequence[float], nan=0, posinf=0, neginf=0, norm_type=2.0, bad_segment=0
 ) -> GradStats:
-    """The stats of one tensor a segment; what is not finite lies in one of them."""
+    """Statistics of one tensor per segment; the non-finite elements are in one of them."""
     norms = [norms] if isinstance(norms, float | int) else norms
     summary = torch.zeros(4, len(norms), dtype=torch.float64)
     summary[0] = float64(norms) if norm_type == INF else float64(norms).pow(norm_type)
@@ -38,7 +38,7 @@ def stats_of(
 
 
 def assert_taken_back(decide, stats, signals, state, policy) -> None:
-    """A decision of which everything is put back leaves the state as it was, bit for bit."""
+    """Checks that undoing a decision restores the state bit for bit."""
     names = ("counters", "windows", "rings")
     before = [getattr(state, name).clone() for name in names]
     state.undo = undo = []
@@ -52,7 +52,7 @@ def assert_taken_back(decide, stats, signals, state, policy) -> None:
 
 
 class Story:
-    """A guard that lives through one step after the other."""
+    """A guard that takes one step after another."""
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class Story:
 
     @property
     def baseline(self) -> list[float]:
-        """What the first rule remembers."""
+        """The accepted values of the first rule."""
         n = int(self.state.rings[0, 0])
         return sorted(self.state.windows[0, :n].tolist())
 

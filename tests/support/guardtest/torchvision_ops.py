@@ -1,8 +1,8 @@
-"""Beside a CPU build of torch, a torchvision built for CUDA cannot load its own operators.
+"""Operators for a torchvision built for CUDA, which cannot load its own with a CPU build of torch.
 
-Its Python part registers shapes for two of them while it is imported, and breaks where they do not
-exist. Detectors call `nms` at validation, so that one is here in a few lines; `qnms` is declared
-without an implementation, which lets the import pass, and calling it is still an error.
+On import, its Python part registers shapes for two of them, and fails if they do not exist.
+Detectors call `nms` at validation, so it is implemented here in a few lines; `qnms` is declared
+without an implementation: the import succeeds, and a call is still an error.
 """
 
 from importlib.util import find_spec
@@ -16,7 +16,7 @@ SCHEMAS = (
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
 
-_library: torch.library.Library | None = None  # its declarations live as long as it does
+_library: torch.library.Library | None = None  # keeps its declarations alive
 
 
 def define_missing_operators() -> None:
@@ -34,11 +34,13 @@ def define_missing_operators() -> None:
         _library.impl("nms", nms, "CPU")
         import torchvision.extension
 
-        torchvision.extension._has_ops = lambda: True  # what it asks before it calls one
+        torchvision.extension._has_ops = lambda: (
+            True
+        )  # torchvision checks this before it calls an operator
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Non-maximum suppression: the best box, then the best of those that overlap it little, ...
+    """Non-maximum suppression: keeps the best box, drops its overlaps, and repeats with the rest.
 
     Args:
         boxes: `(n, 4)`: x1, y1, x2, y2.

@@ -13,10 +13,10 @@ from fastguard.errors.versions import FUSED_ADAGRAD
 SHAPES = ((3, 4), (5,), (2, 3, 2), ())
 NONFINITE = {"nan": float("nan"), "+inf": float("inf"), "-inf": float("-inf")}
 
-# Not driven by `step()` on dense gradients; each has tests of its own.
+# These need more than `step()` on dense gradients; they have separate tests.
 SPECIAL = (torch.optim.LBFGS, torch.optim.SparseAdam)
 
-# Settings with a state that the defaults do not have.
+# Settings with additional state.
 SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "SGD": (
         {"lr": 0.1},
@@ -32,7 +32,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 def optimizer_classes() -> list[type[Optimizer]]:
-    """Every optimizer that torch has, a new one too."""
+    """Every optimizer of torch, including new ones."""
     found = [
         cls
         for cls in vars(torch.optim).values()
@@ -68,7 +68,7 @@ def variants() -> list[tuple[str, type[Optimizer], dict[str, Any]]]:
 
 
 def obeys_found_inf(cls: type[Optimizer], kwargs: dict[str, Any]) -> bool:
-    """Whether its kernel can be told to do nothing: each fused one, Adagrad's since torch 2.12."""
+    """Whether its kernel reads `found_inf`: the fused ones, Adagrad's since torch 2.12."""
     if cls is torch.optim.Adagrad and FUSED_ADAGRAD.missing:
         return False
     return bool(kwargs.get("fused"))
@@ -77,7 +77,7 @@ def obeys_found_inf(cls: type[Optimizer], kwargs: dict[str, Any]) -> bool:
 def new_parameters(
     shapes: Sequence[Sequence[int]] = SHAPES, dtype: torch.dtype = torch.float32
 ) -> list[nn.Parameter]:
-    """The same parameters whenever the shapes are the same."""
+    """Parameters that depend only on the shapes and the dtype."""
     generator = torch.Generator().manual_seed(1)
     return [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
 
@@ -87,14 +87,14 @@ def parameters_for(cls: type[Optimizer]) -> list[nn.Parameter]:
 
 
 def give_gradients(parameters: Iterable[Tensor], step: int) -> None:
-    """Gradients that depend on the number of the step alone."""
+    """Gradients that depend only on the step number."""
     generator = torch.Generator().manual_seed(1000 + step)
     for p in parameters:
         p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
 
 
 def poison(parameters: Sequence[Tensor], value: float = float("nan"), at: int = -1) -> None:
-    """One bad element, the last one of a parameter."""
+    """Sets the last element of one gradient."""
     grad = parameters[at].grad
     assert grad is not None
     grad.view(-1)[-1] = value
@@ -120,7 +120,7 @@ def _copied(value: Any) -> Any:
 
 
 def same_bits(a: Any, b: Any) -> bool:
-    """Equality bit for bit; a NaN equals itself, and 0.0 is not -0.0."""
+    """Checks bitwise equality: NaN equals itself, and 0.0 differs from -0.0."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         if (a.shape, a.dtype) != (b.shape, b.dtype):
             return False

@@ -1,4 +1,4 @@
-"""What a test needs of torch itself; `fastguard.errors.versions` is what the package needs."""
+"""Checks the installed versions for tests; `fastguard.errors.versions` does so for the package."""
 
 from importlib import metadata
 

@@ -11,7 +11,7 @@ from guardtest.kinds.setups import Between, around, mlp, regression
 @case("backward-raises", "error", "backward", says="modified by an inplace operation")
 def backward_raises(faulty: bool) -> Setup:
     def overwrite(x: Tensor) -> Tensor:
-        y = x.clamp_max(0.0).exp()  # its derivative needs what it gave
+        y = x.clamp_max(0.0).exp()  # backward needs the output of exp
         if faulty:
             y += 1
         return y

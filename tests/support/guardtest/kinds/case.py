@@ -1,4 +1,4 @@
-"""A case of one kind of finding, and the register of all."""
+"""A case of one kind of finding, and the registry of all cases."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CASES: dict[str, Case] = {}
 
 
 def case(kind: str, severity: Severity, check: str, where: str = "", says: str = "") -> Any:
-    """Registers a case, and what its finding must tell."""
+    """Registers a case with the required contents of its finding."""
 
     def register(make: Callable[[bool], Setup]) -> Callable[[bool], Setup]:
         CASES[kind] = Case(make, severity, check, where, says)

@@ -1,4 +1,4 @@
-"""Inputs, targets and what further batches hold."""
+"""Inputs, targets, and the contents of further batches."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def duplicates(faulty: bool) -> Setup:
     if faulty:
         inputs[5:7], labels[5:7] = inputs[1], labels[1]
         return setup
-    return setup | {"data": [setup["batch"]]}  # the batch is no copy of itself
+    return setup | {"data": [setup["batch"]]}  # a batch is not a duplicate of itself
 
 
 @case("contradicting-labels", "warning", "data", where="data", says="1 of 16 samples")

@@ -1,4 +1,4 @@
-"""Weights and norms as they are before any data."""
+"""Weights and normalization layers before training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def nonfinite_weight(faulty: bool) -> Setup:
     model = mlp(4, 16, 1)
     if faulty:
         nn.init.constant_(model[2].bias, math.nan)
-    model.register_buffer("mask", torch.tensor([0.0, -math.inf]))  # meant to be so
+    model.register_buffer("mask", torch.tensor([0.0, -math.inf]))  # intended
     return regression(model)
 
 
@@ -50,5 +50,8 @@ def constant_weight(faulty: bool) -> Setup:
 
 @case("norm-eps", "warning", "initialisation", where="1 (LayerNorm)")
 def norm_eps(faulty: bool) -> Setup:
-    norms = nn.LayerNorm(16, eps=0.0 if faulty else 1e-12), nn.RMSNorm(16)  # eps=None: torch's
+    norms = (
+        nn.LayerNorm(16, eps=0.0 if faulty else 1e-12),
+        nn.RMSNorm(16),
+    )  # RMSNorm: eps=None is torch's default
     return regression(nn.Sequential(nn.Linear(4, 16), *norms, nn.Linear(16, 1)))

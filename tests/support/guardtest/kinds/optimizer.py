@@ -1,4 +1,4 @@
-"""Param groups, learning rates and what one update does."""
+"""Param groups, learning rates, and the size of one update."""
 
 from __future__ import annotations
 

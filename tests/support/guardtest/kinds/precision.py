@@ -1,4 +1,4 @@
-"""What half of the bits cannot hold."""
+"""Values that 16-bit formats cannot represent."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def float16_underflow(faulty: bool) -> Setup:
 
 @case("precision-loss", "warning", "precision", says="bfloat16")
 def precision_loss(faulty: bool) -> Setup:
-    # A difference of large numbers: bfloat16 has eight bits of each.
+    # A difference of large numbers, of which bfloat16 keeps eight bits each.
     class Difference(nn.Module):
         def __init__(self) -> None:
             super().__init__()

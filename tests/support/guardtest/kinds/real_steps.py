@@ -1,4 +1,4 @@
-"""What a few real steps show."""
+"""The findings of a few real steps."""
 
 from __future__ import annotations
 

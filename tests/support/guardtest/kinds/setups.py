@@ -1,4 +1,4 @@
-"""Sound setups, which a case makes faulty in one respect."""
+"""Setups without problems; a case adds one fault."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def mlp(*widths: int, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
 
 
 def regression(model: nn.Module | None = None, n: int = 8, **more: Any) -> Setup:
-    """Sound, but for what is changed afterwards."""
+    """A setup without problems, apart from the given changes."""
     model = mlp(4, 16, 1) if model is None else model
     inputs = torch.randn(n, 4)
     setup = {"model": model, "batch": (inputs, inputs[:, :1] * 2), "loss_fn": functional.mse_loss}
