@@ -82,13 +82,22 @@ def test_no_more_graphs_than_with_the_bare_optimizer(fused):
     assert 0 < guarded[-1] <= bare[-1]
 
 
-def test_an_adaptive_limit_equals_eager_and_needs_no_further_graph():
-    rule = fastguard.ZClip(warmup=3, max_norm=None)
-    eager, _ = run(True, False, 8, bad=(4,), max_norm=rule)
-    compiled, graphs = run(True, True, 8, bad=(4,), max_norm=rule)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_norm": fastguard.ZClip(warmup=3, max_norm=None)},
+        {"max_norm": fastguard.AutoClip(window=4)},
+        {"max_norm": fastguard.AdaGC(warmup=3), "clip_scope": "tensor"},
+    ],
+    ids=lambda options: type(options["max_norm"]).__name__,
+)
+def test_an_adaptive_limit_equals_eager_and_needs_no_further_graph(options):
+    eager, _ = run(True, False, 8, bad=(4,), **options)
+    compiled, graphs = run(True, True, 8, bad=(4,), **options)
     assert torch.equal(eager._state.limits, compiled._state.limits)
     assert_same_bits(snapshot(compiled), snapshot(eager))
-    assert graphs == run(True, True, 8, bad=(4,), max_norm=1.0)[1]
+    torch._dynamo.reset()
+    assert graphs == run(True, True, 8, bad=(4,), **options | {"max_norm": 1.0})[1]
 
 
 def test_nothing_recompiles_when_lr_or_max_norm_change():

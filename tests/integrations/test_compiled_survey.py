@@ -1,15 +1,15 @@
 """docs/compiled-optimizers.md is true: what `compile_step=True` supports, and what it refuses.
 
 By default one optimizer of each library and outcome is tried; all of them, in some ten minutes, if
-the environment variable FASTGUARD_WHOLE_SURVEY is 1, as in the workflow of GitHub Actions.
+the environment variable FASTGUARD_LONG_TESTS is 1, as in the workflow of GitHub Actions.
 """
 
-import os
 import re
 from importlib.metadata import version
 
 import pytest
 
+from guardtest import long_tests
 from guardtest.compiled_survey import (
     PAGE,
     Finding,
@@ -29,7 +29,7 @@ KNOWN = ("schedulefree.AdamWScheduleFree", "pytorch_optimizer.Adan", "timm.optim
 
 def chosen() -> list[str]:
     """One optimizer of each library and outcome, and well-known ones; or all."""
-    if os.environ.get("FASTGUARD_WHOLE_SURVEY") == "1":
+    if long_tests():
         return list(ON_PAGE)
     by_outcome: dict[tuple[str, str], str] = {}
     for name, finding in ON_PAGE.items():

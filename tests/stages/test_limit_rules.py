@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastguard import AdaGC, AdaptiveLimit, AutoClip, ZClip
+from guardtest import long_tests
 from guardtest.limits import ORACLES, RULES, Limited, assert_same, norms_with_faults
 from guardtest.stories import outcome
 
@@ -19,7 +20,7 @@ FORMS = {"tensors": True, "floats": False}
 def test_ten_thousand_steps_agree_with_the_paper(rule, tensors):
     guard, oracle = Limited(rule, tensors=tensors), ORACLES[type(rule)](rule)
     n_clipped = 0
-    for (norm,), bad in norms_with_faults(2_000 if tensors else 10_000):
+    for (norm,), bad in norms_with_faults(10_000 if long_tests() or not tensors else 2_000):
         limit, verdict = guard.step(norm, **bad)
         assert outcome(verdict) == ("skip" if bad else "apply")
         if bad or norm == 0:

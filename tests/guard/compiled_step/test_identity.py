@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastguard import GuardedOptimizer
+from guardtest import long_tests
 from guardtest.compiled import (
     OPTIMIZERS,
     assert_same_bits,
@@ -60,9 +61,17 @@ def _started(name):
     return tensors_of(inner)
 
 
-def test_compiled_code_gives_the_same_results(monkeypatch):
+@pytest.mark.parametrize("name", OPTIMIZERS if long_tests() else ["AdamW"])
+def test_generated_code_gives_the_same_results(monkeypatch, name):
     monkeypatch.setattr("fastguard.guard.compiled_step.BACKEND", "inductor")
-    test_a_story_of_skips("AdamW")
+    test_a_story_of_skips(name)
+
+
+def test_the_stories_cover_every_dense_optimizer_of_torch():
+    kinds = [k for k in vars(torch.optim).values() if isinstance(k, type)]
+    found = {k.__name__ for k in kinds if issubclass(k, torch.optim.Optimizer)}
+    assert set(OPTIMIZERS) == found - {"Optimizer", "LBFGS", "SparseAdam"}
+    assert len(OPTIMIZERS) >= 12
 
 
 def test_gradients_are_not_changed():
