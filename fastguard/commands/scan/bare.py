@@ -1,6 +1,6 @@
-"""Lines that hold only numbers: printed arrays, and values printed one per line.
+"""Counts NaN and Inf in lines that contain only numbers, such as printed arrays.
 
-They have no name or place, so only the lines with NaN or Inf are counted.
+Such lines have neither names nor places.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from fastguard.commands.scan.values import Value
 
 FEWEST = 8
-"""Minimum number of lines that are processed together."""
+"""Minimum number of lines to process together."""
 
 _NUMBER = rb"[+-]?+(?:[0-9]++(?:\.[0-9]*+)?+(?:e[+-]?+[0-9]++)?+|nan|inf(?:inity)?+)(?![\w.])"
 _LINES = re.compile(
@@ -21,7 +21,7 @@ _LINES = re.compile(
     rb"[ \t]*+,?+[ \t]*+\]*+,?+[ \t]*+\n)++" % ((_NUMBER,) * 3),
     re.IGNORECASE,
 )
-# Each match extends to the end of its line, so that matches count lines.
+# A match extends to the end of its line, so the number of matches is the number of lines.
 _BAD = re.compile(rb"(?:nan|inf)[^\n]*+")
 _KINDS = {
     Value("", "nan"): re.compile(rb"nan[^\n]*+"),
@@ -37,8 +37,8 @@ class Bare(NamedTuple):
         end: Offset of their end.
         n: Number of lines.
         n_bad: Number of lines with NaN or Inf.
-        last: Offset of the NaN or Inf in the last such line.
-        kinds: Number of lines with each kind.
+        last: Offset of the NaN or Inf in the last bad line.
+        kinds: Number of lines that contain each kind of value.
     """
 
     end: int
@@ -49,7 +49,7 @@ class Bare(NamedTuple):
 
 
 def bare_lines(lines: bytes, at: int) -> Bare | None:
-    """The lines of numbers that begin at `at`, without the first; None if there are too few."""
+    """The lines of numbers from `at` on, without the first; None if there are too few."""
     found = _LINES.match(lines, at)
     if found is None or (n := found[0].count(b"\n")) < FEWEST:
         return None

@@ -1,10 +1,10 @@
-"""Bounds the work that a scan spends on single lines, so that a log of any content is read fast.
+"""Bounds the time that a scan spends on single lines.
 
-Most lines are skipped, read many at a time, or look like one that was analysed before. A log whose
-lines contain NaN in ever new wording has none of these: analysed line by line, it would be read at
-0.2 to 0.9 MB/s. So every log may spend `FIRST` units, and one more per `BYTES_PER_UNIT` bytes of
-it. Once they are spent, the rest of the block of 1 MiB is only searched for NaN and Inf, and the
-lines that contain one are counted; the next block has units of its own again.
+Most lines are skipped, read many at a time, or resemble a line that was analysed before. If a log
+has NaN in wording that never repeats, each line must be analysed, at 0.2 to 0.9 MB/s. Therefore
+each log has a budget: `FIRST` units of work, plus one per `BYTES_PER_UNIT` bytes. When the budget
+is spent, the rest of the current block of 1 MiB is only searched for NaN and Inf, and lines that
+contain one are counted. The next block earns new units.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from dataclasses import dataclass
 from fastguard.commands.scan.lines import Line, text_of
 
 BYTES_PER_UNIT = 64
-"""A unit is about a microsecond of work on one core, so lines alone may take 16 ms per MiB."""
+"""A unit is about one microsecond on one core, so 1 MiB earns 16 ms of work."""
 
 NEW = 96
-"""Units for the analysis of a line unlike all that are remembered; see `units_of`."""
+"""Units for analysing a line whose shape is not cached; see `units_of`."""
 
 NEW_TOKEN = 24
-"""Further units for each NaN or Inf in it, and for each of its bytes one."""
+"""Additional units for each NaN or Inf in the line; each byte costs one more."""
 
 KNOWN = 8
-"""Units for a line that is looked at individually, for the look alone."""
+"""Units for handling a line individually, without analysing it."""
 
 IN_RUN = 2
-"""Number of such lines per unit, right after a bad one."""
+"""Number of lines per unit that continue a run of bad lines."""
 
 ROW = 16
 """Units for one row of a table or one JSON object that is read individually."""
 
 PLACED = 8
-"""Units for the place of a bad row among rows that are read together."""
+"""Units for finding the place of a bad row among rows that are read together."""
 
 VALUE = 2
-"""Units for each NaN or Inf of such a row."""
+"""Units for each NaN or Inf in such a row."""
 
 JUDGED = 12
 """Units for a loss or norm that is compared with a threshold individually."""
@@ -44,12 +44,13 @@ JUDGED = 12
 FIRST = 700_000
 
 RESERVED = 64 * NEW
-"""Units per block that are kept for the first finding: see `Budget.reserve`."""
+"""Units per block that are reserved for the first finding; see `Budget.reserve`."""
 
 EXCERPT = 200
 """Maximum number of characters kept of a line."""
 
-# Slightly more than tokens.TOKEN. Each match extends to the end of its line, to count lines.
+# Matches slightly more than spellings.TOKEN. A match extends to the end of its line, so that the
+# number of matches is the number of lines.
 NONFINITE = re.compile(
     rb"(?:(?:nan|inf)(?<![a-z0-9_]...)(?:inity|inite)?|1\.#[a-z]+|non[ -]?finite|not a number)"
     rb"(?![a-z0-9_])[^\n]*+"
@@ -61,7 +62,7 @@ VALUES = (  # three, because each is searched by its first characters
     re.compile(rb"loss[a-z0-9_]{0,20}[\"']?(?: is| became| turned)?[ \t\"'(\[]{1,9}" + _NAN),
     re.compile(rb"norm[a-z0-9_]{0,20}[\"']?(?: is| became| turned)?[ \t\"'(\[]{1,9}" + _NAN),
 )
-"""Lower-case text that looks like a NaN or Inf with a name."""
+"""Patterns of lower-case text in which NaN or Inf follows a name."""
 
 
 @dataclass(slots=True)
@@ -82,7 +83,7 @@ class Counted:
     first: Line | None = None
 
     def add(self, number: int, lines: bytes, last_line: int) -> int:
-        """Adds consecutive lines with these first and last numbers; returns how many."""
+        """Adds consecutive lines, given their first and last line numbers; returns how many."""
         n = n_lines(lines)
         if not n:
             return 0
@@ -100,7 +101,7 @@ class Counted:
 
 
 def units_of(line: bytes) -> int:
-    """Units for the analysis of a line unlike all that are remembered."""
+    """The units for analysing a line whose shape is not cached."""
     lower = line.lower()
     return NEW + NEW_TOKEN * (lower.count(b"nan") + lower.count(b"inf")) + len(line)
 
@@ -113,10 +114,10 @@ def n_lines(lines: bytes) -> int:
 
 
 class Budget:
-    """Units of work that a log may still spend.
+    """The units of work that are left for a log.
 
     Args:
-        unlimited: Analyse every line, however long that takes.
+        unlimited: Whether to analyse every line without a bound.
     """
 
     def __init__(self, *, unlimited: bool = False) -> None:
@@ -125,17 +126,17 @@ class Budget:
         self._reserved = 0
 
     def earn(self, n_bytes: int) -> None:
-        """Adds the units of the next bytes of the log."""
+        """Adds the units for the next bytes of the log."""
         self._left += n_bytes // BYTES_PER_UNIT
         self._reserved = RESERVED
 
     def spend(self, units: int) -> None:
-        """Spends units. More may be spent than are left; the next bytes pay the debt."""
+        """Spends units. The balance may become negative; the next bytes pay it back."""
         self._left -= units
 
     @property
     def spent(self) -> bool:
-        """Whether nothing is left."""
+        """Whether no units are left."""
         return self._left < 0 and not self._unlimited
 
     def reserve(self) -> bool:

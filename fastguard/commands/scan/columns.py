@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from fastguard.commands.scan.reading import Place
-from fastguard.commands.scan.words import words_of
+from fastguard.commands.scan.vocabulary import words_of
 
 _EPOCH = re.compile(r"(?:.{0,40}[/_.])?epochs?|ep", re.IGNORECASE)
 _STEP = re.compile(
@@ -18,6 +18,9 @@ _STEP = re.compile(
 _BATCH = re.compile(r"(?:mini)?batch(?:_?(?:idx|index|id|number))?", re.IGNORECASE)
 KINDS = (_EPOCH, _BATCH, _STEP)
 """Patterns for the names of a place."""
+
+NAMED_BY = ("key", "metric", "name", "tag", "variable", "metric_name")
+"""Names whose text is the name of the metric in `value`."""
 
 _INTEGER = re.compile(r"\d{1,15}(?:\.0{0,9})?")
 _NUMBER = re.compile(r"\d{1,15}(?:\.\d{0,20})?")

@@ -5,12 +5,12 @@ Lightning and tqdm, free-form printed lines, and structured logs: trainer_state.
 CSV and TSV with a header, TensorBoard event files. LOG is a file, optionally gzipped, or - for
 standard input. Words like "info" or "nano" are not matches, and "no nan found" is only noted.
 
-The work is bounded, so that every log is read fast: where NaN and Inf come in ever new wording,
-lines after the first thousands are only searched for the words and counted, and the output says
-which. With --full every line is analysed.
+The time is bounded: if the wording around NaN and Inf never repeats, only the first few thousand
+lines are analysed. The others are searched for the words and counted, and the output reports how
+many. With --full every line is analysed.
 
-Exit status 1 if a NaN, an Inf, a spike or steady growth was found, 2 if none was found and a log
-is empty, could not be read to its end, or has lines with the words that were only counted.
+Exit status 1 if NaN, Inf, a spike or steady growth was found; 2 if nothing was found, but a log is
+empty, could not be read to its end, or has lines with the words that were only counted; else 0.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ FINE, FOUND_BAD, NOT_READ = 0, 1, 2
 STDIN = "-"
 
 _DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/\d{1,6}|/dev/stdin")
-_NO_FILE = LogScan(problem="it is no regular file")
+_NO_FILE = LogScan(problem="it is not a regular file")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `fastguard scan`."""
-    parser.add_argument("logs", nargs="+", metavar="LOG", help="a log; - is standard input")
+    parser.add_argument("logs", nargs="+", metavar="LOG", help="log file; - reads standard input")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON array with an object per log"
     )
     parser.add_argument(
         "--full",
         action="store_true",
-        help="analyse every line, however long it takes (as slow as 0.2 MB/s)",
+        help="analyse every line, which can be as slow as 0.2 MB/s",
     )
 
 
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(log: str) -> None:
-    """Checks a path without opening it, since opening may block (FIFO) or never end (device).
+    """Checks a path without opening it, since opening a FIFO blocks and a device has no end.
 
     Raises:
         UsageError: It is neither a regular file nor a pipe given to this process (`<(command)`).
@@ -84,10 +84,10 @@ def _check(log: str) -> None:
     except ValueError:  # a null byte in the name
         raise UsageError(f"no such file: {name!r}") from None
     if stat.S_ISDIR(mode):
-        raise UsageError(f"{name} is a folder; name the logs in it")
+        raise UsageError(f"{name} is a folder; pass the logs in it")
     if not stat.S_ISREG(mode) and not (stat.S_ISFIFO(mode) and _is_descriptor(log)):
         raise UsageError(
-            f"{name} is no regular file; name a log, or pipe one in: fastguard scan - < {name}"
+            f"{name} is not a regular file; pass a log, or pipe it in: fastguard scan - < {name}"
         )
 
 
@@ -100,7 +100,7 @@ def _scan(log: str, *, full: bool) -> LogScan:
     if log == STDIN:
         return scan_log(sys.stdin.buffer, full=full)
     try:
-        # The file may have become a FIFO since it was checked; opening one blocks.
+        # Without O_NONBLOCK, open() would block if a FIFO has replaced the file since the check.
         descriptor = os.open(log, os.O_RDONLY | (0 if _is_descriptor(log) else os.O_NONBLOCK))
         with open(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -31,7 +31,7 @@ class Scalar(NamedTuple):
 
 
 class EventsError(Exception):
-    """An event file cannot be read to its end; the message says why."""
+    """An event file cannot be read to its end; the message gives the reason."""
 
 
 def is_event_file(file: BinaryIO) -> bool:
@@ -82,11 +82,11 @@ def _whole_records(path: str) -> tuple[int, str | None]:
         while at < size:
             head = file.read(_HEAD.size)
             if len(head) < _HEAD.size:
-                return n, "it is an event file that ends too soon"
+                return n, "it is a truncated event file"
             length, _ = _HEAD.unpack(head)
             at += _HEAD.size + length + _CHECKSUM
             if at > size:
-                return n, "it is an event file that ends too soon, or is damaged"
+                return n, "it is a truncated or damaged event file"
             file.seek(at)
             n += 1
     return n, None

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from fastguard.commands.scan import huggingface
 from fastguard.commands.scan.bare import Bare
-from fastguard.commands.scan.budget import JUDGED, PLACED, VALUE, Budget
+from fastguard.commands.scan.budget import EXCERPT, JUDGED, PLACED, VALUE, Budget
 from fastguard.commands.scan.found import LogScan, Run, Stretch
 from fastguard.commands.scan.lines import Line, text_of
 from fastguard.commands.scan.plain import Passed
@@ -22,7 +22,7 @@ from fastguard.commands.scan.reading import NOWHERE, Place, Reading
 from fastguard.commands.scan.rows import Rows
 from fastguard.commands.scan.series import AllSeries
 from fastguard.commands.scan.shapes import Shape, Shapes
-from fastguard.commands.scan.tokens import first_nonfinite
+from fastguard.commands.scan.spellings import first_nonfinite
 from fastguard.commands.scan.values import Value, has_nonfinite
 
 KEPT = 1000
@@ -33,9 +33,6 @@ STEPS = 10
 
 TAIL = 1 << 16
 """Number of bytes of lines only counted in which the place is searched."""
-
-EXCERPT = 200
-"""Maximum number of characters kept of a line."""
 
 
 class Findings:

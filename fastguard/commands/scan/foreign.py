@@ -1,4 +1,4 @@
-"""Identifies files that are not text by their first bytes, and suggests what to do."""
+"""Identifies files that are not text by their first bytes, and names the remedy."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ _EVENTS = b"brain.Event"  # in the first record, after 12 bytes of length and ch
 _TEXT_CONTROLS = b"\a\b\t\n\v\f\r\x1b"
 _CONTROLS = bytes(b for b in range(32) if b not in _TEXT_CONTROLS)
 _ZEROS = re.compile(rb"\0{64,}+")
-"""Zeros that a crash while writing leaves in a text log, up to the end of a block."""
+"""Zeros at the end of a block, which a crash during a write leaves in a text log."""
 
 LOOKED_AT = 1 << 16
 MOST, FEWEST = 0.04, 8
-"""Maximum share, or else number, of control characters in text. Random bytes hold 9 %; text stays
-below in any encoding, because other bytes are not required to be UTF-8."""
+"""Text has at most this share of control characters, or this number. 9 % of random bytes are control
+characters. Other bytes may be anything, so that text passes in any encoding."""
 
 
 def is_events(first: bytes) -> bool:
@@ -65,5 +65,5 @@ def refuse_foreign(first: bytes) -> None:
     controls = len(text) - len(text.translate(None, _CONTROLS))
     if controls > max(FEWEST, MOST * len(text)):
         raise NotTextError(
-            "it is binary, not a text log, or text in UTF-16 or UTF-32 without its mark"
+            "it is binary, not a text log, or text in UTF-16 or UTF-32 without a byte order mark"
         )

@@ -18,13 +18,13 @@ from itertools import chain, filterfalse, islice, takewhile
 from typing import Any
 
 from fastguard.commands.scan.budget import Budget, units_of
-from fastguard.commands.scan.columns import is_place, place_of
+from fastguard.commands.scan.columns import NAMED_BY, is_place, place_of
 from fastguard.commands.scan.places import names_settings, where_in
 from fastguard.commands.scan.reading import NOWHERE, Place, Reading
 from fastguard.commands.scan.series import AllSeries
-from fastguard.commands.scan.tokens import may_have
+from fastguard.commands.scan.spellings import may_have
 from fastguard.commands.scan.values import Value, nonfinite_values
-from fastguard.commands.scan.words import is_bound, is_metric
+from fastguard.commands.scan.vocabulary import is_bound, is_metric
 from fastguard.records.read_json_lines import are_records
 from fastguard.records.run_header import is_header
 
@@ -44,7 +44,6 @@ MOST_BAD = 64
 """Maximum number of bad values reported per object."""
 
 _WORDS = {"nan": math.nan, "inf": math.inf, "infinity": math.inf}
-_NAMED_BY = ("key", "metric", "name", "tag", "metric_name")
 _TEXTS = ("log", "message", "msg", "text", "line", "event", "body", "content")
 
 try:  # 3x as fast as the standard library, which is the fallback for a bare NaN
@@ -203,7 +202,7 @@ def long_name(found: Mapping[str, Any]) -> str | None:
     """The name of the metric in an object with a single value: key, value, step."""
     if "value" not in found:
         return None
-    return next((str(found[key]) for key in _NAMED_BY if isinstance(found.get(key), str)), None)
+    return next((str(found[key]) for key in NAMED_BY if isinstance(found.get(key), str)), None)
 
 
 def _kinds(values: list[Any]) -> list[str]:

@@ -58,20 +58,6 @@ def text_of(line: bytes) -> str:
         return line.decode("latin-1")
 
 
-def read_lines(file: BinaryIO) -> Iterator[Line]:
-    """Yields the lines of a log, also ended by carriage returns, without blank lines.
-
-    Raises:
-        OSError, EOFError, NotTextError: See `read_blocks`.
-    """
-    for number, data in read_blocks(file):
-        for line in data.split(b"\n"):
-            for drawn in line.split(b"\r"):
-                if drawn and not drawn.isspace():
-                    yield Line(number, drawn.decode(errors="replace"))
-            number += 1
-
-
 def read_blocks(file: BinaryIO) -> Iterator[Block]:
     """Yields a log in blocks of whole lines. Memory does not grow with the file.
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 
-from fastguard.commands.scan.tokens import TOKEN
-from fastguard.commands.scan.words import LEVEL, is_metric
+from fastguard.commands.scan.spellings import TOKEN
+from fastguard.commands.scan.vocabulary import LEVEL, is_metric
 
 LETTER = re.compile(r"[^\W\d_]")
 _DIGIT = re.compile(r"\d")

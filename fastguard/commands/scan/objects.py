@@ -17,9 +17,9 @@ from fastguard.commands.scan.columns import KINDS, is_place, kind_of, whole
 from fastguard.commands.scan.reading import Place
 from fastguard.commands.scan.rows import Column, Rows
 from fastguard.commands.scan.series import AllSeries
-from fastguard.commands.scan.tokens import may_have
+from fastguard.commands.scan.spellings import may_have
 from fastguard.commands.scan.values import Value
-from fastguard.commands.scan.words import is_bound, is_metric
+from fastguard.commands.scan.vocabulary import is_bound, is_metric
 from fastguard.records.read_json_lines import are_records
 from fastguard.records.run_header import is_header
 

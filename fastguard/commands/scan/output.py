@@ -38,7 +38,7 @@ def as_dict(log: str, found: LogScan) -> dict[str, Any]:
 
 
 def print_text(log: str, found: LogScan) -> None:
-    """Prints a sentence, a table of the stretches if there are any, and the series."""
+    """Prints the number of bad lines, a table of the stretches, and the series with spikes."""
     name = printable(log)
     lines = _lines(found.n_lines)
     if found.n_bad:
@@ -75,13 +75,10 @@ def _print_notes(found: LogScan) -> None:
             f"value; line {found.mention.number:,}: {printable(found.mention.text)}"
         )
     if found.n_records and found.problem is None:
-        are = "is a record" if found.n_records == 1 else "are records"
-        print(
-            f"note: {_lines(found.n_records)} of it {are} of fastguard, and not read here; use: "
-            "fastguard report"
-        )
+        are = "is a fastguard record" if found.n_records == 1 else "are fastguard records"
+        print(f"note: {_lines(found.n_records)} {are}, not judged here; use: fastguard report")
     if found.problem is not None:
-        print(f"note: read up to there only: {found.problem}")
+        print(f"note: not read to its end: {found.problem}")
 
 
 def _counted(counted: Counted) -> str:
@@ -99,7 +96,7 @@ def _counted(counted: Counted) -> str:
 
 
 def _judgement(series: Series, growth: Growth | None) -> Iterator[str]:
-    """Describes what the rule would have skipped, and since when the series climbs."""
+    """Sentences about the steps that the rule would have skipped, and about growth."""
     if series.n_spikes:
         shown = series.spikes[:SPIKES]
         places = [_at(spike.place, spike.line) for spike in shown]
@@ -113,7 +110,9 @@ def _judgement(series: Series, growth: Growth | None) -> Iterator[str]:
             further = f"; the largest at {' '.join(_at(largest.place, largest.line))}: "
             further += f"{largest.value:.4g}, where {largest.threshold:.4g} is"
         if not series.alarms:
-            further += "; not an alarm: a noisy series as long as this has such values"
+            further += (
+                "; not an alarm, because noise alone explains this in a series of this length"
+            )
         yield (
             f"SpikeRule(sigma={RULE.sigma:g}) would have skipped {at}{more}: {first.value:.4g}, "
             f"where {first.threshold:.4g} is accepted (window={RULE.window}, "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from fastguard.commands.scan.reading import INT, Where, span_of
-from fastguard.commands.scan.words import is_metric
+from fastguard.commands.scan.vocabulary import is_metric
 
 # Bounded quantifiers, so that no line takes long.
 _GAP = r"[\s:=#\[(\"'：＝]{0,9}"

@@ -1,4 +1,4 @@
-"""`scan_log`: reads a log block by block, each kind of line in the fastest way.
+"""`scan_log`: reads a log block by block, and dispatches each kind of line to its parser.
 
 Rows of tables, JSON objects and lines of numbers are read many at a time. In other text, only lines
 that may hold NaN or Inf, or may end a stretch of them, are parsed.
@@ -43,10 +43,10 @@ def scan_log(file: BinaryIO, *, full: bool = False) -> LogScan:
 
     Args:
         file: Binary file, open for reading; need not be seekable.
-        full: Whether to analyse every line, however long that takes. Default: False.
+        full: Whether to analyse every line without a bound on the time. Default: False.
 
     Returns:
-        What was found in the readable part; `problem` says why reading stopped early.
+        The findings in the readable part; `problem` explains why reading stopped early.
 
     Example:
         >>> import io
@@ -60,7 +60,7 @@ def scan_log(file: BinaryIO, *, full: bool = False) -> LogScan:
         for block in scanner.without_document(read_blocks(file)):
             scanner.take(block)
     except EOFError:
-        problem = "it is gzip that ends too soon"
+        problem = "it is truncated gzip data"
     except NotTextError as error:
         problem = str(error)
     except (OSError, zlib.error) as error:
@@ -87,7 +87,7 @@ def scan_events(path: str) -> LogScan:
 
 
 class _Scanner:
-    """Keeps the state of a log between lines: a table, a stretch."""
+    """Scans one log; keeps the state between lines, such as the current table or stretch."""
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
@@ -103,9 +103,9 @@ class _Scanner:
         found.series = self._findings.series.found()
         found.problem = problem
         if problem is None and not found.n_lines:
-            found.problem = "it is empty: there is no line to scan"
+            found.problem = "it is empty"
         if problem is None and found.n_records and found.n_records == found.n_lines:
-            found.problem = "it holds records of fastguard; use: fastguard report"
+            found.problem = "it contains fastguard records; use: fastguard report"
         return found
 
     def without_document(self, blocks: Iterator[Block]) -> Iterator[Block]:
@@ -121,7 +121,7 @@ class _Scanner:
         """Reads the document in a block, or in all blocks if it may end later, up to its limit.
 
         Raises:
-            NoDocumentError: They are no document; `parts` holds what was taken from `blocks`.
+            NoDocumentError: They are not a document; `parts` then has the blocks that were read.
         """
         try:
             return self._take_document(parts[0].data)
@@ -161,10 +161,10 @@ class _Scanner:
             self._take_line(cursor, alone=may_be_first)
 
     def _search(self, cursor: Cursor) -> bool:
-        """Counts the lines of a block that nothing is left to spend on.
+        """Counts the lines of a block for which no budget is left.
 
         Returns:
-            Whether it stopped at a line that may be the first finding of the log.
+            Whether it stopped at a line that may contain the first finding of the log.
         """
         end = cursor.size
         if not self._findings.found.n_bad and self._budget.reserve():
@@ -176,7 +176,7 @@ class _Scanner:
         return not cursor.done
 
     def _take_line(self, cursor: Cursor, *, alone: bool) -> None:
-        """Reads one line, or the numbers or lines like the last one that begin with it."""
+        """Reads one line; or several, if they are bare numbers or continue a run of bad lines."""
         self._budget.spend(KNOWN)
         lines, at = cursor.lines, cursor.at
         line, number = cursor.line(), cursor.number
@@ -194,7 +194,7 @@ class _Scanner:
         cursor.at = at + len(line) + 1
 
     def _take_run(self, cursor: Cursor, run: Run) -> int:
-        """Reads lines like the last one, which was bad; returns how many there were."""
+        """Reads the lines that continue a run of bad lines; returns how many there were."""
         n, plain = 0, not self._table.waits
         for line, at, number in cursor.rest():
             if n and plain and bare_lines(cursor.lines, at) is not None:
@@ -209,7 +209,7 @@ class _Scanner:
         return n
 
     def _take_rows(self, cursor: Cursor, *, json: bool) -> bool:
-        """Reads structured lines together; returns whether there were any."""
+        """Reads the next structured lines together; returns whether there were any."""
         if not json:
             end, text = self._table.rows(cursor.lines, cursor.at)
             if not text:
@@ -230,7 +230,7 @@ class _Scanner:
         return True
 
     def _ends(self) -> Iterator[re.Pattern[bytes]]:
-        """Patterns that may end the current stretch or give its step."""
+        """Patterns of lines that may end the current stretch or give its step."""
         stretch = self._findings.stretch
         if stretch is not None:
             if stretch.dialect in ENDS:
@@ -272,7 +272,7 @@ class _Scanner:
         return Block(1 + text.count(b"\n"), data[end:])
 
     def _count_document(self, number: int, text: bytes) -> None:
-        """Counts the rest of a document, from the line with this number on."""
+        """Counts the lines of a document from this line number on."""
         begin = 0
         for _ in range(number - 1):
             begin = text.index(b"\n", begin) + 1

@@ -19,7 +19,7 @@ from fastguard.commands.scan.lines import text_of
 from fastguard.commands.scan.places import names_settings, where_in, without_launcher
 from fastguard.commands.scan.plain import Plain, may_measure
 from fastguard.commands.scan.reading import Span, Where
-from fastguard.commands.scan.tokens import may_have
+from fastguard.commands.scan.spellings import may_have
 from fastguard.commands.scan.ultralytics import Ultralytics
 from fastguard.commands.scan.values import Value, nonfinite_values
 

@@ -17,15 +17,15 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 
-from fastguard.commands.scan.columns import is_place, place_of
+from fastguard.commands.scan.columns import NAMED_BY, is_place, place_of
 from fastguard.commands.scan.json_lines import parse
 from fastguard.commands.scan.lines import text_of
 from fastguard.commands.scan.reading import NOWHERE, Place, Reading
 from fastguard.commands.scan.rows import Column, Rows
 from fastguard.commands.scan.series import AllSeries
-from fastguard.commands.scan.tokens import canonical
+from fastguard.commands.scan.spellings import canonical
 from fastguard.commands.scan.values import Value, has_nonfinite
-from fastguard.commands.scan.words import is_bound, is_metric
+from fastguard.commands.scan.vocabulary import is_bound, is_metric
 
 NAME = "table"
 
@@ -49,8 +49,6 @@ MOST_ROWS = 4096
 
 _SENTENCE = Value("", "sentence")  # with commas in it: plain text
 _BOUND = Value("", "bound")
-
-_NAMED_BY = ("key", "metric", "name", "tag", "variable", "metric_name")
 
 
 class Table:
@@ -118,7 +116,7 @@ class Table:
                 self._judged = [self._series.judges(name) for name in names]
                 self._places_at = [(i, n) for i, n in enumerate(names) if self._places[i]]
                 lower = [name.lower() for name in names]
-                self._named_by = next((i for i, n in enumerate(lower) if n in _NAMED_BY), None)
+                self._named_by = next((i for i, n in enumerate(lower) if n in NAMED_BY), None)
                 self._value_at = lower.index("value") if "value" in lower else None
                 self._rows = self._pattern()
                 return Reading(NAME, NOWHERE, measured=False)
@@ -157,7 +155,10 @@ class Table:
             if finite or not _has_word(b"\n".join(column).lower()):
                 continue
             for i, cell in enumerate(column):
-                if cell[-1:].isdigit() or (found := _nonfinite(name, cell)) is None:
+                if (
+                    cell[-1:].isdigit()
+                    or (found := _nonfinite(name, text_of(cell).strip())) is None
+                ):
                     continue
                 if found is _SENTENCE and not self._has_place(
                     [cell.strip().decode(errors="replace") for cell in cells[i * k : i * k + k]]
@@ -230,13 +231,11 @@ class Table:
                         continue
                     if math.isfinite(number):  # 1e999 is not
                         numbers[name] = number
-            elif not has_nonfinite(cell):
-                continue
-            elif _NO_CELL.search(cell):
-                if not self._has_place(cells):  # a sentence with commas in it: plain text
+            elif (value := _nonfinite(name, cell)) is _SENTENCE:
+                if not self._has_place(cells):
                     return None
-            elif not is_bound(name, canonical(cell)):
-                bad.append(Value(name, canonical(cell)))
+            elif value not in (None, _BOUND):
+                bad.append(value)
                 found.add(i)
         if bad:
             self._bad |= found
@@ -263,9 +262,8 @@ def _cells(text: str, delimiter: str) -> list[str]:
 
 
 @lru_cache(1024)
-def _nonfinite(name: str, cell: bytes) -> Value | None:
+def _nonfinite(name: str, word: str) -> Value | None:
     """The NaN or Inf in a non-numeric cell, or None."""
-    word = text_of(cell).strip()
     if not word or word[-1].isdigit() or not has_nonfinite(word):
         return None
     if _NO_CELL.search(word):
@@ -301,4 +299,4 @@ def _floats(cells: Sequence[bytes]) -> Sequence[float]:
 
 
 def _is_known(name: str) -> bool:
-    return is_place(name) or is_metric(name) or name.lower() in ("value", *_NAMED_BY)
+    return is_place(name) or is_metric(name) or name.lower() in ("value", *NAMED_BY)

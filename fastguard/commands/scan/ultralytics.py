@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 
 from fastguard.commands.scan.reading import INT, NOWHERE, Reading, Where, span_of
-from fastguard.commands.scan.tokens import canonical
+from fastguard.commands.scan.spellings import canonical
 from fastguard.commands.scan.values import Value, has_nonfinite
 
 NAME = "ultralytics"

@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 from fastguard.commands.scan.names import CLAUSE, LETTER, name_in
 from fastguard.commands.scan.sentences import bad_of_sentence, is_possibility
-from fastguard.commands.scan.tokens import NUMBER, TOKEN, canonical, may_have, runs
-from fastguard.commands.scan.words import LEVEL, UNIT_OF_RATE, is_bound, is_metric
+from fastguard.commands.scan.spellings import NUMBER, TOKEN, canonical, may_have, runs
+from fastguard.commands.scan.vocabulary import LEVEL, UNIT_OF_RATE, is_bound, is_metric
 
 CONTEXT = 100
 """Number of characters considered on either side; matching may take quadratic time in it."""

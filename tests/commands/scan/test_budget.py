@@ -1,5 +1,5 @@
-"""The work of a scan is bounded by the size of the log, whatever it contains; what was not analysed
-is said."""
+"""The time of a scan is bounded by the size of the log, for any content; the output reports the
+lines that were not analysed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def word(n: int = 6) -> str:
 
 
 def text(form: str) -> Lines:
-    """Lines with ever new words."""
+    """Lines whose words never repeat."""
     return lambda i: form.format(i=i, a=word(), b=word(4), c=word(8))
 
 
@@ -73,7 +73,7 @@ def log(lines: Lines, size: int) -> bytes:
 
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is read individually, in lines, rows, objects and places."""
+    """The name of each method that processes a single line, row or object, once per call."""
     seen: list[str] = []
 
     def count(owner: object, method: str) -> None:
@@ -105,7 +105,7 @@ def test_the_work_per_byte_is_bounded(kind: str, looks: list[str], monkeypatch) 
 @pytest.mark.parametrize(
     "kind", [kind for kind in KINDS if kind not in ("mentions", "level", "csv_odd", "heads")]
 )
-def test_the_first_finding_is_that_of_the_whole_analysis(kind: str, monkeypatch) -> None:
+def test_limited_and_full_scans_agree_on_the_first_finding(kind: str, monkeypatch) -> None:
     data = log(KINDS[kind], 40_000)
     full = scan_log(io.BytesIO(data), full=True)
     monkeypatch.setattr(budget, "FIRST", 2000)
@@ -126,7 +126,7 @@ def test_the_first_finding_is_that_of_the_whole_analysis(kind: str, monkeypatch)
     ["epoch 7 batch 3 loss nan", "epoch 7 batch 3 loss: nan", "epoch 7 batch 3 grad_norm=inf"],
 )
 @pytest.mark.parametrize("kind", ["mentions", "level"])
-def test_a_value_behind_many_mentions_is_found(kind: str, line: str, monkeypatch) -> None:
+def test_a_value_after_thousands_of_mentions_is_found(kind: str, line: str, monkeypatch) -> None:
     monkeypatch.setattr(budget, "FIRST", 2000)
     before = log(KINDS[kind], 2 << 20)
     found = scan_log(io.BytesIO(before + line.encode() + b"\n" + log(KINDS[kind], 100_000)))
@@ -138,7 +138,7 @@ def test_a_value_behind_many_mentions_is_found(kind: str, line: str, monkeypatch
     assert stretch.excerpt == line
 
 
-def test_an_ordinary_log_is_analysed_whatever_its_size(monkeypatch) -> None:
+def test_ordinary_logs_of_any_size_are_fully_analysed(monkeypatch) -> None:
     monkeypatch.setattr(budget, "FIRST", 20_000)
     for form in (
         "epoch 3 step {i} loss nan lr 1e-4 grad_norm nan",
@@ -154,7 +154,7 @@ def test_an_ordinary_log_is_analysed_whatever_its_size(monkeypatch) -> None:
         assert found.n_bad == (found.n_lines - 1 if "nan" in form else 0)
 
 
-def test_a_log_that_turns_ordinary_again_is_analysed_again(monkeypatch) -> None:
+def test_analysis_resumes_once_lines_repeat(monkeypatch) -> None:
     monkeypatch.setattr(budget, "FIRST", 2000)
     odd = log(KINDS["names"], 2 << 20)
     good = log(text("epoch 8 step {i} loss 0.5"), 3 << 20)
@@ -164,7 +164,7 @@ def test_a_log_that_turns_ordinary_again_is_analysed_again(monkeypatch) -> None:
     assert found.counted.last_line <= (odd + good[: 1 << 20]).count(b"\n")
 
 
-def test_a_document_is_read_as_far_as_it_may_cost(monkeypatch, looks: list[str]) -> None:
+def test_documents_are_read_within_the_budget(monkeypatch, looks: list[str]) -> None:
     monkeypatch.setattr(budget, "FIRST", 2000)
     rows = [{"step": i, word(): float("nan"), "loss": 0.5} for i in range(20_000)]
     data = ("[" + ",\n".join(map(json.dumps, rows)) + "]").encode()
@@ -175,7 +175,7 @@ def test_a_document_is_read_as_far_as_it_may_cost(monkeypatch, looks: list[str])
     assert found.n_lines == 20_000 and found.n_bad + found.counted.n_nonfinite == 20_000
 
 
-def test_what_was_only_counted_is_said(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_output_reports_lines_that_were_only_counted(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(budget, "FIRST", 2000)
     path = tmp_path / "odd.log"
     path.write_bytes(log(KINDS["names"], 1 << 19))
@@ -195,7 +195,9 @@ def test_what_was_only_counted_is_said(tmp_path: Path, monkeypatch, capsys) -> N
     assert f"NaN or Inf in {n:,} of {n:,} lines" in out and "only searched" not in out
 
 
-def test_words_that_were_only_counted_are_not_fine(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_counted_lines_with_the_words_give_exit_status_2(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
     path = tmp_path / "odd.log"
     path.write_bytes(log(KINDS["mentions"], 1 << 17))
     assert main(["scan", str(path)]) == 0
@@ -210,7 +212,7 @@ def test_words_that_were_only_counted_are_not_fine(tmp_path: Path, monkeypatch, 
     assert "none contains one" in capsys.readouterr().out
 
 
-def test_lines_are_counted_as_they_are_read() -> None:
+def test_line_count_excludes_blank_lines() -> None:
     for _ in range(3000):
         lines = "".join(rng.choices(" \n\na\tb", k=rng.randint(0, 9))).encode()
         assert n_lines(lines) == sum(bool(line.strip()) for line in lines.split(b"\n"))
@@ -235,5 +237,5 @@ def test_lines_are_counted_as_they_are_read() -> None:
         ("loss_nan_count", False),
     ],
 )
-def test_the_words_of_the_bulk_search(line: str, has: bool) -> None:
+def test_bulk_search_pattern(line: str, has: bool) -> None:
     assert (NONFINITE.search(line.lower().encode()) is not None) == has

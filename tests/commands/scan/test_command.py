@@ -28,7 +28,7 @@ def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_what_was_found_is_located(logs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_findings_give_line_and_place(logs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["scan", "bad.log"]) == 1
     head, heads, row = capsys.readouterr().out.splitlines()
     assert head == "bad.log: NaN or Inf in 2 of 3 lines, first in line 2 (epoch 3, batch 16)"
@@ -36,14 +36,14 @@ def test_what_was_found_is_located(logs: Path, capsys: pytest.CaptureFixture[str
     assert heads.split()[0] == "line"
 
 
-def test_a_good_log_is_fine_and_its_mentions_are_noted(logs: Path, capsys) -> None:
+def test_good_log_exits_with_0_and_notes_mentions(logs: Path, capsys) -> None:
     assert main(["scan", "good.log"]) == 0
     out = capsys.readouterr().out
     assert "good.log: no NaN or Inf in 2 lines\n" in out
     assert "note: 1 line with the word NaN or Inf, but without a value; line 2: no nan found" in out
 
 
-def test_one_bad_log_of_several_decides(logs: Path, capsys) -> None:
+def test_one_bad_log_of_several_gives_exit_status_1(logs: Path, capsys) -> None:
     assert main(["scan", "good.log", "bad.log.gz", "--json"]) == 1
     good, bad = json.loads(capsys.readouterr().out)
     assert (good["file"], good["bad_lines"], good["mentions"]) == ("good.log", 0, 1)
@@ -59,17 +59,17 @@ def cut_gzip(*more: str) -> bytes:
     return packed[: len(packed) // 2]
 
 
-def test_gzip_that_ends_too_soon_is_read_as_far_as_it_goes(logs: Path, capsys) -> None:
+def test_truncated_gzip_is_read_up_to_its_end(logs: Path, capsys) -> None:
     (logs / "cut.gz").write_bytes(cut_gzip("loss nan\n"))
     assert main(["scan", "cut.gz"]) == 1
-    assert "note: read up to there only: it is gzip that ends too soon" in capsys.readouterr().out
+    assert "note: not read to its end: it is truncated gzip data" in capsys.readouterr().out
 
 
-def test_gzip_that_ends_too_soon_without_a_nan_is_not_fine(logs: Path, capsys) -> None:
+def test_truncated_gzip_without_nan_gives_exit_status_2(logs: Path, capsys) -> None:
     (logs / "cut.gz").write_bytes(cut_gzip())
     assert main(["scan", "cut.gz"]) == 2
     captured = capsys.readouterr()
-    assert "fastguard scan: cut.gz: it is gzip that ends too soon" in captured.err
+    assert "fastguard scan: cut.gz: it is truncated gzip data" in captured.err
     assert "no NaN or Inf in" in captured.err and captured.out == ""
 
 
@@ -83,7 +83,9 @@ def test_gzip_that_ends_too_soon_without_a_nan_is_not_fine(logs: Path, capsys) -
     ],
     ids=["empty", "blank", "xz", "binary"],
 )
-def test_what_cannot_be_read_is_not_fine_and_hides_no_other_log(logs, data, said, capsys) -> None:
+def test_unreadable_log_gives_exit_status_2_and_others_are_scanned(
+    logs, data, said, capsys
+) -> None:
     (logs / "odd").write_bytes(data)
     assert main(["scan", "odd", "good.log"]) == 2
     captured = capsys.readouterr()
@@ -94,7 +96,7 @@ def test_what_cannot_be_read_is_not_fine_and_hides_no_other_log(logs, data, said
     assert said in odd["problem"] and bad["bad_lines"] == 2 and bad["problem"] is None
 
 
-def test_an_empty_pipe_is_not_fine(logs: Path) -> None:
+def test_empty_pipe_gives_exit_status_2(logs: Path) -> None:
     command = [sys.executable, "-m", "fastguard", "scan", "-"]
     done = subprocess.run(command, input="", capture_output=True, text=True)
     assert done.returncode == 2 and "it is empty" in done.stderr
@@ -116,7 +118,7 @@ def test_standard_input(logs: Path) -> None:
     ],
     ids=str,
 )
-def test_wrong_use_is_one_line_and_status_2(logs: Path, args, said, capsys) -> None:
+def test_usage_errors_print_one_line_and_exit_with_2(logs: Path, args, said, capsys) -> None:
     assert main(["scan", *args]) == 2
     captured = capsys.readouterr()
     assert said in captured.err and captured.out == ""
@@ -131,10 +133,10 @@ def test_only_regular_files_are_opened(logs: Path, kind: str, capsys) -> None:
         odd.symlink_to("/dev/zero" if kind == "device" else "/dev/null")
     assert main(["scan", "odd.log"]) == 2
     captured = capsys.readouterr()
-    assert "odd.log is no regular file" in captured.err and captured.out == ""
+    assert "odd.log is not a regular file" in captured.err and captured.out == ""
 
 
-def test_a_pipe_that_the_shell_made_is_read(logs: Path) -> None:
+def test_process_substitution_is_read(logs: Path) -> None:
     shell = f"{sys.executable} -m fastguard scan <(cat bad.log) /dev/stdin < good.log"
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "")
@@ -142,7 +144,7 @@ def test_a_pipe_that_the_shell_made_is_read(logs: Path) -> None:
     assert "/dev/stdin: no NaN or Inf in 2 lines" in done.stdout
 
 
-def test_control_characters_of_names_are_printed_as_text(logs: Path, capsys) -> None:
+def test_control_characters_in_file_names_are_escaped(logs: Path, capsys) -> None:
     name = "a\x1b[2J\nok.log"
     (logs / name).write_text(BAD)
     row = {"step": 1, "loss\x1b[2J\nforged: no NaN or Inf in 1 line": math.nan}
@@ -157,7 +159,7 @@ def test_control_characters_of_names_are_printed_as_text(logs: Path, capsys) -> 
     assert "\nok.log" not in captured.out
 
 
-def test_damaged_gzip_is_wrong_use_without_a_traceback(logs: Path, capsys) -> None:
+def test_damaged_gzip_prints_no_traceback(logs: Path, capsys) -> None:
     packed = bytearray(gzip.compress(BAD.encode()))
     packed[12:20] = b"\x00" * 8
     (logs / "damaged.gz").write_bytes(packed)
@@ -165,14 +167,14 @@ def test_damaged_gzip_is_wrong_use_without_a_traceback(logs: Path, capsys) -> No
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_log_commands_no_terminal(logs: Path, capsys) -> None:
+def test_control_sequences_of_a_log_never_reach_the_terminal(logs: Path, capsys) -> None:
     (logs / "evil.log").write_text("epoch 1 loss\x00\x9b2J=nan\ncheck nan\x9b2J\n")
     main(["scan", "evil.log"])
     out = capsys.readouterr().out
     assert "\x9b" not in out and "\x00" not in out
 
 
-def test_many_stretches_are_cut_short(logs: Path, capsys) -> None:
+def test_table_of_stretches_is_limited(logs: Path, capsys) -> None:
     (logs / "long.log").write_text("".join(f"epoch {i} loss nan\n" for i in range(60)))
     assert main(["scan", "long.log"]) == 1
     assert "... and 10 more" in capsys.readouterr().out

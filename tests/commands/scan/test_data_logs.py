@@ -1,7 +1,7 @@
-"""Logs that are data: every series is read with its own steps, and judged.
+"""Structured logs: values are read with their steps, and each series is judged.
 
-Eight files, and for each the facts that two other readers of such logs state about it, losslint 0.4
-and trainspotter 0.2: what they find is found here too, at the same step.
+Two other tools, losslint 0.4 and trainspotter 0.2, were run on eight such files. The findings of
+either must be found here too, at the same step.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ FILES: dict[str, tuple[Callable[[Path], None], set[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_what_other_readers_find_is_found(name: str, tmp_path: Path, capsys) -> None:
+def test_findings_match_those_of_other_tools(name: str, tmp_path: Path, capsys) -> None:
     write, kinds, facts = FILES[name]
     path = tmp_path / name
     write(path)
@@ -199,7 +199,7 @@ def said(tmp_path: Path, capsys, name: str, text: str | bytes) -> tuple[int, str
         ('{"step": 6, "m": [[{"loss": -Infinity}]]}\n' * 6, ["step 6)", "m -inf"]),
     ],
 )
-def test_data_of_many_forms(text: str, facts: list[str], tmp_path: Path, capsys) -> None:
+def test_structured_formats(text: str, facts: list[str], tmp_path: Path, capsys) -> None:
     status, out = said(tmp_path, capsys, "log", text)
     assert status == 1 and all(fact in out for fact in facts), out
 
@@ -215,11 +215,11 @@ def test_data_of_many_forms(text: str, facts: list[str], tmp_path: Path, capsys)
         "step,loss,best_acc,it/s\n1,0.5,-inf,inf\n",
     ],
 )
-def test_bounds_rates_and_settings_in_data_are_none(text: str, tmp_path: Path, capsys) -> None:
+def test_bounds_rates_and_settings_in_data_are_ignored(text: str, tmp_path: Path, capsys) -> None:
     assert said(tmp_path, capsys, "log", text)[0] == 0
 
 
-def test_a_document_that_is_cut_short_is_read_as_text(tmp_path: Path, capsys) -> None:
+def test_truncated_document_is_read_as_text(tmp_path: Path, capsys) -> None:
     path = tmp_path / "trainer_state.json"
     nan_in_trainer_state(path)
     whole = path.read_text()
@@ -233,21 +233,21 @@ RECORD = (
 )
 
 
-def test_records_of_fastguard_are_left_to_its_own_commands(tmp_path: Path, capsys) -> None:
+def test_fastguard_records_are_left_to_report(tmp_path: Path, capsys) -> None:
     status, out = said(tmp_path, capsys, "records.jsonl", RECORD * 3)
-    assert status == 2 and "it holds records of fastguard; use: fastguard report" in out
+    assert status == 2 and "it contains fastguard records; use: fastguard report" in out
     assert "no NaN" not in out
     status, out = said(tmp_path, capsys, "both.jsonl", RECORD + '{"step": 4, "loss": NaN}\n')
     assert status == 1 and "NaN or Inf in 1 of 2 lines" in out and "fastguard report" in out
-    assert "1 line of it is a record" in out
+    assert "1 line is a fastguard record" in out
 
 
-def test_event_files_that_are_damaged_or_cut_short_say_so(tmp_path: Path, capsys) -> None:
+def test_damaged_or_truncated_event_files_are_reported(tmp_path: Path, capsys) -> None:
     path = tmp_path / "events.out.tfevents.1"
     nan_and_spike_in_events(path)
     whole = path.read_bytes()
     status, out = said(tmp_path, capsys, "cut", whole[:-7])
-    assert status == 1 and "an event file that ends too soon" in out
+    assert status == 1 and "a truncated event file" in out
     huge = whole[:100] + (1 << 60).to_bytes(8, "little") + whole[108:]
     assert said(tmp_path, capsys, "huge", huge)[0] == 2
     flipped = bytearray(whole)
@@ -256,7 +256,7 @@ def test_event_files_that_are_damaged_or_cut_short_say_so(tmp_path: Path, capsys
     assert status in (1, 2) and "Traceback" not in out and "event" in out
 
 
-def test_without_tensorboard_the_extra_is_named(tmp_path: Path, capsys, monkeypatch) -> None:
+def test_missing_tensorboard_names_the_extra(tmp_path: Path, capsys, monkeypatch) -> None:
     path = tmp_path / "events.out.tfevents.1"
     nan_and_spike_in_events(path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -264,7 +264,7 @@ def test_without_tensorboard_the_extra_is_named(tmp_path: Path, capsys, monkeypa
     assert "pip install 'torch-fastguard[tensorboard]'" in capsys.readouterr().err
 
 
-def test_the_time_for_a_document_grows_with_its_size_alone() -> None:
+def test_time_for_a_document_is_linear_in_its_size() -> None:
     def seconds(n: int) -> float:
         text = "{" + ",".join(f'"a{i}":[{{"loss":1}}]' for i in range(n)) + "}"
         times = []

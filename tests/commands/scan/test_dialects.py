@@ -75,7 +75,7 @@ def test_hugging_face() -> None:
     assert values(found, 1) == {"loss nan", "grad_norm nan", "train_loss nan"}
 
 
-def test_hugging_face_before_version_5_printed_numbers() -> None:
+def test_hugging_face_before_version_5() -> None:
     found = scan("{'loss': nan, 'grad_norm': nan, 'learning_rate': 5e-05, 'epoch': 0.01}\n")
     assert found.stretches[0].first == Place(epoch=0.01)
     assert values(found) == {"loss nan", "grad_norm nan"}
@@ -89,7 +89,7 @@ ULTRALYTICS_TQDM = """
 """
 
 
-def test_ultralytics_before_it_had_a_bar_of_its_own() -> None:
+def test_ultralytics_with_a_tqdm_bar() -> None:
     found = scan(ULTRALYTICS_TQDM)
     assert found.n_bad == 1 and values(found) == {"box_loss nan"}
     assert found.stretches[0].first == Place(3, 100, 15, 41163)
@@ -133,7 +133,7 @@ def test_plain_prints(text: str, place: Place) -> None:
     assert found.stretches[0].first == place
 
 
-def test_dates_are_no_batches_of_a_stretch() -> None:
+def test_dates_are_not_batches() -> None:
     line = "[11/{} 03:00:10 d2.utils.events]: iter: {}  total_loss: nan\n"
     (stretch,) = scan(line.format(21, 39) + line.format(22, 59)).stretches
     assert (stretch.first, stretch.last) == (Place(step=39), Place(step=59))
@@ -163,14 +163,14 @@ def test_dates_are_no_batches_of_a_stretch() -> None:
 @pytest.mark.parametrize(
     "start", ["", "epoch ", "Epoch 1", "  1/2 0G ", "37%|", "{'epoch': ", "loss=", "step "]
 )
-def test_no_line_takes_long(start: str, piece: str) -> None:
+def test_time_per_line_is_bounded(start: str, piece: str) -> None:
     line = start + piece * (20_000 // len(piece)) + " nan"
     begun = time.process_time()
     scan(line)
     assert time.process_time() - begun < 1.0  # with a pattern that backtracks: 3 s to hours
 
 
-def test_the_search_for_a_loss_scale_is_no_evidence() -> None:
+def test_search_for_a_loss_scale_is_not_a_finding() -> None:
     record = StepRecord(7, 0.0, 1.0, "skipped", "loss_scale", posinf=3, culprits=(("w", 0, 3, 0),))
     reading = Plain().read(f"03:16:02 INFO fastguard: {record}")
     assert reading is not None

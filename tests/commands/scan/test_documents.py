@@ -19,7 +19,7 @@ def scan(text: str, *, full: bool = False) -> LogScan:
     return scan_log(io.BytesIO(text.encode()), full=full)
 
 
-def test_lists_of_the_same_name_are_told_apart() -> None:
+def test_line_numbers_with_two_lists_of_the_same_name() -> None:
     for first in ([], [0.5, 0.25], [1.0, None]):
         value = {"train": {"log": first, "n": []}, "val": {"log": [{"step": 6, "loss": math.nan}]}}
         text = json.dumps(value, indent=1)
@@ -42,7 +42,7 @@ def test_braces_and_quotes_in_strings_do_not_shift_the_lines(odd: str, indent: i
 
 
 @pytest.mark.parametrize("name", ["loss", "value"])
-def test_lists_of_numbers_are_read_as_the_rows_that_they_form(name: str) -> None:
+def test_lists_of_numbers_equal_the_same_data_as_objects(name: str) -> None:
     rng = random.Random(1)
     odd = [math.nan, math.inf, None, "nan", "0.5", True]
     values = [rng.choice(odd) if rng.random() < 0.1 else rng.random() for _ in range(9000)]
@@ -59,7 +59,7 @@ def test_lists_of_numbers_are_read_as_the_rows_that_they_form(name: str) -> None
     assert [s.first for s in found.stretches] == [s.first for s in expected.stretches]
 
 
-def test_long_texts_are_read_as_far_as_they_may_cost(monkeypatch) -> None:
+def test_long_strings_are_read_within_the_budget(monkeypatch) -> None:
     monkeypatch.setattr(budget, "FIRST", 20_000)
     text = "epoch 3 loss nan " + "alpha nan beta 0.5 " * 50_000
     found = scan(json.dumps({"text": text}))
@@ -69,24 +69,24 @@ def test_long_texts_are_read_as_far_as_they_may_cost(monkeypatch) -> None:
     assert not full.counted.n_lines and full.n_bad == 1
 
 
-def test_a_long_text_without_the_words_is_read_to_its_end() -> None:
+def test_long_string_without_the_words_is_read_to_its_end() -> None:
     found = scan(json.dumps({"text": "alpha nano beta " * 20_000 + "epoch 7: loss is nan"}))
     assert found.n_bad == 1 and not found.counted.n_lines
 
 
-def test_a_document_that_never_ends_is_read_as_lines(monkeypatch) -> None:
+def test_document_above_the_size_limit_is_read_as_lines(monkeypatch) -> None:
     monkeypatch.setattr(documents, "LIMIT", 1 << 21)
     rows = "".join(f'{{"step": {i}, "loss": 0.5}},\n' for i in range(150_000))
     found = scan("[\n" + rows + '{"step": 150000, "loss": NaN}\n')
     assert found.n_bad == 1 and found.stretches[0].first_line == 150_002
 
 
-def test_nested_lists_name_each_kind_in_order() -> None:
+def test_nested_lists_report_each_kind_in_order() -> None:
     (stretch,) = scan('{"step": 6, "norms": [1.0, [-Infinity, [NaN]], Infinity, "x"]}').stretches
     assert [value.text for value in stretch.values] == ["-inf", "nan", "inf"]
 
 
-def test_one_object_of_many_names_takes_time_by_its_size_alone() -> None:
+def test_time_for_one_object_is_linear_in_its_number_of_names() -> None:
     def seconds(n: int) -> float:
         text = json.dumps({f"layer{i}": [math.nan, 0.5] for i in range(n)})
         times = []

@@ -1,4 +1,4 @@
-"""Logs of every encoding, terminal and size as clean lines."""
+"""Splitting logs of any encoding and size into clean lines."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import gzip
 import io
 import lzma
 import re
+from collections.abc import Iterator
+from typing import BinaryIO
 
 import pytest
 from hypothesis import given
@@ -14,22 +16,31 @@ from hypothesis import strategies as st
 
 from fastguard.commands.scan import lines
 from fastguard.commands.scan.foreign import NotTextError
-from fastguard.commands.scan.lines import LONGEST, read_lines
+from fastguard.commands.scan.lines import LONGEST, Line, read_blocks
 from fastguard.commands.scan.scanner import scan_log
 
 LOG = b"epoch 1 loss nan\n" * 50
+
+
+def read_lines(file: BinaryIO) -> Iterator[Line]:
+    """Yields the lines of a log, also ended by carriage returns, without blank lines."""
+    for number, data in read_blocks(file):
+        for i, line in enumerate(data.split(b"\n")):
+            for drawn in line.split(b"\r"):
+                if drawn and not drawn.isspace():
+                    yield Line(number + i, drawn.decode(errors="replace"))
 
 
 def texts(data: bytes) -> list[str]:
     return [line.text for line in read_lines(io.BytesIO(data))]
 
 
-def test_line_feeds_count_and_carriage_returns_do_not() -> None:
+def test_only_line_feeds_increase_the_line_number() -> None:
     found = list(read_lines(io.BytesIO(b"a\r\n\n b\rc\r\x1b[Kd\ne")))
     assert found == [(1, "a"), (3, " b"), (3, "c"), (3, "d"), (4, "e")]
 
 
-def test_control_sequences_are_taken_out() -> None:
+def test_control_sequences_are_removed() -> None:
     assert texts(b"\x1b[31mloss\x1b[0m \x1b[2K\x1b[1A\x1b]0;title\x07nan\x1b[?25l") == ["loss nan"]
 
 
@@ -38,7 +49,7 @@ def test_encodings(encoding: str) -> None:
     assert texts("37%|███▋ loss nan\r\nnext".encode(encoding)) == ["37%|███▋ loss nan", "next"]
 
 
-def test_bytes_that_are_no_text_do_no_harm() -> None:
+def test_invalid_utf8_is_accepted() -> None:
     assert texts(b"\xff\xfeloss nan"[1:]) == ["�loss nan"]
     assert texts(bytes(range(128, 256)))
 
@@ -57,7 +68,7 @@ def test_bytes_that_are_no_text_do_no_harm() -> None:
     ],
     ids=["xz", "bzip2", "zstd", "zip", "xz-in-gzip", "random", "utf-16-without-mark", "events"],
 )
-def test_what_is_no_text_is_named(data: bytes, what: str) -> None:
+def test_binary_formats_are_identified(data: bytes, what: str) -> None:
     with pytest.raises(NotTextError, match=re.escape(what)):
         texts(data)
 
@@ -79,16 +90,16 @@ def test_text_of_any_encoding_is_read(data: bytes) -> None:
     assert any("nan" in text for text in texts(data))
 
 
-def test_gzip_is_recognised_and_one_that_ends_too_soon_says_so() -> None:
+def test_gzip_is_detected_and_truncation_raises() -> None:
     packed = gzip.compress(b"loss nan\n" * 1000)
     assert texts(packed) == ["loss nan"] * 1000
     with pytest.raises(EOFError):
         texts(packed[:-20])
 
 
-def test_a_progress_bar_without_a_line_feed_comes_as_it_is_drawn() -> None:
+def test_endless_progress_bar_is_streamed() -> None:
     class Endless(io.RawIOBase):
-        """Gives a bar for ever, and counts what was taken."""
+        """A progress bar without end; counts the bytes that were read."""
 
         taken = 0
 
@@ -103,7 +114,7 @@ def test_a_progress_bar_without_a_line_feed_comes_as_it_is_drawn() -> None:
     assert file.taken <= 4 * lines.CHUNK
 
 
-def test_a_line_without_end_is_cut_at_a_space() -> None:
+def test_very_long_lines_are_split_at_spaces() -> None:
     data = b"x" * (LONGEST - 10) + b" loss nan " + b"y" * 100
     found = texts(data)
     assert "".join(found) == data.decode() and len(found) == 2
@@ -114,11 +125,11 @@ def test_a_line_without_end_is_cut_at_a_space() -> None:
 @given(
     st.lists(st.sampled_from(["a", "b c", "\r", "\n", "\r\n", "é", "\x1b[1m"])), st.integers(1, 9)
 )
-def test_chunks_make_no_difference(parts: list[str], size: int) -> None:
+def test_chunk_size_does_not_change_the_lines(parts: list[str], size: int) -> None:
     data = "".join(parts).encode()
 
     class Slow(io.BytesIO):
-        """Gives a few bytes at a time, as a pipe does."""
+        """Returns a few bytes at a time, as a pipe does."""
 
         def read(self, n: int | None = -1) -> bytes:
             return super().read(min(size, n or size) if n != -1 else size)
@@ -131,7 +142,7 @@ def test_chunks_make_no_difference(parts: list[str], size: int) -> None:
 
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "cp1251", "gbk", "shift-jis", "utf-16"])
 @pytest.mark.parametrize("before", ["", "é", "损失", "потери", "誤差"])
-def test_the_place_is_read_from_bytes_of_any_encoding(encoding: str, before: str) -> None:
+def test_place_is_found_in_any_encoding(encoding: str, before: str) -> None:
     text = f"{before} epoch 12 step 345 loss nan {before}\n" * 3
     found = scan_log(io.BytesIO(text.encode(encoding, errors="replace")))
     (stretch,) = found.stretches

@@ -41,7 +41,7 @@ LAUNCHERS = [
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_what_a_launcher_writes_before_a_line_is_no_place(launcher: str) -> None:
+def test_launcher_prefixes_are_not_places(launcher: str) -> None:
     (stretch,) = scan(f"{launcher}loss is nan\n").stretches
     assert stretch.first == Place()
     (stretch,) = scan(f"{launcher}Epoch 3/10, Batch 15/41\n{launcher}loss nan\n").stretches
@@ -67,7 +67,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_a_setting_is_no_place(setting: str) -> None:
+def test_settings_are_not_places(setting: str) -> None:
     (stretch,) = scan(f"{setting}\niter 20 loss nan\n").stretches
     assert stretch.first == Place(step=20)
 
@@ -82,6 +82,6 @@ def test_a_setting_is_no_place(setting: str) -> None:
         ("Saved epoch 3 to model.pt", Place(3)),
     ],
 )
-def test_a_place_beside_settings_is_one(text: str, place: Place) -> None:
+def test_place_is_found_beside_settings(text: str, place: Place) -> None:
     assert where_in(text).place(text) == place
     assert where_in(text).in_bytes(text, text.encode()).place(text.encode()) == place

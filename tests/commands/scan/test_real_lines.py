@@ -1,4 +1,4 @@
-"""Lines as trainers and people really write them, finite or not: each is a kind of its own."""
+"""Lines from real training logs, with and without NaN or Inf values, one per kind."""
 
 # ruff: noqa: E501 (a line of a log is one line here)
 
@@ -465,11 +465,11 @@ FINE = [
 
 
 @pytest.mark.parametrize("text", BAD)
-def test_a_value_is_found_and_named(text: str) -> None:
+def test_values_are_found_and_named(text: str) -> None:
     found, _ = nonfinite_values(text)
     assert ", ".join(f"{name} {value}".strip() for name, value in found) == BAD[text]
 
 
 @pytest.mark.parametrize("text", FINE)
-def test_a_bound_a_rate_a_setting_and_a_sentence_are_none(text: str) -> None:
+def test_bounds_rates_settings_and_mentions_are_ignored(text: str) -> None:
     assert nonfinite_values(text)[0] == ()

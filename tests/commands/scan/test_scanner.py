@@ -14,7 +14,7 @@ def scan(*lines: str):
     return scan_log(io.BytesIO("\n".join(lines).encode()))
 
 
-def test_bad_lines_are_joined_until_a_good_one() -> None:
+def test_consecutive_bad_lines_form_one_stretch() -> None:
     found = scan(
         "epoch 1 batch 1 loss 0.5",
         "epoch 1 batch 2 loss nan",
@@ -33,13 +33,13 @@ def test_bad_lines_are_joined_until_a_good_one() -> None:
     assert [s.first.epoch for s in found.stretches] == [1, 1, 2]
 
 
-def test_mentions_are_counted_beside() -> None:
+def test_mentions_are_counted_separately() -> None:
     found = scan("loss 0.5", "checking for nan", "info nano", "loss 0.4, no nan found")
     assert (found.n_bad, found.n_mentions) == (0, 2)
     assert found.mention == (2, "checking for nan")
 
 
-def test_a_log_of_nothing() -> None:
+def test_empty_log() -> None:
     assert scan("").n_lines == 0 and scan("", "\r\r", " ").n_lines == 0
 
 
@@ -75,7 +75,7 @@ def test_memory_does_not_grow_with_the_log() -> None:
     assert peaks[1] < 1.2 * peaks[0]
 
 
-def test_a_bad_line_without_a_place_has_that_of_the_lines_before() -> None:
+def test_bad_line_without_a_place_inherits_the_previous_place() -> None:
     clean = [f"[{i}/100] loss 0.5" for i in range(1, 91)]
     found = scan("Epoch 7 of 10", *clean, "INFO saved", "info: lr 0.1", "loss nan")
     place = found.stretches[0].first
@@ -84,7 +84,7 @@ def test_a_bad_line_without_a_place_has_that_of_the_lines_before() -> None:
     assert (found.stretches[0].first.epoch, found.stretches[0].first.batch) == (8, None)
 
 
-def test_the_excerpt_of_a_mention_shows_the_word_that_it_is_about() -> None:
+def test_excerpt_of_a_mention_contains_the_word() -> None:
     long = " | ".join(f"column {i}: 0.{i}" for i in range(60))
     found = scan(f"{long} | number of nan iterations: 0 | {long}")
     assert found.mention is not None and len(found.mention.text) <= 210

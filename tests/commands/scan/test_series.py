@@ -37,13 +37,13 @@ def skipped_by_a_guard(losses: list[float]) -> list[int]:
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.integers(1, 120), st.sampled_from([0.0, 0.05, 0.5]))
-def test_the_rule_skips_what_a_guard_skips(seed: int, n: int, share: float) -> None:
+def test_spikes_match_those_of_a_guard(seed: int, n: int, share: float) -> None:
     r = random.Random(seed)
     losses = [(100.0 if r.random() < share else 1.0) * math.exp(r.gauss(0, 0.1)) for _ in range(n)]
     assert [s.place.step for s in judged(losses).spikes] == skipped_by_a_guard(losses)
 
 
-def test_a_lasting_shift_becomes_the_new_level_as_in_a_guard() -> None:
+def test_lasting_shift_becomes_the_new_level() -> None:
     losses = [1.0 + 0.01 * (i % 3) for i in range(40)] + [50.0] * 80 + [1.0] * 10
     spikes = judged(losses)
     assert [s.place.step for s in spikes.spikes] == skipped_by_a_guard(losses)
@@ -66,7 +66,7 @@ def noise(n: int, level, scale: float = 0.05, seed: int = 0) -> list[float]:
     ],
     ids=["after-a-fall", "exponential", "jump-that-stays", "from-the-start", "downsampled"],
 )
-def test_growth_is_told_with_where_it_began(values: list[float], since: tuple[int, int]) -> None:
+def test_growth_reports_where_it_began(values: list[float], since: tuple[int, int]) -> None:
     growth = judged(values).growth()
     assert growth is not None and growth.end > growth.low
     assert since[0] <= growth.line <= since[1]
@@ -75,7 +75,7 @@ def test_growth_is_told_with_where_it_began(values: list[float], since: tuple[in
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("scale", [0.02, 0.2, 0.5])
 @pytest.mark.parametrize("n", [13, 40, 300, 3000])
-def test_a_run_that_is_fine_does_not_grow(n: int, scale: float, seed: int) -> None:
+def test_healthy_runs_show_no_growth(n: int, scale: float, seed: int) -> None:
     falling = noise(n, lambda i: 2 * math.exp(-4 * i / n) + 0.5, scale, seed)
     assert judged(falling).growth() is None
     assert judged([3.0] * n).growth() is None
@@ -83,7 +83,7 @@ def test_a_run_that_is_fine_does_not_grow(n: int, scale: float, seed: int) -> No
     assert judged(spike).growth() is None
 
 
-def test_growth_is_asked_of_losses_alone() -> None:
+def test_only_losses_are_checked_for_growth() -> None:
     assert judged([1.1**i for i in range(40)], "grad_norm").growth() is None
 
 
@@ -93,7 +93,7 @@ def test_what_is_kept_is_bounded() -> None:
     assert len(series._points) < 2 * POINTS
 
 
-def test_steps_of_zero_gradients_do_not_enter_as_in_a_guard() -> None:
+def test_zero_gradient_norms_do_not_enter_the_window() -> None:
     assert judged([1.0, 0.0] * 4 + [1.5], "grad_norm").n_spikes == 0  # warm-up of 8 not over
     assert judged([1.0, 0.0] * 8 + [1.5], "grad_norm").n_spikes == 1
 
@@ -117,7 +117,7 @@ def test_other_series(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 @pytest.mark.parametrize("kind", ["noise", "growth", "spikes", "zeros"])
-def test_values_taken_together_are_judged_as_one_by_one(name: str, kind: str) -> None:
+def test_take_all_equals_repeated_take(name: str, kind: str) -> None:
     rng = random.Random(3)
     values = [rng.gauss(2, 0.2) for _ in range(10_000)]
     if kind == "growth":
@@ -173,14 +173,14 @@ FALLING = (2 + 6 * np.exp(-30 * T)) * (1 + gaussian(0.05))
     ],
     ids="falling power oscillating plateau warmup overfit walk lognormal t pareto".split(),
 )
-def test_a_long_noisy_series_is_no_alarm(name: str, values: np.ndarray) -> None:
+def test_noise_of_a_long_series_raises_no_alarm(name: str, values: np.ndarray) -> None:
     series, growth = judged_together(name, values)
     assert growth is None and not series.alarms
 
 
 @pytest.mark.parametrize("at", [N // 3, N - 40])
 @pytest.mark.parametrize("heavy", [False, True])
-def test_a_real_spike_in_a_long_series_is_an_alarm(at: int, heavy: bool) -> None:
+def test_real_spike_in_a_long_series_raises_an_alarm(at: int, heavy: bool) -> None:
     values = np.exp(gaussian()) if heavy else FALLING.copy()
     values[at] = 1e4 if heavy else 30
     series, growth = judged_together("grad_norm" if heavy else "loss", values)
@@ -189,7 +189,7 @@ def test_a_real_spike_in_a_long_series_is_an_alarm(at: int, heavy: bool) -> None
 
 
 @pytest.mark.parametrize("last", [1000, N // 100, N // 20, N // 5, N // 2])
-def test_a_long_series_that_diverges_at_its_end_is_said_to_climb(last: int) -> None:
+def test_late_divergence_of_a_long_series_is_growth(last: int) -> None:
     values = FALLING.copy()
     values[-last:] += np.linspace(0, 20, last)
     _, growth = judged_together("loss", values)

@@ -43,7 +43,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         " iteration {i:6d}/ 100000 | lm loss: 1.5 | number of nan iterations:   1 |\n",
     ],
 )
-def test_a_shape_is_read_once(form: str, reads: list[bytes]) -> None:
+def test_each_shape_is_parsed_once(form: str, reads: list[bytes]) -> None:
     found = scan("loss 0.5\n" + "".join(form.format(e=i // 1000, i=i) for i in range(1, 2501)))
     assert found.n_bad == 2500
     assert len(reads) <= 9  # the first line, and numbers that are padded with spaces
@@ -51,7 +51,7 @@ def test_a_shape_is_read_once(form: str, reads: list[bytes]) -> None:
     assert 2500 in (last.step, last.batch) or form.startswith("训")
 
 
-def test_digits_of_names_and_counts_are_not_alike() -> None:
+def test_digits_in_names_and_counts_distinguish_lines() -> None:
     found = scan("".join(f"loss_{i % 3}=nan step {i}\n" for i in range(30)))
     assert {value: n for value, n in found.stretches[0].values.items()} == {
         Value(f"loss_{i}", "nan"): 10 for i in range(3)
@@ -62,7 +62,7 @@ def test_digits_of_names_and_counts_are_not_alike() -> None:
     assert (found.n_bad, found.n_mentions) == (1, 1)
 
 
-def test_lines_alike_are_counted_as_if_each_were_read() -> None:
+def test_cached_shapes_give_the_same_counts() -> None:
     bars = [f"[{i}/50] loss nan" for i in (48, 49, 50, 10, 11)]  # drawn anew
     (stretch,) = scan("\n".join(["Epoch 3", *bars])).stretches
     assert (stretch.n_lines, stretch.first_line, stretch.last_line) == (5, 2, 6)
@@ -72,14 +72,14 @@ def test_lines_alike_are_counted_as_if_each_were_read() -> None:
     assert [s.last.step for s in epochs.stretches] == [3, 7, 11]
 
 
-def test_what_is_remembered_is_bounded() -> None:
+def test_shape_cache_is_bounded() -> None:
     shapes = Shapes(Budget())
     for i in range(3 * KEPT):
         shapes.of(("a" * (i % 1000) + f" loss{i} nan" + "b" * (i // 1000)).encode())
         assert max(len(shapes._known), len(shapes._meant), len(shapes._once)) <= KEPT + 1
 
 
-def test_a_shortened_array_reads_as_the_whole_does() -> None:
+def test_shortened_array_has_the_same_values() -> None:
     rng = random.Random(5)
     cells = ["nan", "inf", "-inf", "NaN", "0.5", "-1.25", "3.", "1e-05", "12"]
     heads = ["", "[", "  [[", "step 3 grads [", "tensor([", "loss: ", "epoch 3: loss ", "1, 2 | "]
@@ -98,5 +98,5 @@ def test_a_shortened_array_reads_as_the_whole_does() -> None:
 @pytest.mark.parametrize(
     "line", [b"loss=nan]", b"tensor(-inf)", b"loss 0.5", b"nan", b"x: inf, y: 3"]
 )
-def test_a_line_without_an_array_is_not_shortened(line: bytes) -> None:
+def test_lines_without_an_array_are_not_shortened(line: bytes) -> None:
     assert shortened(line) == (line, len(line))

@@ -30,7 +30,7 @@ LIGHTNING = """epoch,step,train_loss,val_loss
 """
 
 
-def test_the_csv_logger_of_lightning() -> None:
+def test_lightning_csv_logger() -> None:
     found = scan(LIGHTNING)
     first, second = found.stretches
     assert first.dialect == "table" and (first.first_line, first.last_line) == (4, 6)
@@ -62,7 +62,7 @@ def test_the_csv_logger_of_lightning() -> None:
     ],
     ids=lambda value: repr(value) if isinstance(value, str) else "",
 )
-def test_heads_of_all_kinds(text: str, place: Place, value: str) -> None:
+def test_headers_of_many_tools(text: str, place: Place, value: str) -> None:
     found = scan(text)
     assert found.n_bad == 1 and values(found) == {value}
     assert found.stretches[0].first == place
@@ -71,22 +71,22 @@ def test_heads_of_all_kinds(text: str, place: Place, value: str) -> None:
 @pytest.mark.parametrize(
     "form", ["epoch:{},loss:{}", "epoch {}, loss {}", "epoch={}, loss={}", "epoch: {}, loss: {}"]
 )
-def test_prints_with_commas_are_no_table(form: str) -> None:
+def test_printed_lines_with_commas_are_not_a_table(form: str) -> None:
     found = scan("\n".join(form.format(i, x) for i, x in enumerate(["0.5", "1e-3", "nan"])))
     assert found.stretches[0].dialect == "plain" and values(found) == {"loss nan"}
     assert found.stretches[0].first == Place(2)
 
 
-def test_unusual_names_of_columns() -> None:
+def test_unusual_column_names() -> None:
     found = scan("epoch,top 5 acc,lr-Adam/pg1,loss|val,a+b,_x,Δ loss\n3,1,1,inf,1,1,nan\n")
     assert values(found) == {"loss|val inf", "Δ loss nan"}
 
 
-def test_bounds_and_clocks_are_no_values() -> None:
+def test_bounds_and_clocks_in_tables_are_ignored() -> None:
     assert scan("epoch,best_loss,eta,loss\n1,inf,nan,0.5\n").n_bad == 0
 
 
-def test_a_sentence_with_commas_is_no_head() -> None:
+def test_sentence_with_commas_is_not_a_header() -> None:
     found = scan("Training, with loss of epoch 1, begins.\nepoch 3, loss: nan\n")
     assert found.stretches[0].dialect == "plain" and found.stretches[0].first == Place(3)
     found = scan("Training, with loss of epoch 1, begins.\nepoch 3, loss: nan, stopping\n")
@@ -95,14 +95,14 @@ def test_a_sentence_with_commas_is_no_head() -> None:
 
 
 @pytest.mark.parametrize("piece", [",", "a,", '"', '",', "nan,", "\t", "1,"], ids=repr)
-def test_no_row_takes_long(piece: str) -> None:
+def test_time_per_row_is_bounded(piece: str) -> None:
     line = piece * (20_000 // len(piece))
     begun = time.process_time()
     scan(f"epoch,loss{line}\n{line}\n1,nan{line}\n")
     assert time.process_time() - begun < 2.0
 
 
-def test_a_note_about_nan_does_not_hide_the_nan_of_its_row() -> None:
+def test_note_about_nan_does_not_hide_a_value_in_its_row() -> None:
     text = "epoch,step,loss,note\n0,1,0.5,ok\n0,2,nan,loss became nan here\n0,3,0.4,fine\n"
     (stretch,) = scan_log(io.BytesIO(text.encode())).stretches
     assert (stretch.first.step, stretch.first_line, stretch.dialect) == (2, 3, "table")

@@ -1,4 +1,4 @@
-"""Lines that are read many at a time say what each of them says when it is read by itself."""
+"""Reading many lines at once gives the same results as reading each one."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def numbers(rng: random.Random) -> list[str]:
 
 @pytest.mark.parametrize("lines_of", [table, json_objects, numbers])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["lf", "crlf", "cr"])
-def test_together_is_as_one_by_one(lines_of, end: str, monkeypatch) -> None:
+def test_bulk_and_individual_reading_agree(lines_of, end: str, monkeypatch) -> None:
     logs = [end.join([*lines_of(random.Random(seed)), ""]).encode() for seed in range(80)]
     together = [as_dict("", scan_log(io.BytesIO(log))) for log in logs]
     monkeypatch.setattr(objects, "FEWEST", 10**9)
@@ -108,7 +108,7 @@ def test_together_is_as_one_by_one(lines_of, end: str, monkeypatch) -> None:
     ids=["csv", "quoted", "json", "nested", "values", "array"],
 )
 @pytest.mark.parametrize("bad", [False, True], ids=["finite", "bad"])
-def test_few_lines_are_read_by_themselves(head, row, reader, method, bad, monkeypatch) -> None:
+def test_few_lines_are_read_individually(head, row, reader, method, bad, monkeypatch) -> None:
     calls = []
     read = getattr(reader, method)
     monkeypatch.setattr(reader, method, lambda *given: calls.append(1) or read(*given))
@@ -120,7 +120,7 @@ def test_few_lines_are_read_by_themselves(head, row, reader, method, bad, monkey
 
 
 @pytest.mark.parametrize("broken", [1, 50], ids=["each", "some"])
-def test_lines_that_are_cut_short_do_not_make_the_others_slow(broken: int, monkeypatch) -> None:
+def test_truncated_lines_do_not_slow_down_the_others(broken: int, monkeypatch) -> None:
     sizes = []
     parse = json_lines.parse
     monkeypatch.setattr(json_lines, "parse", lambda text: sizes.append(len(text)) or parse(text))

@@ -102,7 +102,7 @@ def test_values_are_found_with_their_names(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", SENTENCES)
-def test_sentences_with_which_training_stops_are_evidence(text: str) -> None:
+def test_messages_that_stop_training_are_findings(text: str) -> None:
     assert has_nonfinite(text)
     found, mentions = nonfinite_values(text)
     assert ", ".join(f"{name} {value}".strip() for name, value in found) == SENTENCES[text]
@@ -110,25 +110,23 @@ def test_sentences_with_which_training_stops_are_evidence(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", WORDS)
-def test_words_are_no_values(text: str) -> None:
+def test_words_are_not_values(text: str) -> None:
     assert nonfinite_values(text)[0] == ()
 
 
-def test_mentions_are_told_apart_from_nothing() -> None:
+def test_mentions_are_reported() -> None:
     assert nonfinite_values("no nan found") == ((), True)
     assert nonfinite_values("info nano banana") == ((), False)
     assert nonfinite_values("loss: nan (first nan ever)")[1]
 
 
 @given(st.floats(), st.sampled_from(["loss={}", "loss: {}", "'loss': {},", "loss {}", "1 {} 2"]))
-def test_a_float_as_python_prints_it_is_found_exactly_if_it_is_not_finite(
-    value: float, form: str
-) -> None:
+def test_printed_floats_are_found_only_if_nonfinite(value: float, form: str) -> None:
     found, mentions = nonfinite_values("epoch 1 " + form.format(value))
     assert not mentions
     assert [v.text for v in found] == ([] if math.isfinite(value) else [str(value)])
 
 
 @given(st.text(max_size=80))
-def test_no_text_is_an_error(text: str) -> None:
+def test_any_text_is_accepted(text: str) -> None:
     nonfinite_values(text)
