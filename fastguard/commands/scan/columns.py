@@ -1,4 +1,4 @@
-"""Classifies column names and keys: which give the place in the run, and which are judged."""
+"""Classifies the names of columns and keys: places in the run, losses and gradient norms."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KINDS = (_EPOCH, _BATCH, _STEP)
 """Patterns for the names of a place."""
 
 NAMED_BY = ("key", "metric", "name", "tag", "variable", "metric_name")
-"""Names whose text is the name of the metric in `value`."""
+"""Columns that contain the name of the metric in the column `value`."""
 
 _INTEGER = re.compile(r"\d{1,15}(?:\.0{0,9})?")
 _NUMBER = re.compile(r"\d{1,15}(?:\.\d{0,20})?")

@@ -1,4 +1,4 @@
-"""`Cursor`: a place in a block of a log that moves over its lines, and knows their numbers."""
+"""`Cursor`: moves over the lines of a block and tracks their line numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastguard.commands.scan.lines import Block
 from fastguard.commands.scan.suspects import Suspects
 
 TOGETHER = 512
-"""Number of objects that are read together."""
+"""Maximum number of JSON lines that are read together."""
 
 _BLANK = re.compile(rb"(?:[ \t\f\v]*+(?:\n|\Z))++")
 _OBJECTS = re.compile(rb"(?:\{\"[^\n]*+\n){1,%d}+" % TOGETHER)
@@ -55,7 +55,7 @@ class Cursor:
         return self._number
 
     def number_at(self, place: int) -> int:
-        """The number of the line at an offset after the next line."""
+        """The line number at an offset behind the next line."""
         return self.number + self._data.count(b"\n", self.at, place)
 
     def numbers(self, end: int, n: int) -> Sequence[int]:
@@ -96,11 +96,11 @@ class Cursor:
             at = end + 1
 
     def suspect(self, *ends: re.Pattern[bytes]) -> int:
-        """Offset of the next line that must be parsed or matches one of `ends`; else the end."""
+        """The offset of the next line that must be parsed or matches `ends`, or of the end."""
         return self._line_of(self._searched.after(self.at, *ends))
 
     def value(self) -> int:
-        """Offset of the next line that seems to name a NaN or Inf; else the end."""
+        """The offset of the next line that seems to hold a named NaN or Inf, or of the end."""
         if NONFINITE.search(self._searched.lower, self.at) is None:
             return self.size
         for pattern in VALUES:
@@ -121,7 +121,7 @@ class Cursor:
         return self._suspects
 
     def objects(self) -> list[bytes]:
-        """The next lines that begin like JSON objects; none if the next one is no object."""
+        """The next lines that begin like JSON objects; empty if the first of them is not one."""
         line = self.lines[self.at : self.lines.find(b"\n", self.at) + 1]
         if not line.rstrip().endswith(b"}") or not isinstance(json_lines.parse(line), dict):
             return []

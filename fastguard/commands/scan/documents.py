@@ -18,10 +18,10 @@ from fastguard.commands.scan.json_lines import parse_finite
 from fastguard.commands.scan.objects import ColumnRows
 
 LIMIT = 32 << 20
-"""Maximum size of a document in bytes: parsed, a hostile one takes thirty times as much."""
+"""Maximum size of a document in bytes; the parsed values may take thirty times as much memory."""
 
 LONG = 1 << 16
-"""A first line of at least this many bytes is assumed to be a document."""
+"""A first line of at least this many bytes is assumed to begin a document."""
 
 _BEGIN = re.compile(rb"\s*(?:\{\s*\"|\[\s*(?:\{|\]))")
 _DECODER = json.JSONDecoder()
@@ -31,14 +31,14 @@ TOGETHER, ROWS = 512, 4096
 """Maximum number of objects, and of rows of lists, that are yielded together."""
 
 DEPTHS = 8
-"""Maximum number of depths of nesting at which the objects are found in bulk."""
+"""Maximum number of nesting depths at which objects are located in bulk."""
 
 _CELLS = frozenset({int, float, bool, str, type(None)})
 COUNTED = "epoch"
-"""Unit of the position in a list of numbers if no list gives one: epochs, as in Keras."""
+"""The name of an index into lists of numbers if none gives a place: the epoch, as in Keras."""
 
 Batch = tuple[Sequence[int], Sequence[Mapping[str, Any]]]
-"""Objects of a document, or rows of its lists, and their line numbers."""
+"""Line numbers, and the objects of a document, or the rows formed by its lists."""
 
 
 class NoDocumentError(Exception):
@@ -75,7 +75,7 @@ def may_begin(data: bytes) -> bool:
 
 
 def read_document(data: bytes) -> tuple[Iterator[Batch], int]:
-    """The objects in a document, and the offset of its end.
+    """Returns the objects in a document, and the offset of its end.
 
     Raises:
         NoDocumentError: The data is not a document, or is incomplete.
@@ -164,12 +164,12 @@ def _rows(columns: Mapping[str, list[Any]]) -> Iterator[Batch]:
 
 
 def _objects(lines: _Lines, at: int, values: list[Any]) -> Batch:
-    """The objects of the list whose bracket precedes `at`."""
+    """The objects in the list whose bracket precedes `at`."""
     return lines.numbers(at, values), [value for value in values if isinstance(value, dict)]
 
 
 def _together(lists: Iterable[Batch]) -> Iterator[Batch]:
-    """Joins short lists of objects and divides long ones."""
+    """Joins short lists of objects, and splits long ones, into batches of `TOGETHER`."""
     numbers: list[int] = []
     objects: list[Mapping[str, Any]] = []
     for more, added in lists:
@@ -212,7 +212,7 @@ class _Lines:
         self._begins: dict[int, np.ndarray] = {}
 
     def numbers(self, at: int, values: list[Any]) -> Sequence[int]:
-        """The line number of each object of the list whose bracket precedes `at`."""
+        """The line numbers of the objects in the list whose bracket precedes `at`."""
         objects = [value for value in values if isinstance(value, dict)]
         if not objects or not self._many:
             return [1] * len(objects)
@@ -220,7 +220,7 @@ class _Lines:
         begins = self._at_depth(int(self._depths[before - 1]) + 1 if before else 1)
         first = np.searchsorted(begins, at)
         begins = begins[first : first + len(objects)]
-        # A quote after two backslashes misleads the count; then the last object is elsewhere.
+        # A string that ends in a backslash breaks the count; then the last object is not here.
         if len(begins) == len(objects) and all(
             self._is_at(int(begins[i]), objects[i]) for i in (0, -1)
         ):
@@ -228,7 +228,7 @@ class _Lines:
         return self._one_by_one(at, values)
 
     def _at_depth(self, depth: int) -> np.ndarray:
-        """Where objects begin that are nested in this number of objects, including themselves."""
+        """The offsets at which objects of this nesting depth begin."""
         if depth not in self._begins:
             if len(self._begins) >= DEPTHS:
                 return np.zeros(0, np.int64)

@@ -1,8 +1,8 @@
 """`Findings`: merges the bad lines of a log into stretches.
 
-A running mean that becomes NaN stays NaN to the end of its epoch: ten thousand lines, one finding.
-So the bad lines of an epoch are merged until a line like the first one shows only finite
-measurements. Memory does not depend on the length of the log.
+A running mean that becomes NaN stays NaN until its epoch ends, which may take ten thousand lines.
+The bad lines of an epoch are therefore merged into one stretch, which ends at a line of the same
+dialect with only finite measurements. Memory does not depend on the length of the log.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ STEPS = 10
 """Maximum number of steps kept per stretch."""
 
 TAIL = 1 << 16
-"""Number of bytes of lines only counted in which the place is searched."""
+"""Number of trailing bytes in which the place is searched, of lines that are only counted."""
 
 
 class Findings:
     """Tracks the current place in the run and the current stretch.
 
     Args:
-        shapes: Knows where a line of text names its place.
-        budget: What the places of bad rows are paid from.
+        shapes: Finds the place in a line of text.
+        budget: The budget for the places of bad rows.
 
     Attributes:
         found: The results so far.
         series: The losses and gradient norms.
-        passed: The good lines before this one.
-        place: Where in the run the last line was written.
+        passed: The good lines before the current one.
+        place: The place in the run of the last line.
         stretch: The current stretch.
-        run: Consecutive lines like the last one, which was bad.
-        dicts: Whether the progress bars of this log count the steps of dicts.
+        run: The consecutive bad lines that end with the last line; None if it was good.
+        dicts: Whether the log holds dicts, whose steps are given by the progress bar after them.
     """
 
     def __init__(self, shapes: Shapes, budget: Budget) -> None:
@@ -123,7 +123,7 @@ class Findings:
         return stretch
 
     def end_run(self) -> None:
-        """Counts the pending lines that equal the one before."""
+        """Adds the lines of the current run to the stretch."""
         run, stretch = self.run, self.stretch
         self.run = None
         if run is None or stretch is None or not run.n:
@@ -157,7 +157,7 @@ class Findings:
         self._without_step = None
 
     def take_bare(self, bare: Bare, last_line: int) -> None:
-        """Adds lines of numbers, without the first."""
+        """Adds lines of numbers; the first was added before."""
         self.end_run()
         self.found.n_lines += 1 + bare.n
         stretch = self.stretch
@@ -175,7 +175,7 @@ class Findings:
             self.passed.add_all(lines[-TAIL:].partition(b"\n")[2] if len(lines) > TAIL else lines)
 
     def data(self, number: int, reading: Reading, text: str) -> None:
-        """Adds a line of structured data, which has its own names and place."""
+        """Adds a line of structured data."""
         self.end_run()
         self.passed.forget()
         self.place = reading.place.within(self.place)
@@ -194,7 +194,7 @@ class Findings:
             self.ends_stretch(reading.dialect)
 
     def judge(self, rows: Rows, read: Callable[[int], None]) -> None:
-        """Adds rows together; `read` handles the rows that must be read individually."""
+        """Adds rows; `read` is called with the index of each odd row."""
         self.found.n_lines += len(rows.numbers)
         done, bad = 0, sorted(rows.bad)
         for begin, end in rows.parts():
@@ -241,7 +241,7 @@ class Findings:
         self.place = rows.place(end - 1).within(self.place)
 
     def _again_finite(self, rows: Rows, begin: int, end: int) -> None:
-        """Ends the stretch at a row that shows that the run is finite."""
+        """Ends the stretch if a row in this range has finite measurements."""
         if rows.measured.find(1, begin, end) >= 0:
             self.ends_stretch(rows.dialect)
 

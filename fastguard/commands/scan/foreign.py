@@ -39,8 +39,8 @@ _ZEROS = re.compile(rb"\0{64,}+")
 
 LOOKED_AT = 1 << 16
 MOST, FEWEST = 0.04, 8
-"""Text has at most this share of control characters, or this number. 9 % of random bytes are control
-characters. Other bytes may be anything, so that text passes in any encoding."""
+"""Maximum share of control characters in text, and the number that is always accepted. Of random
+bytes, 9 % are control characters. All other bytes are accepted, for text of any encoding."""
 
 
 def is_events(first: bytes) -> bool:

@@ -1,4 +1,4 @@
-"""Results of a scan: stretches of bad lines, and the summary of a log."""
+"""The results of a scan: stretches of bad lines, and the summary of a log."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Stretch:
         n_lines: Number of lines, including each redraw of a progress bar.
         values: Number of lines in which each `Value` was bad.
         excerpt: The first line.
-        steps: The first steps, in structured logs.
+        steps: The first steps, if the log is structured.
     """
 
     dialect: str
@@ -62,8 +62,8 @@ class LogScan:
         mention: The first such line.
         series: The losses and gradient norms that spike or climb, in structured logs.
         n_records: Number of lines that are fastguard records, which are not judged here.
-        counted: The lines that were only searched, to bound the work.
-        problem: Why the log could not be read to its end, or that it is empty; or None.
+        counted: The lines that were only searched, to bound the time.
+        problem: Why the log was not read to its end, or that it is empty; else None.
     """
 
     n_lines: int = 0
@@ -84,7 +84,7 @@ class LogScan:
 
 
 class Run:
-    """Consecutive bad lines of one epoch; most lines of a bad log are in one.
+    """Consecutive bad lines of one epoch, added at little cost per line.
 
     Args:
         shape: Shape of the first line.
@@ -95,7 +95,7 @@ class Run:
         bad: Number of those lines per set of bad values.
         number: Line number of the last line.
         last: The last line, and which bytes name its place.
-        furthest: The line with the greatest batch; a bar may be redrawn at 0.
+        furthest: The line with the largest batch number, since a bar may be redrawn at 0.
     """
 
     def __init__(self, shape: Shape, line: bytes) -> None:

@@ -1,11 +1,11 @@
-"""Dicts printed by the Hugging Face Trainer, and similar dicts.
+"""Parses dicts printed by the Trainer of Hugging Face, and similar dicts.
 
 {'loss': nan, 'grad_norm': nan, 'learning_rate': 2.5e-05, 'epoch': 1.17}
 {'loss': 'nan', 'grad_norm': 'nan', 'learning_rate': '2.5e-05', 'epoch': '1.167'}
  58%|█████▊    | 7/12 [00:00<00:00, 515.96it/s]
 
-The second form is printed by transformers 5. A dict does not give its step; the progress bar
-redrawn after it does.
+Transformers 5 prints the second form. A dict does not contain its step, which is taken from the
+progress bar that follows it.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""JSON objects, one in each line: the metrics of detectron2, mmengine, W&B, MLflow and many loops,
-and text logs that were wrapped in JSON by a container or a logger.
+"""Parses logs with one JSON object per line.
+
+Detectron2, mmengine, W&B, MLflow and many training loops write such logs. Containers and loggers
+wrap the lines of text logs in JSON.
 
 {"epoch": 3, "step": 15, "loss": NaN}
 {"_step": 15, "train": {"loss": "NaN", "grad_norm": 3.1}}
 {"key": "loss", "value": "NaN", "step": 15, "timestamp": 1700000000000}
 {"log": "epoch 3 loss nan\n", "stream": "stdout"}
 
-fastguard records are not judged here: their NaN were handled, and `fastguard report` shows how.
+Records of fastguard are not judged here, since the guard handled their NaN; see `fastguard report`.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ MOST = 1000
 """Maximum number of values read per object."""
 
 LONG = 4096
-"""Strings of more characters are read in parts of this length, cut at a space or line feed."""
+"""Longer strings are read in parts of this many characters, cut at a space or line feed."""
 
 MOST_BAD = 64
 """Maximum number of bad values reported per object."""
@@ -46,7 +48,7 @@ MOST_BAD = 64
 _WORDS = {"nan": math.nan, "inf": math.inf, "infinity": math.inf}
 _TEXTS = ("log", "message", "msg", "text", "line", "event", "body", "content")
 
-try:  # 3x as fast as the standard library, which is the fallback for a bare NaN
+try:  # 3x as fast as the standard library, which is needed only for a bare NaN
     from orjson import loads as _fast
 except ImportError:
     _fast = json.loads
@@ -57,7 +59,7 @@ class JsonLines:
 
     Args:
         series: Decides which names are judged as series.
-        budget: What long texts are paid from.
+        budget: The budget for long strings.
     """
 
     def __init__(self, series: AllSeries, budget: Budget) -> None:
@@ -109,7 +111,7 @@ class JsonLines:
         return Reading(NAME, place, tuple(bad[:MOST_BAD]), measured, None, numbers, unread)
 
     def _text(self, name: str, value: str) -> tuple[list[Value], Place, str]:
-        """The NaN and Inf in a string, the place that it names, and what was left unread of it."""
+        """The NaN and Inf in a string, the place that it names, and the part that was not read."""
         if len(value) < 3:
             return [], NOWHERE, ""
         bad, unread = self._long_text(value) if len(value) > LONG else (_bad(value), "")
@@ -117,7 +119,7 @@ class JsonLines:
         return bad, where_in(value).place(value) if is_text else NOWHERE, unread
 
     def _long_text(self, text: str) -> tuple[list[Value], str]:
-        """Like `_text`, part by part; each distinct value is listed once."""
+        """The distinct NaN and Inf in a long string, and the part for which no budget was left."""
         bad: dict[Value, None] = {}
         begin = 0
         while begin < len(text):

@@ -1,4 +1,4 @@
-"""Lightning's progress bars, drawn by tqdm or rich.
+"""Parses the progress bars of Lightning, drawn by tqdm or rich.
 
 Epoch 3:  37%|███▋      | 15/41 [00:01<00:02, 12.30it/s, v_num=0, train_loss=nan.0]
 Epoch 3/9 ━━━━━━━━━━━━━━━ 15/41 0:00:01 • 0:00:02 12.30it/s train_loss: nan

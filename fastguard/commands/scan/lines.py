@@ -1,7 +1,7 @@
 """Reads a log of any size and encoding as clean lines, without terminal control sequences.
 
-Creating a Python object per line takes longer than searching all of them for NaN, so a log is read
-in blocks of whole lines.
+A log is read in blocks of whole lines, because creating a Python object per line takes longer than
+searching a block for NaN.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def read_blocks(file: BinaryIO) -> Iterator[Block]:
     try:
         for chunk in _utf8(file):
             data = rest + chunk
-            # A progress bar may go on for gigabytes without a line feed.
+            # A progress bar may write gigabytes without a line feed.
             end = max(data.rfind(b"\n"), data.rfind(b"\r", 0, -1)) + 1
             whole, rest = data[:end], data[end:]
             if whole:
@@ -85,7 +85,7 @@ def read_blocks(file: BinaryIO) -> Iterator[Block]:
                 end = _cut(rest)
                 yield _block(number, rest[:end])
                 rest = rest[end:]
-    except (OSError, EOFError):  # yield the data before the damage first
+    except (OSError, EOFError):  # yield the data before the damage, then raise
         if rest:
             yield _block(number, rest)
         raise
@@ -137,7 +137,7 @@ def _chunks(file: BinaryIO) -> Iterator[bytes]:
 
 
 class _Rejoined:
-    """A file whose first bytes were already read, for a reader that needs them."""
+    """A binary file whose first bytes were already read; puts them back in front."""
 
     def __init__(self, first: bytes, file: BinaryIO) -> None:
         self._first, self._file = first, file

@@ -1,6 +1,7 @@
-"""Finds the name of a value in the words before it: the nearest metric of its clause.
+"""Finds the name of a value in the text before it: the nearest metric in its clause.
 
-"Disc Loss: 3.88, Dur Loss: nan" is the Dur Loss, "Cost after iteration 100: nan" the Cost.
+In "Disc Loss: 3.88, Dur Loss: nan", the name is "Dur Loss"; in "Cost after iteration 100: nan", it
+is "Cost".
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reads consecutive JSON objects as columns.
 
-Most objects have the same keys as the previous one, with numbers at the same keys. Each key is
-therefore interpreted once for all of them, and the loops over the values run in C.
+Most objects have the same keys as the previous one. Each key is therefore interpreted once for all
+of them, and the loops over the values run in C.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def rows_of(
         objects: The objects in order.
         numbers: Their line numbers.
         text: Returns the text of an object.
-        reader: Finds the place of an object that does not give it as plain numbers.
+        reader: Finds the place of an object if it is not given as plain numbers.
         series: Decides which names are losses or gradient norms, whose values are kept.
     """
     columns = _Columns(objects, series)
@@ -76,7 +76,7 @@ def rows_of(
 
     said = {tuple(name is None for name in named or ()) for named in places.values()}
     if len(said) > 1 and any(one[:1] != (False,) for one in said):
-        columns.odd.update(range(len(objects)))  # each place is completed from an earlier one
+        columns.odd.update(range(len(objects)))  # each object inherits what its place lacks
     return Rows(
         json_lines.NAME,
         numbers,
@@ -211,7 +211,7 @@ def _columns(part: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, Sequence[
     """The names and columns of objects that all have the same names."""
     if isinstance(part, ColumnRows):
         return part.columns.items()
-    # `zip(*map(dict.values, part))` makes two objects each, for which garbage is collected: 5x.
+    # `zip(*map(dict.values, part))` takes 5x as long: its views trigger garbage collections.
     return ((name, list(map(itemgetter(name), part))) for name in part[0])
 
 

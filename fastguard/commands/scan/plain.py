@@ -1,6 +1,6 @@
-"""Free-form lines: "epoch 3, batch 15: loss nan", "[3, 2000] loss: inf", and tqdm bars.
+"""Parses free-form lines: "epoch 3, batch 15: loss nan", "[3, 2000] loss: inf", and tqdm bars.
 
-Also covers the lines of timm, fairseq, Megatron, Keras and nanoGPT.
+The lines of timm, fairseq, Megatron, Keras and nanoGPT are free-form lines.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ MEASURED_BYTES = re.compile(
 MEASURED_IN = 2000
 """Number of characters of a line in which a finite loss is searched."""
 
-LOSS_SCALE = "skipped because of loss_scale: "  # fastguard's own log line, not an incident
+LOSS_SCALE = "skipped because of loss_scale: "  # in log lines of fastguard; not an incident
 
 
 NOWHERE_IN = Where()
 NOT_ASKED = Where(*[(0, 0)] * 5)
-"""Placeholder for a place that has not been searched for."""
+"""Stands for a place that was not searched yet."""
 
 
 def may_measure(text: str) -> bool:
@@ -58,10 +58,10 @@ class Plain:
 
 
 class Passed:
-    """Good lines, whose place is needed only if a bad line follows without its own.
+    """The last good lines, whose place is needed if the next bad line does not give one.
 
-    Parsing each would take twenty times as long as skipping it. Kept are the last line that names
-    an epoch and the last `KEPT` lines after it.
+    Parsing a line takes twenty times as long as skipping it, so lines are kept unparsed: the last
+    one that names an epoch, and up to `KEPT` lines after it.
 
     Args:
         where: Returns which bytes of a line name its place.
@@ -70,7 +70,7 @@ class Passed:
 
     KEPT = 16
     TRIED = 8
-    """Maximum number of lines with "epoch" that are parsed, from the last one back."""
+    """Maximum number of lines with "epoch" that are parsed, last one first."""
 
     TAIL = 1 << 13
     """Maximum number of trailing bytes kept of lines that are not parsed."""
@@ -85,7 +85,7 @@ class Passed:
         self._is_setting = is_setting
         self._lines: deque[tuple[Where, bytes]] = deque(maxlen=self.KEPT)
         self._epoch: tuple[Where, bytes] | None = None
-        self._pending: list[bytes | tuple[Where, bytes]] = []  # most are dropped unparsed
+        self._pending: list[bytes | tuple[Where, bytes]] = []  # most are never parsed
 
     def add(self, where: Where, line: bytes) -> None:
         """Adds a line whose place is known."""

@@ -107,7 +107,7 @@ class Reading(NamedTuple):
             finite at this point.
         where: The spans of the place, if they are valid for all lines that differ only in digits.
         numbers: Its finite losses and gradient norms, if it is structured data.
-        unread: The rest of a long text in it, which was left out to bound the work.
+        unread: The part of a long string that was not read, to bound the time.
     """
 
     dialect: str

@@ -1,4 +1,4 @@
-"""Rows of structured logs, judged together: by columns this takes a tenth of the time."""
+"""`Rows`: consecutive rows of a structured log, judged by column in a tenth of the time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastguard.commands.scan.reading import Place
 from fastguard.commands.scan.values import Value
 
 Column = tuple[Sequence[int], Sequence[float]]
-"""The indices of the rows that have a value, in order, and the values."""
+"""The indices of the rows that have a value, in ascending order, and the values."""
 
 
 class Rows(NamedTuple):
@@ -23,7 +23,7 @@ class Rows(NamedTuple):
         text: Returns the text of the row at an index.
         columns: Finite values of each judged series, by name.
         bad: NaN and Inf values, by row.
-        measured: 1 for each row that shows that the run is finite again.
+        measured: 1 for each row with finite measurements, which ends a stretch.
         mentions: Rows that contain NaN or Inf, but not as a value.
         odd: Rows that must be read individually.
     """
@@ -39,7 +39,7 @@ class Rows(NamedTuple):
     odd: set[int]
 
     def parts(self) -> Iterator[tuple[int, int]]:
-        """The stretches of rows between odd ones, as `(begin, end)`."""
+        """Yields the ranges of rows between odd ones, as `(begin, end)`."""
         begin = 0
         for at in (*sorted(self.odd), len(self.numbers)):
             if begin < at:

@@ -1,4 +1,4 @@
-"""Finds messages in which training code reports NaN or Inf in words, without a measured value.
+"""Finds messages that report NaN or Inf in words, without a printed value.
 
 RuntimeError: Function 'MulBackward0' returned nan values in its 0th output.   (torch)
 FloatingPointError: invalid value (nan) encountered in jit(train_step)         (JAX)
@@ -7,8 +7,8 @@ AssertionError: Rank 0: found NaN in local grad norm in backward pass          (
 Detected nan and/or inf values in `encoder.weight`.                            (Lightning)
 Batch 3: Invalid loss, terminating training                                    (Keras)
 
-All have the same structure: the kind of value, a verb such as "found", and the place. Sentences
-about a possibility ("if", "when", "no", "checks") and about a table of data are ignored.
+All have the same structure: the kind of value, a verb such as "found", and where it was found.
+Sentences about a possibility ("if", "when", "no", "checks") or about input data are ignored.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import NamedTuple
 from fastguard.commands.scan.names import PLACES
 
 WINDOW = 160
-"""Number of characters on either side of a NaN in which to search for a sentence about it."""
+"""Number of characters on either side of a NaN that are searched for a message about it."""
 
 WINDOWS = 4
-"""Maximum number of windows searched in a line; such sentences come early."""
+"""Maximum number of windows searched per line; a message is near the beginning."""
 
 
 LONG = 600
-"""Lines of this length or more are arrays or tables; only their first NaN is searched."""
+"""In lines of at least this length (arrays or tables), only the first NaN is considered."""
 
 
 class Sentence(NamedTuple):

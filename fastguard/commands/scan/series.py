@@ -1,8 +1,9 @@
 """Judges the losses and gradient norms of structured logs as a guard would.
 
-Spikes: fastguard's own `SpikeRule` is applied value by value, so "SpikeRule(sigma=6) would have
-skipped step 15" is literal. Growth: a loss that ends well above its lowest level and has been
-climbing since, or never came back. Memory does not depend on the length of the log.
+Spikes are found by fastguard's own `SpikeRule`, applied value by value, so the output "SpikeRule(
+sigma=6) would have skipped step 15" is exact. A loss grows if it ends well above its lowest level
+and has been climbing since, or never returned to it. Memory does not depend on the length of the
+log.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from fastguard.stages.formulas import TINY
 from fastguard.stages.spike_rules import SpikeRule
 
 RULE = SpikeRule(window=32, sigma=6.0, warmup=8)
-"""A shorter window than the default: logs hold every tenth step or fewer, and many are short."""
+"""The window is shorter than the default, since many logs are short, with every tenth step."""
 
 KEPT = 100
 """Maximum number of spikes kept per series; the others are counted."""
@@ -35,12 +36,12 @@ POINTS = 512
 """Maximum number of points per series for judging growth; longer series are averaged in pairs."""
 
 LONG = 10_000
-"""Number of values from which only spikes far above the threshold are an alarm.
+"""Number of values from which only spikes far above the threshold raise an alarm.
 
-The noise of a loss passes 6 sigma of 32 values once in a million values, and heavy-tailed gradient
-norms do so once in a hundred. There a spike must be 1.5 times as far above the mean, for every
-further factor of 10 a quarter more, and rarer than one in `RARE` or four times as high as the
-fourth highest.
+Noise exceeds 6 sigma of 32 values once in a million values of a loss, and once in a hundred values
+of a gradient norm, which is heavy-tailed. So in a series of this length, a spike must be 1.5 times
+as far above the mean as the threshold is, plus 0.25 for each further factor of 10. Also, such
+spikes must be rarer than one in `RARE` values, or one must exceed four times the fourth highest.
 """
 
 RARE = 2000
@@ -140,7 +141,7 @@ class Series:
 
     @property
     def alarms(self) -> bool:
-        """Whether the spikes are more than the tail of a long noisy series."""
+        """Whether the spikes are more than noise explains."""
         if self._n < LONG:
             return self.n_spikes > 0
         n = sum(self._heights[int(math.log10(self._n / LONG)) + 2 :])
@@ -179,7 +180,7 @@ class Series:
                 continue
             self._slide(lines, place, values, begin, at)
             begin, calm = at, 0
-            while begin < n and calm < RULE.window:  # the window holds a threshold
+            while begin < n and calm < RULE.window:  # the window contains a threshold, not a value
                 spike = self.take(lines[begin], place(begin), values[begin])
                 begin, calm, alone = begin + 1, 0 if spike else calm + 1, alone + 1
         self._slide(lines, place, values, begin, n)
@@ -200,7 +201,7 @@ class Series:
             self._keep(lines, place, values, begin, end)
 
     def growth(self) -> Growth | None:
-        """How the series climbs to the end of the log, or None if it does not."""
+        """The growth of the series up to the end of the log, or None."""
         if not is_loss(self.name):
             return None
         points = self._points
@@ -231,7 +232,7 @@ class Series:
         return Growth(line, place, low, end)
 
     def _end_of_long(self, values: list[float]) -> Growth | None:
-        """How a long series climbs within its last tenth, which points of many values hide."""
+        """The growth within the last tenth of a long series, which averaged points hide."""
         n = len(values)
         level = median(values[n // 2 :])
         end = min(self._ring, default=level)
@@ -276,7 +277,7 @@ def threshold_of(window: Collection[float]) -> float:
 
 
 def _may_exceed(padded: np.ndarray) -> np.ndarray:
-    """Indices of the values that may exceed their threshold, and of few others.
+    """The indices of all values that exceed their threshold, and of few others.
 
     Args:
         padded: The window before the first value, with -inf for missing ones, and the values.
@@ -290,7 +291,7 @@ def _may_exceed(padded: np.ndarray) -> np.ndarray:
         std = np.maximum(windows.std(axis=1), np.maximum(0.01 * abs(mean), TINY))
         threshold = mean + RULE.sigma * std
         rounding = 1e-9 * (abs(mean) + abs(threshold))
-        return at[~(values[at] < threshold - rounding)]  # a window with -inf gives NaN: it may
+        return at[~(values[at] < threshold - rounding)]  # NaN, for a window with -inf, stays
 
 
 def _is_trend(values: list[float]) -> bool:

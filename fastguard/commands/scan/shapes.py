@@ -1,10 +1,10 @@
 """Parses lines that differ only in digits once.
 
-A training loop prints the same few lines for days: "step 100: loss nan" and "step 101: loss nan"
-differ only in their place. So each line is looked up by its shape, the line with every digit
-replaced by 0, and the cached result says which characters are the place. Digits of a name
-("loss_2") or a count ("nan iterations: 0") are not a place: if a shape has any, they are part of
-the key.
+A training loop prints the same few lines again and again: "step 100: loss nan" and "step 101: loss
+nan" differ only in their place. Each line is looked up by its shape, which is the line with every
+digit replaced by 0. The cached result gives the characters that are the place. Digits in a name
+("loss_2") or a count ("nan iterations: 0") change the meaning of a line, so they are part of the
+key.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ KEPT = 4096
 """Maximum number of cached shapes."""
 
 LONG = 600
-"""Lines of at least this many bytes are cached only on their second occurrence, which is rare."""
+"""Lines of at least this many bytes are cached when their shape occurs for the second time."""
 
 MEANT = 12
-"""Maximum number of meaningful numbers in a cached line."""
+"""Maximum number of numbers in names and counts of a cached line."""
 
 
 class Shape(NamedTuple):
@@ -79,7 +79,7 @@ class Shapes:
     """Parses lines of text, each shape once.
 
     Args:
-        budget: What parsing is paid from.
+        budget: The budget for parsing.
     """
 
     def __init__(self, budget: Budget) -> None:
@@ -156,7 +156,7 @@ class Shapes:
         text = text_of(line)
         lower = text.lower()
         if not (may_have(lower) or may_measure(text) or any(mark in lower for mark in _MARKS)):
-            return Shape(False)  # its place is searched on demand
+            return Shape(False)  # its place is searched only if it is needed
         bad, mentions = nonfinite_values(without_launcher(text))
         suspect = bool(bad) or mentions
         reading = self._ultralytics.read(text)
@@ -173,7 +173,7 @@ class Shapes:
 
 
 def _digits_with_a_meaning(line: bytes) -> tuple[Span, ...]:
-    """Spans of the digits in names and counts: different digits there mean a different line."""
+    """The spans of the digits in names and counts, which change the meaning of a line."""
     names = [
         match.span(1)
         for match in _OF_NAMES.finditer(line)
@@ -184,7 +184,7 @@ def _digits_with_a_meaning(line: bytes) -> tuple[Span, ...]:
 
 
 def shortened(line: bytes) -> tuple[bytes, int]:
-    """Shortens a line that ends with an array to fewer values that read the same.
+    """Shortens the array at the end of a line to fewer values with the same meaning.
 
     Returns:
         The line, and the number of unchanged bytes at its beginning.

@@ -1,11 +1,14 @@
-"""NaN and Inf as tokens of a line: "nan", "-inf", "1.#QNAN", but not "nano", "INFO" or "nan.py"."""
+"""Recognizes NaN and Inf as programs print them: "nan", "-inf", "1.#QNAN", ".nan".
+
+Parts of other words, as in "nano", "INFO" and "nan.py", do not match.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 
-# Scripts without spaces between words; they may be adjacent to a token.
+# Scripts without spaces between words; their characters may be adjacent to a NaN or Inf.
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
 # As printed by Python, numpy, C and JavaScript, with the zeros that Lightning appends ("nan.0");
 # YAML writes .nan and -.inf; 1.#QNAN, -1.#IND and 1.#INF come from Microsoft's older C library.
@@ -22,18 +25,18 @@ _NEXT = (
     r"(?:\s*[,;/]\s*|\s+)[+-]?(?:\.?(?:nan|inf(?:inity)?)(?:\.0*)?(?!\.?[\w-]|/[a-z])"
     r"|(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?(?![\w:/%]))"
 )
-# An array or a row of a table is judged as a unit, however long.
+# An array or a row of a table is one match, of any length.
 RUN = re.compile(rf"{NONFINITE}(?:{_NEXT})*+", re.IGNORECASE)
 
 
 def first_nonfinite(text: str) -> int:
-    """Offset of the first such token; 0 if there is none."""
+    """The offset of the first NaN or Inf; 0 if there is none."""
     token = TOKEN.search(text)
     return token.start() if token else 0
 
 
 def runs(text: str) -> Iterator[re.Match[str]]:
-    """Yields each NaN or Inf token, with the array that it begins.
+    """Yields each NaN or Inf, together with the array that it begins.
 
     A pattern that begins with a lookbehind is tried at every character; `find` is ten times as
     fast.
@@ -62,7 +65,7 @@ def runs(text: str) -> Iterator[re.Match[str]]:
 
 
 def may_have(lower: str) -> bool:
-    """Quick pre-check, ten times as fast as the patterns; may also match "info"."""
+    """Fast check that never misses a NaN or Inf, but may also accept other text."""
     return (
         _has_word_end(lower, "nan")
         or _has_word_end(lower, "inf")

@@ -1,4 +1,4 @@
-"""Finds the lines of a block that must be parsed; the others are skipped at memory speed."""
+"""Finds the lines of a block that must be parsed, without splitting it into lines."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NEEDLES = (
     b"scale already",
 )
 _WORDS = (b"nan", b"inf")
-"""Words that must end there: "info" and "nano" do not match."""
+"""Needles that must end a word, so that "info" and "nano" do not match."""
 
 _JSON = b'\n{"'
 
@@ -28,10 +28,10 @@ ENDS = {
     lightning.NAME: re.compile(rb"it/s"),
     ultralytics.NAME: re.compile(rb"\d%"),
 }
-"""Lower-case bytes of lines that may end a stretch of each dialect."""
+"""Patterns of lower-case lines that may end a stretch, by dialect."""
 
 BAR = re.compile(rb"%\|")
-"""Marks the bars that count the steps of dicts."""
+"""Pattern of the progress bars that give the steps of dicts."""
 
 
 class Suspects:

@@ -1,12 +1,12 @@
-"""Tables with a header, as CSV or TSV: written by Lightning's CSVLogger, Ultralytics and pandas.
+"""Parses tables with a header, as written by Lightning's CSVLogger, Ultralytics and pandas.
 
 epoch,step,train_loss,val_loss
 0,9,nan,
 0,9,,0.5
 
-The header is the first line of the file (without the # that numpy writes), or any later one after a
-table. An empty cell means not measured: a row without a value in the bad columns does not show that
-the run is finite again.
+Cells are separated by commas, semicolons, tabs or bars. The header is the first line of the file,
+after comments; later headers begin a new table. An empty cell means that nothing was measured, so a
+row ends a stretch only if it has a finite value in a column that was bad.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ _HEAD = re.compile(
 )
 _NO_CELL = re.compile(r"[\s:=]")
 _CELL = rb'"?[^,;|\t\n"#]*+"?'
-# Cells under a judged name or a place. The first form is tried first, which makes it 3x as fast.
+# Cells of places and judged columns. Trying plain numbers first makes this 3x as fast.
 _NUMBER = (
     rb"(?:[0-9]++(?:\.[0-9]*+)?+(?=[,;|\t\n])"
     rb'|"?[ ]*+(?:[+-]?(?:[0-9]++\.?[0-9]*+(?:e[+-]?[0-9]++)?|nan|inf(?:inity)?))?[ ]*+"?)'
 )
 MISSES = 256
-"""Number of consecutive other lines after which no more rows are expected."""
+"""Number of consecutive lines that are not rows after which the table has ended."""
 
 MOST_ROWS = 4096
 """Maximum number of rows that are read together."""
 
-_SENTENCE = Value("", "sentence")  # with commas in it: plain text
+_SENTENCE = Value("", "sentence")  # plain text that contains commas
 _BOUND = Value("", "bound")
 
 
@@ -63,7 +63,7 @@ class Table:
         self._begun = False
         self._delimiter = ""
         self._names: list[str] = []
-        self._bad: set[int] = set()  # columns that are still bad
+        self._bad: set[int] = set()  # columns whose last value was bad
         self._rows: re.Pattern[bytes] | None = None
         self._misses = 0
 
@@ -123,7 +123,7 @@ class Table:
         return None
 
     def _pattern(self) -> re.Pattern[bytes] | None:
-        """Matches rows that can be read together: plain cells, with numbers where required."""
+        """Matches rows that can be read together; None if there are no numeric columns."""
         numbers = [p or j for p, j in zip(self._places, self._judged, strict=True)]
         if not any(numbers) or (self._named_by is not None and self._value_at is not None):
             return None
@@ -287,7 +287,7 @@ def _numbers(column: Sequence[bytes]) -> Column:
 
 
 def _floats(cells: Sequence[bytes]) -> Sequence[float]:
-    """Converts cells to numbers, where possible as one JSON array, which is 4x as fast.
+    """Converts cells to numbers; as one JSON array if possible, which is 4x as fast.
 
     Raises:
         ValueError: A cell is not a number.

@@ -1,10 +1,10 @@
-"""The progress lines of Ultralytics and YOLOv5.
+"""Parses the progress lines of Ultralytics and YOLOv5.
 
       Epoch    GPU_mem   box_loss   cls_loss   dfl_loss  Instances       Size
       3/100      2.1G        nan      2.346     0.9877         34        640: 37% ━━━━──────── 15/41
 
-The losses are running means over the epoch, so one NaN persists until the epoch ends. The batch
-number comes from the bar, which may lag one behind the losses.
+The losses are running means over an epoch, so a NaN persists until the epoch ends. The batch number
+is that of the bar, which may be one behind the losses.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Decides which NaN and Inf in a line of text are values and which are words.
+"""Decides which NaN and Inf in a line of text are measured values and which are only mentions.
 
-In "loss: nan", the NaN is a value. "info", "nano" and "banana" do not match. In "checking for nan
-values", it is a mention: the word without a measurement. These are also mentions: bounds that
-begin at infinity ("val_loss improved from inf to 0.69", "best_acc=-inf"), rates ("samples per
-second: inf"), settings ("missing=nan") and the log level INF.
+In "loss: nan", the NaN is a value; in "checking for nan values", it is a mention. These are also
+mentions: bounds that begin at infinity ("val_loss improved from inf to 0.69", "best_acc=-inf"),
+rates ("samples per second: inf"), settings ("missing=nan") and the log level INF.
 
 A NaN or Inf is a value if a name precedes it in the same clause, or if it is among numbers. Its
 name is the nearest name before the separator. A step or epoch between the two is skipped, as in

@@ -1,8 +1,7 @@
-"""The vocabulary of training logs: what a name says about the value after it.
+"""The vocabulary of training logs: classifies names as metrics, rates, bounds or settings.
 
-A metric is what training measures. The other lists are deliberately short and cover everything that
-may be NaN or infinite without a training problem: rates and clocks, which divide by zero time;
-bounds, which begin at infinity; and settings.
+Only a metric that is NaN or infinite is a problem. Rates may divide by a time of zero, bounds begin
+at infinity, and settings may be either.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ UNIT_OF_RATE = re.compile(
     r"[TGM]?flops|[KMG]i?B(?:/s)?)\b)",
     re.IGNORECASE,
 )
-"""Units after a value that is a rate or a duration: `inf samples/s`, `nan ms`."""
+"""Units that mark the value before them as a rate or a duration: `inf samples/s`, `nan ms`."""
 
 LEVEL = re.compile(
     r"(?:debug|info|inf|note|notice|warn|warning|error|critical|fatal|hint|tip"
