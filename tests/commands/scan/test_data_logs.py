@@ -247,7 +247,7 @@ def test_damaged_or_truncated_event_files_are_reported(tmp_path: Path, capsys) -
     nan_and_spike_in_events(path)
     whole = path.read_bytes()
     status, out = said(tmp_path, capsys, "cut", whole[:-7])
-    assert status == 1 and "a truncated event file" in out
+    assert status == 1 and "a truncated or damaged event file" in out
     huge = whole[:100] + (1 << 60).to_bytes(8, "little") + whole[108:]
     assert said(tmp_path, capsys, "huge", huge)[0] == 2
     flipped = bytearray(whole)
