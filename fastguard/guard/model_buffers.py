@@ -20,6 +20,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +105,7 @@ class ModelBuffers:
         ]
         self._places += [Place(None, more, i, f"also[{i}]") for i in more]  # type: ignore[arg-type]
         self._handles: list[RemovableHandle] = []
+        self._settled: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
         self._lay_out()
 
     def follow(self, optimizer: GuardedOptimizer) -> None:
@@ -116,8 +118,9 @@ class ModelBuffers:
         self._handles += [
             optimizer.register_step_post_hook(self._after_step),
             optimizer.register_failed_step_hook(self._after_error),
-            optimizer.register_load_state_dict_post_hook(lambda _: self.keep()),
+            optimizer.register_load_state_dict_post_hook(self._after_load),
         ]
+        self._settled[optimizer] = optimizer.steps_taken
 
     def remove(self) -> None:
         """Ends the protection: steps no longer change the buffers."""
@@ -151,8 +154,17 @@ class ModelBuffers:
         """Number of elements restored after applied steps, being NaN or Inf. Waits for a GPU."""
         return sum(int(batch.mended) for batch in self._batches)
 
-    @torch.no_grad()
+    def _after_load(self, optimizer: GuardedOptimizer) -> None:
+        self.keep()
+        self._settled[optimizer] = optimizer.steps_taken
+
     def _after_step(self, optimizer: GuardedOptimizer, *_: Any) -> None:
+        self._settle(optimizer)
+        self._settled[optimizer] = optimizer.steps_taken  # set last: an interrupt may come before
+
+    @torch.no_grad()
+    def _settle(self, optimizer: GuardedOptimizer) -> None:
+        """Restores or saves the buffers after a step, by its verdict."""
         verdict = optimizer.last
         if verdict is None:
             return
@@ -173,9 +185,11 @@ class ModelBuffers:
             else:
                 self._keep_odd()
 
-    def _after_error(self, _: Optimizer, error: BaseException) -> None:
+    def _after_error(self, optimizer: GuardedOptimizer, error: BaseException) -> None:
+        if optimizer.steps_taken != self._settled.get(optimizer):  # raised after a complete step
+            self._after_step(optimizer)
         # Not after an interrupt or out of memory: the step may be tried again.
-        if isinstance(error, NonFiniteGradError | TrainingDivergedError):
+        elif isinstance(error, NonFiniteGradError | TrainingDivergedError):
             self.put_back()
 
     def _are_as_before(self) -> bool:
@@ -232,6 +246,7 @@ class ModelBuffers:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._handles = []
+        self._settled = WeakKeyDictionary()
         self._lay_out()
 
 

@@ -456,3 +456,20 @@ def test_a_step_that_is_interrupted_may_be_tried_again() -> None:
     loop.opt.step()
     assert same(buffers_of(loop.model), left)
     assert loop.model[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("bad", [False, True], ids=["applied", "skipped"])
+def test_a_step_that_raises_after_it_was_taken_settles_the_buffers(bad: bool) -> None:
+    loop, other = (Loop(nn.BatchNorm1d(4), fused=False) for _ in range(2))
+    protect_buffers(other.model, other.opt)
+    fail = loop.opt.register_step_post_hook(lambda *_: 1 / 0)  # runs before the one that settles
+    protect_buffers(loop.model, loop.opt)
+    other.batch(0, bad)
+    with pytest.raises(ZeroDivisionError):
+        loop.batch(0, bad)
+    fail.remove()
+    assert loop.opt.steps_taken == 1
+    assert same(buffers_of(loop.model), buffers_of(other.model))
+    other.batch(1, bad=True)
+    loop.batch(1, bad=True)
+    assert same(buffers_of(loop.model), buffers_of(other.model))
