@@ -57,7 +57,12 @@ def refuse_bool_and_text(name: str, value: Any, remedy: str = "use a number") ->
 
 
 def _holds_bool_or_text(value: Any) -> bool:
-    """Whether a value is a tensor or an array of bools or text."""
+    """Whether a value is a tensor or an array of bools or text.
+
+    In compiled code, arrays are not checked.
+    """
+    if torch.compiler.is_compiling() and not isinstance(value, torch.Tensor):
+        return False  # torch.compile cannot trace the dtype of numpy numbers
     dtype = None if isinstance(value, _PLAIN) else getattr(value, "dtype", None)
     return dtype is torch.bool or getattr(dtype, "kind", "") in ("b", "S", "U")
 

@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from functorch.compile import make_boxed_func
@@ -318,6 +319,19 @@ def test_a_changing_limit_causes_one_recompilation_and_a_tensor_none(function, a
         function(expected, limit)
         assert_equal(tuple(grads_of(params)), tuple(grads_of(expected)))
     assert compiled.graphs == graphs
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64])
+@pytest.mark.parametrize("function", [fastguard.clip_grad_norm_, fastguard.clip_grad_value_])
+def test_limits_may_be_numpy_numbers(function, kind):
+    compiled = Inductor(lambda ps, x: function(ps, x))
+    for limit in (1, 2, 3):
+        params = parameters(torch.full((3,), 90.0), torch.full((4,), 10.0))
+        expected = copies(params)
+        compiled(params, kind(limit))
+        function(expected, limit)
+        assert_equal(tuple(grads_of(params)), tuple(grads_of(expected)))
+    assert compiled.graphs <= 2
 
 
 def test_changing_fill_values_cause_one_recompilation():
