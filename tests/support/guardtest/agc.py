@@ -1,4 +1,4 @@
-"""Adaptive gradient clipping in NumPy's float64, unit by unit, and parameters of every layout."""
+"""A float64 NumPy reference of adaptive gradient clipping, and parameters of every layout."""
 
 import math
 
@@ -65,7 +65,7 @@ def _norm(x: np.ndarray, p: float) -> float:
 def parameters(
     dtype: torch.dtype = torch.float32, spread: float = 3.0, seed: int = 0
 ) -> list[torch.nn.Parameter]:
-    """Of `SHAPES`; about half of the units are above the limit."""
+    """Parameters of `SHAPES`, in which about half of the units are above the limit."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for shape in SHAPES:
@@ -85,7 +85,7 @@ RTOL = {
     torch.bfloat16: 2.0**-8,
     torch.float16: 2.0**-10,
 }
-"""One rounding to the dtype more than the oracle."""
+"""One more rounding to the dtype than the reference."""
 
 
 def assert_clipped(grads: list[Tensor], wanted: list[np.ndarray]) -> None:

@@ -1,4 +1,4 @@
-"""Benchmark cases of a few kilobytes, and who competes in them."""
+"""Benchmark cases of a few kilobytes, and their contenders."""
 
 import importlib
 import importlib.util
@@ -23,7 +23,7 @@ ON_CPU = tuple(name for name in EAGER if name not in PEERS_ON_CUDA)
 
 
 def benchmarks(name: str) -> ModuleType:
-    """A module of the benchmarks of the source tree, which are not installed."""
+    """Imports a module of benchmarks/, which is not installed."""
     if "benchmarks" not in sys.modules:
         place = ROOT / "benchmarks"
         spec = importlib.util.spec_from_file_location(

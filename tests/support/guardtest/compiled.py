@@ -1,4 +1,4 @@
-"""The optimizers that the tests of `compile_step=True` run through, and the code they share."""
+"""The optimizers for tests of `compile_step=True`, and shared code of these tests."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ if hasattr(torch.optim, "Muon"):  # since torch 2.9
 
 
 def parameters(shapes=SHAPES) -> list[torch.nn.Parameter]:
-    """The same ones at every call."""
+    """New parameters, equal at every call."""
     generator = torch.Generator().manual_seed(0)
     return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
 
 
 def give(params, seed: int, value: float | None = None) -> None:
-    """New gradients; one element of each tensor is `value`, if one is given."""
+    """Sets new gradients; if given, `value` replaces one element of each tensor."""
     generator = torch.Generator().manual_seed(seed)
     for p in params:
         p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
@@ -52,7 +52,7 @@ def compiled(inner: Optimizer, **options) -> GuardedOptimizer:
 
 
 def tensors_of(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Copies of weights, states, and tensors among the settings, by name."""
+    """Copies of weights, state and tensor settings, by name."""
     found: dict[str, Tensor] = {}
     for i, group in enumerate(optimizer.param_groups):
         for key, value in group.items():

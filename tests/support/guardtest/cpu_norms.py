@@ -1,4 +1,4 @@
-"""Norms by the CPU's measurement, held against the truth; its fast path, scaled down."""
+"""Compares norms of the CPU backend with float64, and scales its fast path down for tests."""
 
 import contextlib
 import math
@@ -36,7 +36,7 @@ SMALL = {
 
 
 def norm_of(tensors: list[Tensor], norm_type: float = 2.0) -> float:
-    """The float64 norm, and that nothing was called non-finite."""
+    """Returns the measured norm; checks that no element was counted as non-finite."""
     (bucket,) = bucketize(tensors, norm_type=norm_type).buckets
     (measured,), bad = power_sums.power_sums(bucket, 1, norm_type)
     assert bad == {}
@@ -44,7 +44,7 @@ def norm_of(tensors: list[Tensor], norm_type: float = 2.0) -> float:
 
 
 def root_of(measured: float, dtype: torch.dtype, norm_type: float) -> float:
-    """The norm, of what `power_sums` gives for gradients of this dtype."""
+    """The norm from the result of `power_sums` for gradients of this dtype."""
     if norm_type == math.inf or holds_norms(dtype, norm_type):
         return measured
     return measured ** (1.0 / norm_type)
@@ -56,13 +56,13 @@ def assert_norm_is_true(*tensors: Tensor, norm_type: float = 2.0) -> None:
 
 
 def blocks(values: Tensor, length: int) -> Tensor:
-    """A vector in which each value fills `length` elements."""
+    """A vector that repeats each value `length` times."""
     return values[:, None].expand(-1, length).reshape(-1)
 
 
 @contextlib.contextmanager
 def scaled_down(monkeypatch):
-    """The fast path with every size as in SMALL."""
+    """Runs the fast path with the sizes of SMALL."""
     with monkeypatch.context() as patch:
         for name, value in SMALL.items():
             for module in (l2_blocks, l2_sums):
@@ -73,6 +73,6 @@ def scaled_down(monkeypatch):
 
 
 def edges() -> list[int]:
-    """Sizes at which the scaled-down fast path takes another branch, and those beside them."""
+    """Sizes around those at which the scaled-down fast path takes another branch."""
     near = {n + d for n in SMALL.values() for d in (-1, 0, 1)}
     return sorted(near | {2 * SMALL["SHARE"] + 17})

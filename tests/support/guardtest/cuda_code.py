@@ -1,4 +1,4 @@
-"""The code that inductor would run on a GPU, without one: `python -m guardtest.cuda_code AdamW`.
+"""The code that inductor generates for a GPU, without one: `python -m guardtest.cuda_code AdamW`.
 
 Tensors that say they are on a GPU stand for those that are; the code is made and never loaded. Run
 in a process of its own, because it tells torch that there is a device. Prints one JSON object per
@@ -46,7 +46,7 @@ CARD = types.SimpleNamespace(
 
 
 class Pretended(device_interface.CudaInterface):
-    """What inductor asks of a device."""
+    """The device properties that inductor queries."""
 
     class Worker(device_interface.CudaInterface.Worker):
         get_device_properties = staticmethod(lambda device=None: CARD)
@@ -81,7 +81,7 @@ PRETENCES = {
 
 
 class _Done(Exception):
-    """Leaves the compilation with the code."""
+    """Ends the compilation and carries the generated code."""
 
 
 def _on_gpu(x, mode):
@@ -116,7 +116,7 @@ def _compile(graph, inputs):
 
 
 def code_of(graph, inputs) -> str:
-    """The code for a graph and inputs of the shapes of these."""
+    """The code for a graph with inputs of these shapes."""
     with ExitStack() as stack:
         for name, value in PRETENCES.items():
             stack.enter_context(mock.patch(name, value))
@@ -138,7 +138,7 @@ def code_of(graph, inputs) -> str:
 
 
 def counts_of(code: str, largest: int) -> dict[str, object]:
-    """What the code launches, allocates and copies.
+    """Counts the launches, allocations and copies of the code.
 
     Args:
         code: The code.
@@ -185,7 +185,7 @@ _where = torch.where
 
 
 def _unmasked(condition, kept, new):
-    """`torch.where` without the mask over what the step writes."""
+    """`torch.where` without the mask over the writes of a step."""
     if condition.dtype is torch.bool and not condition.dim() and isinstance(kept, torch.Tensor):
         return new
     return _where(condition, kept, new)

@@ -1,4 +1,4 @@
-"""Ultralytics runs for tests: a tiny detector, its trainer's bookkeeping, and bits to compare."""
+"""Ultralytics runs for tests: a tiny detector, and its trainer's complete state for comparison."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SETTINGS = {
 
 
 def train(folder: Path, *attached: Callable[[Any], object], n_train: int = 16, **settings) -> Any:
-    """A run of `model.train(...)`; its trainer.
+    """Runs `model.train(...)` and returns the trainer.
 
     Args:
         folder: For data and results.
@@ -52,8 +52,8 @@ def train(folder: Path, *attached: Callable[[Any], object], n_train: int = 16, *
 
 
 def left_out(batches: Collection[tuple[int, int]]) -> Callable[[Any], None]:
-    """The run without some batches, by epoch and number from 1: drawn, so that the others are the
-    same as ever, and dropped."""
+    """Leaves out batches given by epoch and number, both from 1. They are drawn and then dropped,
+    so that the other batches do not change."""
 
     def attach(model: Any) -> None:
         def on_train_start(trainer: Any) -> None:
@@ -83,7 +83,7 @@ class _Without:
 
 
 def state_of(trainer: Any) -> dict[str, Tensor]:
-    """All that a step changes: weights, BatchNorm statistics, EMA, optimizer state, EMA's count."""
+    """All state that a step changes: weights, BatchNorm statistics, EMA and count, optimizer."""
     named = {f"model.{k}": v for k, v in trainer.model.state_dict().items()}
     named |= {f"ema.{k}": v for k, v in trainer.ema.ema.state_dict().items()}
     named["ema.updates"] = torch.tensor(trainer.ema.updates)

@@ -1,4 +1,4 @@
-"""A model whose gradients may lie in flat buffers, and where they lie."""
+"""A model for flat gradient buffers, and checks of the positions of its gradients."""
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ def backward(model, step):
 
 
 def attached(flat):
-    """Whether every gradient lies in its slot."""
+    """Whether every gradient is in its slot."""
     spans = [(b.flat.data_ptr(), b.flat.data_ptr() + b.flat.nbytes) for b in flat.buffers]
     return all(
         p.grad is not None and any(a <= p.grad.data_ptr() < z for a, z in spans)
@@ -28,7 +28,7 @@ def attached(flat):
 
 
 def gaps(flat):
-    """What lies between the slots of each buffer that has something there."""
+    """The padding between the slots of each buffer that has padding."""
     between = []
     for buffer in flat.buffers:
         free = torch.ones(len(buffer.flat), dtype=torch.bool)

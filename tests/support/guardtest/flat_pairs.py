@@ -1,4 +1,4 @@
-"""An optimizer with flat parameters and torch's own, side by side."""
+"""An optimizer with flat parameters, compared with torch's own."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Process groups of gloo that end without a hang and without an abort."""
+"""Gloo process groups that are destroyed without a hang or an abort."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _destroy = dist.destroy_process_group
 
 
 def end_groups() -> None:
-    """Destroys the groups of this process, if it has any, a moment after the last collective.
+    """Destroys all groups of this process, shortly after the last collective.
 
     gloo's threads need the GIL to release what a finished collective held (torch 2.13). A group
     that is destroyed at once can hang for good, because its destructor joins those threads while it

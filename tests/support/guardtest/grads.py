@@ -1,4 +1,4 @@
-"""Gradients for tests, parameters that carry them, and the truth about their norm."""
+"""Gradients and parameters for tests, with float64 references of their norms."""
 
 import math
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ NORM_TYPES = [1.0, 2.0, 3.5, math.inf]
 
 
 def parameters(*grads: Tensor | None) -> list[nn.Parameter]:
-    """One parameter for each gradient; None makes a parameter without one."""
+    """One parameter per gradient; None gives a parameter without a gradient."""
     made = []
     for grad in grads:
         like = torch.empty(1) if grad is None else grad
@@ -29,7 +29,7 @@ def parameters(*grads: Tensor | None) -> list[nn.Parameter]:
 
 
 def copies(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Parameters with gradients of their own, equal bit for bit, strides too."""
+    """Copies of parameters and gradients, equal bit for bit and with equal strides."""
     return parameters(*(None if p.grad is None else p.grad.clone() for p in params))
 
 
@@ -38,13 +38,13 @@ def grads_of(params: Iterable[nn.Parameter]) -> list[Tensor | None]:
 
 
 def assert_bitwise_equal(a: Tensor, b: Tensor) -> None:
-    """Equal in every bit: NaN equals the same NaN, and -0.0 is not 0.0."""
+    """Checks bitwise equality: a NaN equals the same NaN, and -0.0 differs from 0.0."""
     assert a.dtype == b.dtype and a.shape == b.shape
     assert torch.equal(_bits(a), _bits(b)), f"{a} differs from {b}"
 
 
 def assert_same_grads(ours, theirs, rtol: float | None = None) -> None:
-    """The gradients of two lists of parameters, within the rounding of one multiplication."""
+    """Checks that gradients are equal within the rounding of one multiplication."""
     for a, b in zip(grads_of(ours), grads_of(theirs), strict=True):
         if a is None or b is None:
             assert a is b
@@ -58,7 +58,7 @@ def _bits(t: Tensor) -> Tensor:
 
 
 def true_power_sum(tensors: Iterable[Tensor], norm_type: float = 2.0) -> float:
-    """In float64, of the finite elements: sum of |x|^p, for the inf-norm the largest |x|."""
+    """The sum of |x|^p over the finite elements in float64; for the inf-norm, the largest |x|."""
     sums = [0.0]
     for t in tensors:
         x = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
@@ -72,6 +72,6 @@ def true_power_sum(tensors: Iterable[Tensor], norm_type: float = 2.0) -> float:
 
 
 def true_norm(tensors: Iterable[Tensor], norm_type: float = 2.0) -> float:
-    """In float64, of the finite elements."""
+    """The norm of the finite elements in float64."""
     power_sum = true_power_sum(tensors, norm_type)
     return power_sum if norm_type == math.inf else power_sum ** (1.0 / norm_type)

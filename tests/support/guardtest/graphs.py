@@ -1,10 +1,10 @@
-"""CUDA graphs of a piece of work."""
+"""CUDA graph capture."""
 
 import torch
 
 
 def captured(work):
-    """A graph of what `work` does, and what it returned; before that it runs on a side stream."""
+    """Captures `work` after a warm-up on a side stream; returns the graph and its result."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

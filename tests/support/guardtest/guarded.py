@@ -1,4 +1,4 @@
-"""Guarded optimizers, and steps that they take: alone, in a row, over a whole run."""
+"""Guarded optimizers and helpers that take one step, several, or a whole run."""
 
 import torch
 
@@ -9,12 +9,12 @@ SPIKES = {"grad_norm": SpikeRule(window=6, warmup=3), "loss": SpikeRule(window=4
 
 
 def sgd(parameters, **options):
-    """With lr 1 the step is the gradient."""
+    """SGD with learning rate 1, so that the update is the gradient."""
     return GuardedOptimizer(torch.optim.SGD(parameters, lr=1.0), **options)
 
 
 def one(*values, **options):
-    """A guard over one parameter of zeros, with these gradients."""
+    """A guard for one zero parameter per gradient."""
     p = torch.nn.Parameter(torch.zeros(len(values)))
     p.grad = torch.tensor(values)
     return p, sgd([p], **options)

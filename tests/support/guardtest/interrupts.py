@@ -1,4 +1,4 @@
-"""An exception at a chosen line of fastguard, as Ctrl-C would raise it there."""
+"""Raises an exception at a chosen line of fastguard, as Ctrl-C can."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -16,8 +16,8 @@ UPDATES = str(
 
 
 def _guards(frame: FrameType, within: str = "") -> bool:
-    """Whether a frame runs a file of the package outside the updates of `fastguard.optim`, whose
-    name contains `within`.
+    """Whether a frame belongs to a file of the package (without the updates of `fastguard.optim`)
+    whose name contains `within`.
     """
     name = frame.f_code.co_filename
     return name.startswith(HOME) and not name.startswith(UPDATES) and within in name
@@ -58,7 +58,7 @@ def interrupted(
 
 
 def lines_of(work: Callable[[], object]) -> int:
-    """How many lines of fastguard a call runs."""
+    """The number of lines of fastguard that a call runs."""
     count = 0
 
     def trace(frame: FrameType, event: str, arg: Any) -> Callable[..., Any] | None:

@@ -1,7 +1,7 @@
-"""Commands run in a process of their own that may take 2 GB more than it has, and little time.
+"""Runs commands in a process with limits: 2 GB of additional memory, and little time.
 
-The limits are set after the imports: torch alone maps gigabytes of address space. What a command
-does to files is watched by an audit hook, so that nothing is written, removed or run unseen.
+The limits are set after the imports, because torch alone maps gigabytes of address space. An audit
+hook records every file that a command writes or removes, and every program that it runs.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ _CHANGES = (
 
 
 def watched() -> list[list[str]]:
-    """From now on, what this process does to anything outside of itself: `[event, path]`."""
+    """Records all later effects of this process on files and processes, as `[event, path]`."""
     events: list[list[str]] = []
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -83,14 +83,14 @@ def watched() -> list[list[str]]:
 def run_limited(
     body: str, folder: Path, *arguments: object, seconds: int = 500, memory: int = MEMORY
 ) -> list[dict[str, Any]]:
-    """Runs a script in which `run(["ckpt", ...])` gives what a command did; what it printed.
+    """Runs a script that calls `run(["ckpt", ...])` for the effects of a command.
 
     Args:
-        body: The script; it prints one JSON object in each line.
-        folder: Empty; for what is needed before the limits are set.
-        *arguments: Of the script, in `sys.argv`.
-        seconds: After which it is ended.
-        memory: Bytes that it may take more than after its imports.
+        body: The script; it prints one JSON object per line.
+        folder: An empty folder for files that are needed before the limits are set.
+        *arguments: Arguments of the script, in `sys.argv`.
+        seconds: Time limit, after which it is killed.
+        memory: Limit in bytes of the memory allocated after its imports.
     """
     import torch
 
@@ -110,12 +110,12 @@ def run_limited(
 def verified(
     paths: Sequence[Path], folder: Path, *, over: Callable[[Path], int] = lambda path: 1
 ) -> dict[str, dict[str, Any]]:
-    """What `ckpt verify` does of each file, by its name.
+    """The effects of `ckpt verify` on each file, by its name.
 
     Args:
         paths: The files.
         folder: As in `run_limited`.
-        over: Divides what a file may ask for, and the limits with it: the same in less time.
+        over: Divisor of the sizes that a file may claim and of the limits, to save time.
     """
     arguments = (text for path in paths for text in (over(path), path))
     found = run_limited(_VERIFY, folder, *arguments)

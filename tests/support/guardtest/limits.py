@@ -1,4 +1,4 @@
-"""Adaptive limits: their papers' formulas in plain floats, and scripted steps for both forms."""
+"""Adaptive limits: the papers' formulas in plain floats, and scripted steps for both forms."""
 
 import math
 import random
@@ -28,7 +28,7 @@ RULES = {
 
 @dataclass
 class ZClipOracle:
-    """arXiv 2504.02507, section 3, with population variance in the warm-up."""
+    """The formula of arXiv 2504.02507, section 3, with population variance in the warm-up."""
 
     rule: ZClip
     norms: list[float] = field(default_factory=list)
@@ -59,7 +59,7 @@ class ZClipOracle:
 
 @dataclass
 class AutoClipOracle:
-    """arXiv 2007.14469, section 3: the percentile of the history with this step's norm in it."""
+    """Section 3 of arXiv 2007.14469: the percentile of the history, this step's norm included."""
 
     rule: AutoClip
     norms: list[float] = field(default_factory=list)
@@ -73,7 +73,7 @@ class AutoClipOracle:
 
 @dataclass
 class AdaGCOracle:
-    """arXiv 2502.11034, algorithm 1: the coefficients h of a tensor and its average gamma."""
+    """Algorithm 1 of arXiv 2502.11034: the coefficients h of a tensor and its average gamma."""
 
     rule: AdaGC
     gamma: float = INF
@@ -98,7 +98,7 @@ ORACLES = {ZClip: ZClipOracle, AutoClip: AutoClipOracle, AdaGC: AdaGCOracle}
 
 
 class Limited:
-    """A rule that lives through steps of one or more segments, in one of its two forms."""
+    """A rule that takes steps of one or more segments, in one of its two forms."""
 
     def __init__(self, rule, n_segments: int = 1, nonfinite="skip", *, tensors: bool) -> None:
         scope = "tensor" if n_segments > 1 else "global"
@@ -131,11 +131,11 @@ BAD = (
     {"loss": NAN},
     {"loss": INF},
 )
-"""What a step can have that keeps it from the weights."""
+"""The faults that make a step be skipped."""
 
 
 def norms_with_faults(n: int, n_segments: int = 1) -> Iterator[tuple[list[float], dict]]:
-    """Norms of a run with spikes, zeros and bad steps, and what is bad.
+    """Norms of a run with spikes and zeros, and the faults of its bad steps.
 
     The first steps are bad in every way, so are some of each warm-up and all those behind a spike.
     """

@@ -1,4 +1,4 @@
-"""Six healthy models, small: `(model, (inputs, targets), loss_fn)` each, random and seeded."""
+"""Six small models without faults, each as a seeded `(model, (inputs, targets), loss_fn)`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def mlp() -> Setup:
 
 
 class Residual(nn.Module):
-    """Two convolutions and a way around them."""
+    """Two convolutions with a skip connection."""
 
     def __init__(self, channels: int, out: int, stride: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def resnet() -> Setup:
 
 
 class UNet(nn.Module):
-    """Down twice, up twice, with the finer features handed over."""
+    """A U-Net with two levels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ def unet() -> Setup:
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer, started from a normal distribution of width 0.02."""
+    """A decoder-only transformer, initialised with a standard deviation of 0.02."""
 
     def __init__(self, vocabulary: int = 64, width: int = 32, context: int = 16) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ def gpt() -> Setup:
 
 
 class LSTM(nn.Module):
-    """Classifies sequences by the last state."""
+    """Classifies sequences by the last hidden state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ def lstm() -> Setup:
 
 
 class ViT(nn.Module):
-    """Patches, a class token, a transformer."""
+    """A vision transformer with a class token."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()

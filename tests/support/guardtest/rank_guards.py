@@ -1,4 +1,4 @@
-"""Guards on each of several ranks, and what they answer."""
+"""Guards on several ranks, and their results."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def rank() -> int:
 
 
 def weight(*values: float) -> nn.Parameter:
-    """A parameter whose gradient holds these values."""
+    """A parameter with these gradient values."""
     p = nn.Parameter(torch.zeros(len(values)))
     p.grad = torch.tensor(values)
     return p
 
 
 def sgd(*parameters: Tensor, **options: Any) -> GuardedOptimizer:
-    """Over all ranks, which hold different tensors unless the options say otherwise."""
+    """A guard over all ranks, which hold different tensors unless the options say otherwise."""
     options.setdefault("group", dist.group.WORLD)
     return GuardedOptimizer(torch.optim.SGD([{"params": list(parameters)}], lr=1.0), **options)
 

@@ -1,4 +1,4 @@
-"""Runs functions of a test on several processes of one group: gloo on the CPU, or as asked.
+"""Runs functions of a test in several processes of one group, by default with gloo on the CPU.
 
     @pytest.fixture(scope="module")
     def four() -> Iterator[Ranks]:
@@ -42,13 +42,13 @@ from typing import Any
 import pytest
 
 CALL_SECONDS = 60.0
-"""How long a call may take on all ranks together."""
+"""Time limit of a call on all ranks."""
 
 COLLECTIVE_SECONDS = 20.0
-"""How long a collective waits for a rank; torch raises then."""
+"""Time limit of a collective, after which torch raises."""
 
 PATIENCE = 3.0
-"""How long `run` waits for the other ranks when one has failed."""
+"""Time for which `run` waits for the other ranks after one has failed."""
 
 _PRELOADED = [
     "torch",
@@ -66,12 +66,12 @@ _LOCAL_OPS = ("wait_tensor", "_wrap_tensor_autograd")  # beside collectives in t
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a call on one rank.
+    """The outcome of a call on one rank.
 
     Attributes:
-        value: What the function returned.
+        value: Result of the function.
         error: Its traceback, if it raised.
-        exitcode: Of the process, if it died; negative: the signal.
+        exitcode: Exit code of the process if it died; negative for a signal.
     """
 
     value: Any = None
@@ -115,9 +115,9 @@ class Ranks:
     def run(
         self, function: Callable[..., Any], *args: Any, timeout: float = CALL_SECONDS, **kwargs: Any
     ) -> list[Any]:
-        """What `function(*args, **kwargs)` returns on each rank.
+        """Returns the results of `function(*args, **kwargs)` on each rank.
 
-        An error on any rank, a death or a timeout fails the test, and shows what each rank said.
+        An error, death or timeout of any rank fails the test and shows the outcome of each rank.
         """
         __tracebackhide__ = True
         outcomes = self.outcomes(function, *args, timeout=timeout, patience=PATIENCE, **kwargs)
@@ -134,10 +134,10 @@ class Ranks:
         patience: float = math.inf,
         **kwargs: Any,
     ) -> list[Outcome]:
-        """What became of the call on each rank; errors and deaths are for the caller to judge.
+        """Returns the outcome of the call on each rank, without raising errors or reporting deaths.
 
-        Ranks that have said nothing after `timeout` seconds, or `patience` seconds after the first
-        error, fail the test.
+        The test fails if a rank has no outcome after `timeout` seconds, or `patience` seconds after
+        the first error.
         """
         __tracebackhide__ = True
         self._start()
@@ -248,7 +248,7 @@ def _serve(
     collective_seconds: float,
     backend: str,
 ) -> None:
-    """The life of a rank: calls in, outcomes out, until the pipe closes."""
+    """The main loop of a rank: receives calls and sends outcomes until the pipe closes."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -290,7 +290,7 @@ def _called(path: str, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -
 
 
 def _module(path: str) -> ModuleType:
-    """The file of the test, imported once a process, by a name of our own."""
+    """Imports the file of a test once per process, under a private name."""
     name = f"_ranks_{Path(path).stem}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)

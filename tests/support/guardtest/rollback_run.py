@@ -1,4 +1,4 @@
-"""A small training run under `Rollback`, whose every batch is found by its number."""
+"""A small training run with `Rollback`, whose batches depend only on their number."""
 
 from __future__ import annotations
 

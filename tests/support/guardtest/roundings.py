@@ -1,4 +1,4 @@
-"""Values whose squares round worst when added in float32, as on a card with little fp64."""
+"""Values whose squares have the largest rounding errors in float32 sums, as on consumer GPUs."""
 
 import inspect
 
@@ -16,7 +16,7 @@ BAD_PATTERNS = {
 
 
 def sum_whole_vectors(monkeypatch, dtype: torch.dtype) -> None:
-    """Makes the kernels measure this dtype as on a card with little fp64."""
+    """Makes the kernels measure this dtype as on GPUs with slow float64."""
     from fastguard.kernels import measure
 
     monkeypatch.setattr(measure, "group_of", lambda *_: 16 // dtype.itemsize)

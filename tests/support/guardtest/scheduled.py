@@ -1,4 +1,4 @@
-"""Runs under `GuardedLR`, told as scripts of good and bad steps."""
+"""Runs with `GuardedLR`, scripted as good and bad steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ways to spread the gradients of one small model over four ranks.
+"""Ways to distribute the gradients of one small model over four ranks.
 
 Each gives `(index of the tensor, parameter on this rank)` pairs, and the `group` to pass.
 """
@@ -27,7 +27,7 @@ SHAPES = ((5, 3), (8, 4), (2,), (), (4, 6))  # shards of 5 rows are uneven, of 2
 
 
 def model_gradients() -> list[Tensor]:
-    """The same on every rank, and in the process that knows the truth."""
+    """Gradients, equal on every rank and in the process with the reference."""
     generator = torch.Generator().manual_seed(7)
     return [torch.randn(shape, generator=generator) for shape in SHAPES]
 
@@ -88,7 +88,7 @@ def with_plain_tensors(grads: list[Tensor]) -> tuple[Parts, Group]:
 
 
 def two_meshes(grads: list[Tensor]) -> tuple[Parts, Group]:
-    """Some tensors over all ranks, some over one dimension of the same root."""
+    """Some tensors are sharded over all ranks, some over one dimension of the same root mesh."""
     root = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     flat = init_device_mesh("cpu", (4,))
     meshes = (flat, root["tp"], root["dp"], flat, root["tp"])
@@ -98,7 +98,7 @@ def two_meshes(grads: list[Tensor]) -> tuple[Parts, Group]:
 
 
 def partial(grads: list[Tensor]) -> tuple[Parts, Group]:
-    """Ranks hold summands, none of which says anything about the sum."""
+    """Each rank holds a partial sum."""
     mesh = init_device_mesh("cpu", (4,))
     parts = []
     for i, grad in enumerate(grads):
@@ -110,7 +110,7 @@ def partial(grads: list[Tensor]) -> tuple[Parts, Group]:
 
 
 def pipeline(grads: list[Tensor]) -> tuple[Parts, Group]:
-    """The last rank holds nothing at all."""
+    """The last rank holds no elements."""
     stage = {0: (0, 1), 1: (2, 4), 2: (3,), 3: ()}[dist.get_rank()]
     return [(i, parameter(grads[i].clone())) for i in stage], dist.group.WORLD
 
@@ -123,14 +123,14 @@ def pipeline_of_shards(grads: list[Tensor]) -> tuple[Parts, Group]:
 
 
 def stages_without_a_root(grads: list[Tensor]) -> tuple[Parts, Group]:
-    """Each stage made its own mesh; a plain group of all ranks joins them."""
+    """Each stage has its own mesh; a plain group contains all ranks."""
     first, second = DeviceMesh("cpu", [0, 1]), DeviceMesh("cpu", [2, 3])
     mine, stage = ((first, (0, 3)), (second, (1, 2, 4)))[dist.get_rank() // 2]
     return [(i, on(mine, grads[i], Shard(0))) for i in stage], dist.group.WORLD
 
 
 def experts(grads: list[Tensor]) -> tuple[Parts, Group]:
-    """Plain experts, distinct over one dimension of the mesh; the rest sharded over both."""
+    """Experts are plain tensors, distinct over one mesh dimension; the rest is sharded."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
     mine = mesh.get_local_rank("ep")
     parts = [(i, on(mesh, grads[i], Shard(0), Shard(0))) for i in (0, 2, 3)]
@@ -139,7 +139,7 @@ def experts(grads: list[Tensor]) -> tuple[Parts, Group]:
 
 
 def frozen_elsewhere(grads: list[Tensor]) -> tuple[Parts, Group]:
-    """The parameters are everywhere, their gradients on one rank."""
+    """All ranks hold the parameters, but only one has their gradients."""
     parts = [(i, parameter(g.clone())) for i, g in enumerate(grads)]
     if dist.get_rank() != 2:
         for _, p in parts:
