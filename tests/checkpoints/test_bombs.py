@@ -221,7 +221,7 @@ def test_headers_of_safetensors(found, name):
     assert one["status"] == 1 and one["said"].startswith(f"BAD  {one['path']}: "), one
 
 
-def test_the_budget_is_what_refuses(tmp_path, monkeypatch):
+def test_the_budget_causes_the_error(tmp_path, monkeypatch):
     """Two hundred thousand tensors take less than all of it."""
     model = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(50)])
     optimizer = torch.optim.Adam(model.parameters())
@@ -236,7 +236,7 @@ def test_the_budget_is_what_refuses(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kept", [1000, 10_000], ids=["none is kept", "the first is kept"])
-def test_large_arrays_in_a_pickle_are_looked_into_where_they_lie(tmp_path, monkeypatch, kept):
+def test_large_arrays_in_a_pickle_are_checked_without_copying(tmp_path, monkeypatch, kept):
     monkeypatch.setattr(bounded_reader, "SHORT", 1000)
     monkeypatch.setattr(bounded_reader, "LONG", kept)
     monkeypatch.setattr(bounded_reader, "KEPT", kept)

@@ -53,7 +53,7 @@ def write(path, tree, values, *view, **replaced):
     return path
 
 
-def test_such_a_file_is_read_like_one_of_torch(tmp_path):
+def test_such_a_file_is_read_like_a_torch_file(tmp_path):
     path = write(tmp_path / "x.pt", {"w": Tensor(1, (3,), (1,))}, [NAN, 1.0, 2.0, NAN])
     assert inspect(path).bad == (("w", 1, 0, 0),)
 
@@ -70,13 +70,13 @@ def test_such_a_file_is_read_like_one_of_torch(tmp_path):
     ],
     ids=str,
 )
-def test_a_tensor_that_reaches_out_of_its_storage_is_damage(tmp_path, offset, size, stride):
+def test_a_tensor_that_extends_past_its_storage_is_damage(tmp_path, offset, size, stride):
     path = write(tmp_path / "x.pt", {"w": Tensor(offset, size, stride)}, [1.0] * 4)
     with pytest.raises(DamagedFile, match="w extends past its storage of 16 bytes"):
         inspect(path)
 
 
-def test_a_storage_that_is_part_of_another_begins_where_it_says(tmp_path):
+def test_a_storage_that_is_a_view_starts_at_its_offset(tmp_path):
     tree, view = {"w": Tensor(0, (3,), (1,))}, ("0", 1, 3)
     path = write(tmp_path / "x.pt", tree, [NAN, 1.0, 2.0, NAN], view)
     assert inspect(path).bad == (("w", 1, 0, 0),)
@@ -84,14 +84,14 @@ def test_a_storage_that_is_part_of_another_begins_where_it_says(tmp_path):
     assert inspect(path).bad == ()
 
 
-def test_views_that_begin_alike_are_different_tensors(tmp_path):
+def test_views_with_the_same_start_are_different_tensors(tmp_path):
     base = torch.ones(6)
     base[2] = NAN
     torch.save({"a": base[:2], "b": base[0:4:2]}, tmp_path / "x.pt")
     assert inspect(tmp_path / "x.pt").bad == (("b", 1, 0, 0),)
 
 
-def test_an_archive_that_is_no_checkpoint_says_why(tmp_path):
+def test_the_error_of_an_archive_that_is_not_a_checkpoint_has_the_reason(tmp_path):
     path, tree = tmp_path / "x.pt", {"w": Tensor(0, (4,), (1,))}
     write(path, tree, [1.0] * 4, byteorder=b"big")
     with pytest.raises(DamagedFile, match="big-endian"):
@@ -108,7 +108,7 @@ def test_an_archive_that_is_no_checkpoint_says_why(tmp_path):
         inspect(path)
 
 
-def test_a_record_that_ends_behind_the_file_is_truncation(tmp_path):
+def test_a_record_that_extends_past_the_file_means_truncation(tmp_path):
     path = write(tmp_path / "x.pt", {"w": Tensor(0, (4,), (1,))}, [1.0] * 4)
     raw = bytearray(path.read_bytes())
     entry = raw.index(b"PK\x01\x02", raw.index(b"PK\x01\x02") + 1)  # the directory's second: data/0
@@ -148,13 +148,13 @@ def test_safetensors_may_name_its_tensors_in_any_order(tmp_path):
     ],
     ids=str,
 )
-def test_safetensors_that_make_no_sense_say_where(tmp_path, entry, says):
+def test_errors_of_invalid_safetensors_name_the_tensor(tmp_path, entry, says):
     path = write_safetensors(tmp_path / "x.safetensors", bytes(16), w=entry)
     with pytest.raises(DamagedFile, match=says):
         inspect(path)
 
 
-def test_a_header_of_millions_of_brackets_is_odd(tmp_path, monkeypatch):
+def test_a_header_of_millions_of_brackets_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors, "_MOST_MARKS", 11)
     path = write_safetensors(tmp_path / "x.safetensors", bytes(8), w=("F32", [2], [0, 8]))
     assert inspect(path).contents.n_tensors == 1  # 2 braces, 4 colons, 3 commas, 2 brackets
@@ -164,7 +164,7 @@ def test_a_header_of_millions_of_brackets_is_odd(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("n", [65, 100_000])
-def test_a_shape_of_many_dimensions_is_odd(tmp_path, n):
+def test_a_shape_of_many_dimensions_is_an_error(tmp_path, n):
     entry = ("F32", [1] * n, [0, 4])
     path = write_safetensors(tmp_path / "x.safetensors", bytes(4), w=entry)
     with pytest.raises(DamagedFile, match=f"w has {n:,} dimensions; torch supports at most"):
@@ -182,7 +182,7 @@ def test_safetensors_headers_may_be_as_long_as_the_format_allows(tmp_path, monke
 
 
 @pytest.mark.parametrize("n_bytes", [1, 3], ids=["less than {}", "more than there is"])
-def test_safetensors_headers_of_another_length_than_they_say_are_damage(tmp_path, n_bytes):
+def test_a_wrong_length_of_a_safetensors_header_is_damage(tmp_path, n_bytes):
     path = tmp_path / "x.safetensors"
     path.write_bytes(struct.pack("<Q", 2) + b"{}")  # up to the end of the file
     assert inspect(path).contents.n_tensors == 0

@@ -67,7 +67,7 @@ def make_unreadable(path):
         (lose, "is missing"),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_passed_over(saved, damage, says, caplog):
+def test_a_damaged_checkpoint_is_named_and_skipped(saved, damage, says, caplog):
     folder, expected = saved
     damage(last_file(folder))
     with CheckpointStore(folder) as store:
@@ -83,7 +83,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(saved, damage, says, capl
 
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_byte, lose, make_unreadable])
-def test_last_clean_is_found_without_a_verify_before(saved, damage, caplog):
+def test_last_clean_works_without_verify(saved, damage, caplog):
     folder, expected = saved
     damage(last_file(folder))
     with CheckpointStore(folder) as store:
@@ -92,7 +92,7 @@ def test_last_clean_is_found_without_a_verify_before(saved, damage, caplog):
         assert store.rollback().step == 3
 
 
-def test_without_a_manifest_the_file_itself_tells_a_flipped_byte(saved, caplog):
+def test_without_a_manifest_the_checksums_in_the_file_show_a_flipped_byte(saved, caplog):
     folder, expected = saved
     flip_a_byte(last_file(folder))
     (folder / "manifest.json").unlink()
@@ -119,7 +119,7 @@ def pickle_bomb(path, size=0):
     return path
 
 
-def test_a_pickle_bomb_is_refused_and_not_executed(saved):
+def test_a_pickle_bomb_is_an_error_and_not_executed(saved):
     folder, expected = saved
     planted = folder / "step-000000009.000099.pt"  # like one that a crash left: opening looks at it
     pickle_bomb(planted)
@@ -142,7 +142,7 @@ def test_a_pickle_bomb_is_refused_and_not_executed(saved):
 OPENING = "import sys, fastguard; fastguard.CheckpointStore(sys.argv[1])"
 
 
-def test_a_second_process_that_wanted_the_store_changes_nothing_for_the_first(saved):
+def test_a_rejected_second_process_changes_nothing_for_the_first(saved):
     folder, expected = saved
     command = [sys.executable, "-c", OPENING, folder]
     with CheckpointStore(folder) as store:
@@ -170,7 +170,7 @@ def test_a_run_resumes_with_the_release_that_wrote_its_manifest(saved):
         assert_same_bits(LongRun.resumed(store).advance(10).everything(), expected)
 
 
-def test_a_save_that_fails_is_logged_and_the_run_goes_on(saved, caplog, monkeypatch):
+def test_a_failed_save_is_logged_and_the_run_continues(saved, caplog, monkeypatch):
     folder, expected = saved
     with CheckpointStore(folder) as store:
         run = LongRun.resumed(store)

@@ -31,7 +31,7 @@ def write(path, value=1.0, *, step=None, modified=None, optimizer=False):
 
 
 @pytest.mark.parametrize("settings", [{"lr": 0.1}, {}, {"last_epoch": 9, "epoch": 9}], ids=str)
-def test_settings_never_take_the_place_of_weights(tmp_path, capsys, settings):
+def test_settings_never_replace_weights(tmp_path, capsys, settings):
     last = write(tmp_path / "last.pt", NAN, modified=1)
     good = write(tmp_path / "step20000.pt", modified=2)
     torch.save(settings, tmp_path / "args.pt")
@@ -42,7 +42,7 @@ def test_settings_never_take_the_place_of_weights(tmp_path, capsys, settings):
 
 
 @pytest.mark.parametrize("damaged", [False, True], ids=["nan", "truncated"])
-def test_a_folder_of_weights_alone_has_nothing_to_go_back_to(tmp_path, capsys, damaged):
+def test_a_folder_of_weights_alone_has_no_checkpoint_to_roll_back_to(tmp_path, capsys, damaged):
     weights = write(tmp_path / "pytorch_model.bin", NAN)
     if damaged:
         os.truncate(weights, 300)
@@ -55,7 +55,7 @@ def test_a_folder_of_weights_alone_has_nothing_to_go_back_to(tmp_path, capsys, d
     assert weights.read_bytes() == before
 
 
-def test_settings_are_no_source_when_named_either(tmp_path, capsys):
+def test_settings_are_not_a_source_even_if_named(tmp_path, capsys):
     last, args = write(tmp_path / "last.pt", NAN), tmp_path / "args.pt"
     torch.save({"lr": 0.1}, args)
     with pytest.raises(CheckpointError, match=r"cannot be used for a rollback: holds no tensors"):
@@ -63,13 +63,13 @@ def test_settings_are_no_source_when_named_either(tmp_path, capsys):
     assert ckpt(capsys, "rollback", last, "--to", args)[0] == 1
 
 
-def test_verify_says_of_a_file_without_tensors_that_it_has_none(tmp_path, capsys):
+def test_verify_reports_a_file_without_tensors(tmp_path, capsys):
     torch.save({"lr": 0.1}, tmp_path / "args.pt")
     status, out, _ = ckpt(capsys, "verify", tmp_path / "args.pt")
     assert (status, out) == (0, f"ok   {tmp_path / 'args.pt'}: holds no tensors\n")
 
 
-def test_what_lies_beside_weights_does_not_take_the_place_of_damaged_ones(tmp_path, capsys):
+def test_other_files_do_not_replace_damaged_weights(tmp_path, capsys):
     weights = write(tmp_path / "pytorch_model.bin", NAN)
     os.truncate(weights, 300)
     layer = torch.nn.Linear(2, 2)
@@ -119,7 +119,7 @@ def test_list_has_a_row_for_the_unreadable_one(forbidden, capsys):
     assert f"BAD  {forbidden / 'a.pt'}: cannot be read: Permission denied" in out
 
 
-def test_rollback_passes_over_the_unreadable_one(forbidden, capsys):
+def test_rollback_skips_the_unreadable_one(forbidden, capsys):
     status, out, _ = ckpt(capsys, "rollback", forbidden)
     assert status == 0
     assert "passed over a.pt: cannot be read: Permission denied" in out
@@ -153,7 +153,7 @@ def test_checkpoints_have_many_names(tmp_path, capsys, name):
     assert name in ckpt(capsys, "list", tmp_path)[1]
 
 
-def test_a_bin_that_is_no_file_of_torch_is_left_out_and_said(tmp_path, capsys):
+def test_a_bin_that_is_not_a_torch_file_is_skipped_and_reported(tmp_path, capsys):
     (tmp_path / "train.bin").write_bytes(bytes(range(7, 100)))
     (tmp_path / "training_args.bin").write_bytes(b"PK")
     write(tmp_path / "ckpt.pt")
@@ -164,7 +164,7 @@ def test_a_bin_that_is_no_file_of_torch_is_left_out_and_said(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("raw", [b"", bytes(4000)], ids=["empty", "zeros"])
-def test_a_bin_that_a_lost_write_left_is_bad(tmp_path, capsys, raw):
+def test_a_bin_of_zeros_after_a_lost_write_is_bad(tmp_path, capsys, raw):
     (tmp_path / "pytorch_model.bin").write_bytes(raw)
     write(tmp_path / "optimizer.pt")
     status, out, _ = ckpt(capsys, "verify", tmp_path)
@@ -196,7 +196,7 @@ def test_list_and_rollback_stay_in_one_folder_and_name_those_below(tmp_path, cap
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_shards_of_torch_are_said_to_be_unread(tmp_path, capsys):
+def test_torch_shards_are_reported_as_unread(tmp_path, capsys):
     shards = tmp_path / "run" / "step_10"
     dcp.save({"w": torch.ones(2)}, checkpoint_id=shards, no_dist=True)
     write(tmp_path / "run" / "good.pt")
@@ -228,7 +228,7 @@ def test_a_folder_that_cannot_be_entered_is_a_bad_row(tmp_path, capsys, monkeypa
     assert f"ok   {tmp_path / 'b' / 'y.pt'}" in out
 
 
-def test_rollback_without_a_last_file_says_how_to_name_it(tmp_path, capsys):
+def test_rollback_without_a_last_file_explains_how_to_name_it(tmp_path, capsys):
     write(tmp_path / "model.pt", NAN)
     status, _, err = ckpt(capsys, "rollback", tmp_path)
     assert status == 2
@@ -237,7 +237,7 @@ def test_rollback_without_a_last_file_says_how_to_name_it(tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_one_file_of_shards_is_no_file_to_verify_alone(tmp_path, capsys):
+def test_one_file_of_shards_cannot_be_verified_alone(tmp_path, capsys):
     dcp.save({"w": torch.ones(2)}, checkpoint_id=tmp_path / "step_10", no_dist=True)
     status, out, _ = ckpt(capsys, "verify", next((tmp_path / "step_10").glob("*.distcp")))
     assert status == 1
@@ -261,9 +261,7 @@ STEP = "step-000000010.000001.sharded"
         ("step_10", [".metadata"], ".metadata is missing, without which"),
     ],
 )
-def test_a_folder_of_shards_without_some_of_its_files_is_never_fine(
-    tmp_path, capsys, monkeypatch, name, lost, says
-):
+def test_a_folder_with_missing_shards_is_never_ok(tmp_path, capsys, monkeypatch, name, lost, says):
     folder = tmp_path / name
     dcp.save({"w": torch.ones(2)}, checkpoint_id=folder, no_dist=True)
     write(folder / "rest.pt")
@@ -287,7 +285,7 @@ def test_a_folder_of_shards_without_some_of_its_files_is_never_fine(
         (["best-of-10.pt", "epoch-3-of-the-run.pt"], None),
     ],
 )
-def test_files_that_their_names_say_are_missing(tmp_path, capsys, there, says):
+def test_numbered_files_that_are_missing_are_reported(tmp_path, capsys, there, says):
     for name in there:
         write(tmp_path / name)
         if name.endswith(".safetensors"):
@@ -300,7 +298,7 @@ def test_files_that_their_names_say_are_missing(tmp_path, capsys, there, says):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_shards_of_some_ranks_without_metadata_name_the_ranks_that_lack(tmp_path, capsys):
+def test_shards_without_metadata_report_the_missing_ranks(tmp_path, capsys):
     for rank in (0, 1, 4):
         (tmp_path / f"__{rank}_0.distcp").write_bytes(b"PK")
     status, out, _ = ckpt(capsys, "verify", tmp_path)
@@ -310,7 +308,7 @@ def test_shards_of_some_ranks_without_metadata_name_the_ranks_that_lack(tmp_path
     assert status == 1 and "BAD" in out and "Traceback" not in out
 
 
-def test_a_metadata_file_of_another_program_makes_no_shards(tmp_path, capsys):
+def test_metadata_of_another_program_does_not_mark_shards(tmp_path, capsys):
     write(tmp_path / "a.pt")
     (tmp_path / ".metadata").write_text("version:\n  channel: stable\n")
     assert ckpt(capsys, "verify", tmp_path)[0] == 0

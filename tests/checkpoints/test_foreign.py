@@ -34,7 +34,7 @@ def chosen(target, ignore=()):
     return source and source.name, passed_over
 
 
-def test_the_latest_epoch_not_after_its_own_and_the_newest_of_those(tmp_path):
+def test_the_source_is_the_newest_of_the_latest_epoch_not_after_the_target(tmp_path):
     last = write(tmp_path / "last.pt", 5, NAN)
     for name, epoch, modified in (
         ("a.pt", 3, 50),
@@ -51,7 +51,7 @@ def test_the_latest_epoch_not_after_its_own_and_the_newest_of_those(tmp_path):
     assert (name, passed_over) == ("b.pt", "c.pt: data/0 changed after it was written")
 
 
-def test_half_of_the_tensors_are_enough(tmp_path):
+def test_half_of_the_tensors_are_enough_to_be_chosen(tmp_path):
     last = write(tmp_path / "last.pt", 5, NAN, "abcd")
     write(tmp_path / "half.pt", 4, names="abxy")
     write(tmp_path / "less.pt", 5, names="axyz")
@@ -61,7 +61,7 @@ def test_half_of_the_tensors_are_enough(tmp_path):
     )
 
 
-def test_a_target_that_is_damaged_or_missing_says_nothing_of_what_it_needs(tmp_path):
+def test_a_damaged_or_missing_target_does_not_restrict_the_source(tmp_path):
     last = tmp_path / "last.pt"
     write(tmp_path / "good.pt", 4, optimizer=False)
     assert chosen(last)[0] == "good.pt"
@@ -72,12 +72,12 @@ def test_a_target_that_is_damaged_or_missing_says_nothing_of_what_it_needs(tmp_p
     assert sorted(p.name for p in tmp_path.iterdir()) == ["good.pt", "last.pt"]
 
 
-def test_an_epoch_that_is_no_number_is_none(tmp_path):
+def test_an_epoch_that_is_not_a_number_is_ignored(tmp_path):
     assert describe(write(tmp_path / "x.pt", "soon", step=7)).epoch is None
     assert describe(tmp_path / "x.pt").step == 7
 
 
-def test_a_file_of_a_store_says_whether_it_can_be_resumed_from(tmp_path):
+def test_a_file_of_a_store_shows_whether_it_is_resumable(tmp_path):
     model = torch.nn.Linear(2, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with CheckpointStore(tmp_path) as store:
@@ -113,7 +113,7 @@ def test_a_disk_that_fails_while_copying_changes_nothing(tmp_path, monkeypatch):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
-def test_what_is_ignored_is_ignored_by_every_action(tmp_path, capsys):
+def test_ignored_tensors_are_ignored_by_every_action(tmp_path, capsys):
     last, good = write(tmp_path / "last.pt", 5), write(tmp_path / "good.pt", 4)
     for path, epoch in ((last, 5), (good, 4)):
         write(path, epoch, odds=torch.full((2,), -float("inf")))
@@ -132,7 +132,7 @@ def test_what_is_ignored_is_ignored_by_every_action(tmp_path, capsys):
     assert main(["ckpt", "verify", str(tmp_path / "run"), "--ignore", "m.mask"]) == 0
 
 
-def test_one_bad_file_of_several_is_enough_wherever_it_stands(tmp_path, capsys):
+def test_one_bad_file_is_enough_in_any_position(tmp_path, capsys):
     good, bad = write(tmp_path / "good.pt", 4), write(tmp_path / "bad.pt", 5)
     flip(bad)
     for paths in ((good, bad), (bad, good)):
@@ -140,7 +140,7 @@ def test_one_bad_file_of_several_is_enough_wherever_it_stands(tmp_path, capsys):
         assert "bad.pt: data/0 changed after it was written" in capsys.readouterr().out
 
 
-def test_sizes_and_verdicts_as_they_are_listed(tmp_path, capsys):
+def test_sizes_and_verdicts_are_listed(tmp_path, capsys):
     for name, size in (("a.pt", 999), ("b.pt", 1000), ("c.pt", 1_500_000), ("d.pt", 2_500_000_000)):
         (tmp_path / name).touch()
         os.truncate(tmp_path / name, size)
@@ -149,7 +149,7 @@ def test_sizes_and_verdicts_as_they_are_listed(tmp_path, capsys):
     assert all(text in out for text in (" 999 B ", " 1 kB ", " 1.5 MB ", " 2.5 GB "))
 
 
-def test_a_store_without_its_manifest_is_one_and_says_what_is_damaged(tmp_path, capsys):
+def test_a_store_without_its_manifest_is_recognised_and_verified(tmp_path, capsys):
     with CheckpointStore(tmp_path) as store:
         for step in (0, 100, 200):
             path = tmp_path / store.save(m={"w": torch.full((3,), 1.0)}, step=step).file
@@ -175,7 +175,7 @@ def test_the_last_file_of_lightning_is_found(tmp_path, capsys):
     assert "last.ckpt (epoch 5) is now a copy of" in capsys.readouterr().out
 
 
-def test_a_source_that_changed_on_the_disk_is_refused(tmp_path):
+def test_a_source_that_changed_on_disk_is_an_error(tmp_path):
     last, good = write(tmp_path / "last.pt", 5, NAN), write(tmp_path / "good.pt", 4)
     flip(good)
     with pytest.raises(CheckpointError, match=r"cannot be used for a rollback: .* changed after"):

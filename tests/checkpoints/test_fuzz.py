@@ -87,7 +87,7 @@ def bases(tmp_path):
     return folder
 
 
-def test_nothing_that_arrives_as_a_file_does_anything(bases, tmp_path, capsys):
+def test_no_file_executes_anything(bases, tmp_path, capsys):
     (tmp_path / "victim").write_text("precious")
     arguments = bases, tmp_path, tmp_path / "victim", SEED, N_CASES
     found = run_limited(LOOP, tmp_path, *arguments, seconds=60 + 5 * N_CASES)

@@ -77,24 +77,24 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES, ids=repr)
-def test_no_name_but_a_checkpoints_own_is_removed(store, capsys, name):
+def test_only_checkpoint_names_are_removed(store, capsys, name):
     forge(store, removing=[name])
     check_refused(store, capsys)
 
 
 @pytest.mark.parametrize("name", NAMES, ids=repr)
 @pytest.mark.parametrize("key", ["checkpoints", "replaced"])
-def test_no_name_but_a_checkpoints_own_is_an_entry(store, capsys, key, name):
+def test_only_checkpoint_names_are_accepted_in_entries(store, capsys, key, name):
     forge(store, **{key: [first(store, file=name)]})
     check_refused(store, capsys)
 
 
-def test_an_absolute_path_is_no_name(store, capsys):
+def test_an_absolute_path_is_not_a_name(store, capsys):
     forge(store, removing=[str(store.parent / "notes.txt")])
     check_refused(store, capsys)
 
 
-def test_a_checkpoint_that_counts_is_not_removed_as_well(store, capsys):
+def test_a_listed_checkpoint_marked_for_removal_is_an_error(store, capsys):
     forge(store, removing=[first(store)["file"]])
     check_refused(store, capsys)
 
@@ -145,7 +145,7 @@ def test_an_entry_that_lacks_its_file_is_damage(store, capsys):
     check_refused(store, capsys)
 
 
-def test_one_number_for_two_checkpoints_is_damage(store, capsys):
+def test_a_serial_used_twice_is_damage(store, capsys):
     forge(store, checkpoints=[first(store), first(store)])
     check_refused(store, capsys)
 
@@ -153,14 +153,14 @@ def test_one_number_for_two_checkpoints_is_damage(store, capsys):
 @pytest.mark.parametrize(
     "version", [float("inf"), "1", None, 1.5, 1.0, True, False, 0, -1], ids=str
 )
-def test_a_version_that_is_no_number_is_damage_of_the_disk(store, version):
+def test_a_version_that_is_not_a_number_is_treated_as_damage(store, version):
     forge(store, version=version)
     assert manifest.read(store) is None
     with CheckpointStore(store) as opened:  # built again
         assert [entry.step for entry in opened.list()] == [1, 2]
 
 
-def test_what_a_store_writes_itself_is_no_damage(store):
+def test_entries_written_by_a_store_are_valid(store):
     with CheckpointStore(store, keep=9) as opened:
         opened.save(
             weights={"w": torch.ones(1)},
@@ -189,7 +189,7 @@ def nested(n):
 
 
 @pytest.mark.parametrize("tag", [nested(200), nested(100_000), 10**5000, {1, 2}], ids=type)
-def test_a_tag_that_a_manifest_cannot_hold_is_refused_when_it_is_saved(tmp_path, tag):
+def test_a_tag_that_json_cannot_represent_is_an_error_at_save(tmp_path, tag):
     with CheckpointStore(tmp_path) as store:
         with pytest.raises(TypeError, match="cannot be stored in the manifest"):
             store.save(w=torch.ones(1), step=1, tag=tag)
@@ -197,7 +197,7 @@ def test_a_tag_that_a_manifest_cannot_hold_is_refused_when_it_is_saved(tmp_path,
 
 
 @pytest.mark.parametrize("n_bytes", [10, 40 * 2**20], ids=["bytes", "megabytes"])
-def test_a_manifest_of_brackets_or_of_great_size_is_built_again(store, n_bytes):
+def test_a_manifest_of_brackets_or_of_huge_size_is_rebuilt(store, n_bytes):
     (store / "manifest.json").write_bytes(b"[" * n_bytes)
     with CheckpointStore(store) as opened:
         assert [entry.step for entry in opened.list()] == [1, 2]

@@ -51,7 +51,7 @@ def second(index):
 
 
 @pytest.mark.parametrize("whole", ["folder", "index"])
-def test_a_whole_model_is_ok(index, capsys, whole):
+def test_a_complete_model_is_ok(index, capsys, whole):
     status, out, err = ckpt(capsys, "verify", index if whole == "index" else index.parent)
     assert (status, err) == (0, "")
     assert f"ok   {index}: 3 tensors, each present in the file named by the index" in out
@@ -59,14 +59,14 @@ def test_a_whole_model_is_ok(index, capsys, whole):
 
 
 @pytest.mark.parametrize("whole", ["folder", "index"])
-def test_a_file_that_is_missing_is_said(index, capsys, whole):
+def test_a_missing_file_is_reported(index, capsys, whole):
     second(index).unlink()
     status, out, _ = ckpt(capsys, "verify", index if whole == "index" else index.parent)
     assert status == 1
     assert f"BAD  {index}: {second(index).name} is missing, with head" in out
 
 
-def test_a_tensor_that_its_file_does_not_hold_is_said(index, capsys):
+def test_a_tensor_missing_from_its_file_is_reported(index, capsys):
     change(index, embed=second(index).name, tail=second(index).name)
     status, out, _ = ckpt(capsys, "verify", index.parent)
     assert status == 1
@@ -81,7 +81,7 @@ def test_the_bad_tensors_of_its_files_are_found(index, capsys):
     assert status == 1 and f"ok   {index}" in out and "head (3 NaN)" in out
 
 
-def test_a_tensor_that_shares_its_data_is_held(tmp_path):
+def test_a_tensor_that_shares_its_data_counts_as_present(tmp_path):
     tied = torch.ones(3)
     torch.save({"a": tied, "b": tied}, tmp_path / "pytorch_model.bin")
     index = tmp_path / "pytorch_model.bin.index.json"
@@ -90,7 +90,7 @@ def test_a_tensor_that_shares_its_data_is_held(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "..", "", "a\\b", "a\0b"])
-def test_a_file_elsewhere_is_refused(index, name, capsys):
+def test_a_file_in_another_folder_is_an_error(index, name, capsys):
     change(index, head=name)
     with pytest.raises(DamagedFile, match="which is not in its folder"):
         check_index(index)
@@ -114,7 +114,7 @@ def test_a_file_elsewhere_is_refused(index, name, capsys):
     ],
     ids=range(10),
 )
-def test_what_is_no_index_is_one_bad_row(tmp_path, capsys, text):
+def test_a_file_that_is_not_an_index_is_one_bad_row(tmp_path, capsys, text):
     path = tmp_path / "model.safetensors.index.json"
     path.write_bytes(text.encode("latin1"))
     status, out, err = ckpt(capsys, "verify", tmp_path)
@@ -151,7 +151,7 @@ def test_it_is_never_rolled_back(index, capsys):
     assert status == 0 and good.name in out
 
 
-def test_which_names_are_those_of_an_index(tmp_path):
+def test_names_of_indexes_are_recognised(tmp_path):
     yes = "model.safetensors.index.json diffusion.safetensors.index.fp16.json x.bin.index.json"
     no = "config.json index.json model.index.json model.safetensors .safetensors.index.json"
     assert all(is_index(tmp_path / name) for name in yes.split())

@@ -58,7 +58,7 @@ def touch(folder):
     ids=lambda value: getattr(value, "__name__", ""),
 )
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_a_call_of_anything_else_is_refused_by_name(
+def test_other_calls_are_an_error_with_the_name(
     tmp_path, monkeypatch, function, arguments, name, zipped
 ):
     monkeypatch.chdir(tmp_path)
@@ -68,7 +68,7 @@ def test_a_call_of_anything_else_is_refused_by_name(
     assert os.listdir() == ["b.pt"]
 
 
-def test_a_bare_pickle_bomb_is_refused(tmp_path):
+def test_a_bare_pickle_bomb_is_an_error(tmp_path):
     (tmp_path / "b.pt").write_bytes(pickle.dumps(Calls(*touch(tmp_path))))
     with pytest.raises(UnsafeFile, match=r"posix\.mkdir"):
         inspect(tmp_path / "b.pt")
@@ -154,14 +154,14 @@ def test_a_pickled_module_is_read_without_its_classes(yolo):
 
 
 @pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
-def test_paths_of_any_python_are_text(module, tmp_path):
+def test_paths_pickled_by_any_python_become_text(module, tmp_path):
     raw = pickle.dumps({"data": pathlib.PurePosixPath("a/b")}, protocol=2)
     named = re.sub(rb"cpathlib(\._local)?\n", f"c{module}\n".encode(), raw)
     assert InertUnpickler(io.BytesIO(named)).load() == {"data": "a/b"}
 
 
 @pytest.mark.parametrize("arguments", [(), ("text",)], ids=["no argument", "one"])
-def test_of_unknown_names_a_class_is_a_stand_in_and_a_function_is_refused(tmp_path, arguments):
+def test_unknown_classes_become_stand_ins_and_unknown_functions_are_an_error(tmp_path, arguments):
     for name in ("Maker", "_Maker", "make"):
         made = make_class("vanished_makers", name)
         torch.save({"x": Calls(made, *arguments)}, tmp_path / f"{name}.pt")
@@ -173,7 +173,7 @@ def test_of_unknown_names_a_class_is_a_stand_in_and_a_function_is_refused(tmp_pa
         inspect(tmp_path / "make.pt")
 
 
-def test_arrays_of_numbers_are_looked_into_and_others_are_left_alone(tmp_path):
+def test_arrays_of_numbers_are_checked_and_others_are_not(tmp_path):
     value = {
         "big": np.array([1.0, NAN], dtype=">f8"),
         "fortran": np.asfortranarray([[1.0, NAN], [np.inf, 2.0]]),
@@ -187,7 +187,7 @@ def test_arrays_of_numbers_are_looked_into_and_others_are_left_alone(tmp_path):
 
 
 @pytest.mark.parametrize(("depth", "is_read"), [(20, True), (21, False), (500, False)])
-def test_structures_in_structures_are_read_or_said_to_be_unread(tmp_path, depth, is_read):
+def test_nested_structures_are_read_or_reported_as_unread(tmp_path, depth, is_read):
     kind = np.dtype("f4")
     for _ in range(depth):
         kind = np.dtype([("a", kind)])
@@ -203,7 +203,7 @@ def test_structures_in_structures_are_read_or_said_to_be_unread(tmp_path, depth,
         assert found.contents.unread == (("x", "numpy array of dtype structured"),)
 
 
-def test_a_structure_of_thousands_of_fields_is_said_to_be_unread(tmp_path):
+def test_a_structure_of_thousands_of_fields_is_reported_as_unread(tmp_path):
     kind = np.dtype([(f"f{i}", "f4") for i in range(1001)])
     torch.save({"x": np.zeros(2, dtype=kind), "w": torch.ones(1)}, tmp_path / "x.pt")
     assert inspect(tmp_path / "x.pt").contents.unread == (("x", "numpy array of dtype structured"),)
@@ -265,7 +265,7 @@ def test_cycles_end(tmp_path):
     assert inspect(tmp_path / "x.pt").bad == (("w", 1, 0, 0),)
 
 
-def test_a_torchscript_archive_is_no_checkpoint(tmp_path):
+def test_a_torchscript_archive_is_not_a_checkpoint(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.jit.script(torch.nn.Linear(1, 1)).save(tmp_path / "x.pt")

@@ -62,7 +62,7 @@ def test_nan_in_the_last_element_of_any_dtype(saved, dtype):
     assert inspect(path).bad == (("model.0.w", 1, 0, 0),)
 
 
-def test_kinds_are_counted_apart(saved):
+def test_nan_and_infinities_are_counted_separately(saved):
     x = torch.tensor([NAN, INF, -INF, INF, 1.0, 0.0])
     assert inspect(saved([x, torch.tensor([2, 3]), torch.tensor(True)])).bad == (("0", 1, 2, 1),)
 
@@ -78,7 +78,7 @@ def test_large_finite_values_are_finite(saved):
     assert inspect(path).bad == ()
 
 
-def test_four_bits_have_no_nan(saved):
+def test_four_bit_floats_have_no_nan(saved):
     packed = torch.full((4,), 0x77, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
     assert inspect(saved({"x": packed})).bad == ()
 
@@ -97,7 +97,7 @@ def test_values_at_the_borders_of_pieces(saved, place):
 
 @pytest.mark.parametrize("place", range(8))
 @pytest.mark.parametrize("value", [complex(0, NAN), complex(-INF, 0)], ids=["imag", "real"])
-def test_wide_elements_that_lie_in_two_pieces(saved, monkeypatch, place, value):
+def test_wide_elements_across_two_pieces_are_found(saved, monkeypatch, place, value):
     monkeypatch.setattr(module, "PIECE", 24)  # 1.5 elements
     x = torch.zeros(8, dtype=torch.complex128)
     x[place] = value
@@ -134,7 +134,7 @@ def test_any_bytes_split_anywhere_are_counted_as_torch_counts_them(tmp_path_fact
         assert list(inspect(path).bad) == [row for row in expected if any(row[1:])]
 
 
-def test_only_what_a_view_shows_counts(saved):
+def test_only_elements_of_the_view_count(saved):
     base = torch.zeros(10, 4)
     base[:, 1] = NAN
     path = saved({"column": base[:, 0], "transposed": base[:, 2:].T, "row": base[3, 2:]})
@@ -155,7 +155,7 @@ def test_permuted_tensors_are_dense(saved):
     assert inspect(path).bad == (("x", 1, 0, 0),)
 
 
-def test_a_tied_tensor_is_looked_at_once(saved):
+def test_a_tied_tensor_is_checked_once(saved):
     x = torch.tensor([NAN, 1.0])
     assert inspect(saved({"embed": x, "head": x})).bad == (("embed", 1, 0, 0),)
 
@@ -234,7 +234,7 @@ def test_files_written_without_checksums_are_not_called_damaged(tmp_path):
 
 @pytest.mark.parametrize("keep", [0, 3, 7, 100, 0.5, 0.9, -1])
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-def test_a_truncated_file_says_so(tmp_path, kind, keep):
+def test_a_truncated_file_is_reported_as_such(tmp_path, kind, keep):
     path = tmp_path / ("x.safetensors" if kind == "safetensors" else "x.pt")
     if kind == "safetensors":
         write_safetensors(path, {"a": torch.ones(400)})
@@ -248,7 +248,7 @@ def test_a_truncated_file_says_so(tmp_path, kind, keep):
 
 @given(st.binary(max_size=200), st.sampled_from(["x.pt", "x.safetensors"]))
 @settings(max_examples=150)
-def test_no_bytes_whatever_end_in_another_error(tmp_path_factory, raw, name):
+def test_any_bytes_give_only_documented_errors(tmp_path_factory, raw, name):
     path = tmp_path_factory.getbasetemp() / name
     path.write_bytes(raw)
     with pytest.raises(DamagedFile):
@@ -257,7 +257,7 @@ def test_no_bytes_whatever_end_in_another_error(tmp_path_factory, raw, name):
 
 @given(st.integers(0, 10**6), st.integers(0, 255))
 @settings(max_examples=150)
-def test_no_change_of_a_byte_ends_in_another_error(tmp_path_factory, place, value):
+def test_changing_any_byte_gives_only_documented_errors(tmp_path_factory, place, value):
     path = tmp_path_factory.getbasetemp() / "changed.pt"
     torch.save({"epoch": 1, "model": torch.nn.Linear(3, 2).state_dict()}, path)
     raw = bytearray(path.read_bytes())
@@ -267,7 +267,7 @@ def test_no_change_of_a_byte_ends_in_another_error(tmp_path_factory, place, valu
         inspect(path)
 
 
-def test_files_of_other_formats_are_called_by_their_names(tmp_path):
+def test_files_of_other_formats_are_reported_by_format(tmp_path):
     path = tmp_path / "x.pt"
     np.save(tmp_path / "x.npy", np.ones(3))
     np.savez(tmp_path / "x.npz", a=np.ones(3))

@@ -50,7 +50,7 @@ def stopped_at(k, *, behind, error):
 
 @pytest.mark.parametrize("behind", [False, True], ids=["before", "behind"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error")], ids=repr)
-def test_there_is_a_clean_checkpoint_whatever_stops_a_save(tmp_path, error, behind):
+def test_a_clean_checkpoint_remains_whatever_interrupts_a_save(tmp_path, error, behind):
     for k in range(1, 100):
         folder = tmp_path / str(k)
         with CheckpointStore(folder, keep=1, on_error="raise") as store:
@@ -91,9 +91,7 @@ def test_ctrl_c_while_the_old_checkpoint_is_removed_keeps_the_new_one(tmp_path, 
         assert store.load("last-clean").step == 1
 
 
-def test_a_manifest_that_may_not_survive_a_power_failure_is_in_force_and_said_to_be_unsure(
-    tmp_path, monkeypatch, caplog
-):
+def test_an_unflushed_manifest_is_used_and_reported(tmp_path, monkeypatch, caplog):
     sync = files.sync_folder
 
     def fail_for_new_manifest(folder):
@@ -115,7 +113,7 @@ def test_a_manifest_that_may_not_survive_a_power_failure_is_in_force_and_said_to
         assert save(store, 2).clean and steps(store) == [2]
 
 
-def test_what_a_rollback_cannot_rename_stays_put_aside(tmp_path, monkeypatch, caplog):
+def test_files_that_a_rollback_cannot_rename_remain_set_aside(tmp_path, monkeypatch, caplog):
     rename = os.replace
 
     def held(old, new):

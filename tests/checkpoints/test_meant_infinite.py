@@ -80,7 +80,7 @@ MEANT = {
 
 @pytest.mark.parametrize("tree", MEANT.values(), ids=MEANT)
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_what_is_meant_is_a_note(tmp_path, capsys, tree, zipped):
+def test_intended_infinities_are_a_note(tmp_path, capsys, tree, zipped):
     path = tmp_path / "x.pt"
     torch.save(tree, path, _use_new_zipfile_serialization=zipped)
     found = inspect(path)
@@ -128,7 +128,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("tree", BAD.values(), ids=BAD)
-def test_what_looks_alike_is_bad(tmp_path, capsys, tree):
+def test_similar_values_are_bad(tmp_path, capsys, tree):
     path = tmp_path / "x.pt"
     torch.save(tree, path)
     found = inspect(path)
@@ -147,7 +147,7 @@ class Masked(torch.nn.Module):
         self.register_buffer("offset", torch.tensor(0.0))
 
 
-def test_a_pickled_module_tells_its_parameters_from_its_buffers(tmp_path):
+def test_parameters_and_buffers_of_a_pickled_module_are_distinguished(tmp_path):
     model = Masked()
     torch.save({"epoch": 1, "model": model}, tmp_path / "x.pt")
     found = inspect(tmp_path / "x.pt")
@@ -204,7 +204,7 @@ def test_a_mask_in_several_blocks(tmp_path, monkeypatch, rows):
     assert [name for (name, *_), _ in found.meant] == ["a"]
 
 
-def test_views_of_the_same_bytes_are_not_read_without_end(tmp_path, monkeypatch):
+def test_views_of_the_same_bytes_are_read_within_a_budget(tmp_path, monkeypatch):
     base = causal(64)
     views = {f"v{i}": base.view(-1)[i * 64 :].view(-1, 64) for i in range(40)}
     torch.save(views, tmp_path / "x.pt")
@@ -236,7 +236,7 @@ def test_a_store_calls_a_model_with_a_causal_mask_clean(tmp_path):
         assert store.save(model=model, step=2).bad == (("model.square", 0, 0, 1),)
 
 
-def test_what_is_ignored_is_counted_and_not_noted(tmp_path, capsys):
+def test_ignored_tensors_are_counted_and_not_reported(tmp_path, capsys):
     torch.save({"model": WEIGHTS, "best_loss": UP, "x": {"odd": -UP}}, tmp_path / "x.pt")
     arguments = "verify", tmp_path / "x.pt", "--ignore", "best_*"
     status, out, _ = ckpt(capsys, *arguments, "--ignore", "x.odd")
@@ -253,7 +253,7 @@ def test_a_store_counts_what_is_ignored(tmp_path, capsys):
     assert status == 0 and "2 tensors, finite except 1 ignored" in out
 
 
-def test_numbers_that_are_nan_are_noted(tmp_path, capsys):
+def test_nan_numbers_are_reported(tmp_path, capsys):
     groups = [{"lr": NAN, "params": [0]}, {"lr": np.float32(NAN), "eps": INF, "params": [1]}]
     torch.save({"model": WEIGHTS, "optimizer": {"param_groups": groups}}, tmp_path / "x.pt")
     status, out, _ = ckpt(capsys, "verify", tmp_path / "x.pt")

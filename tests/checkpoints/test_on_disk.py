@@ -74,13 +74,13 @@ def check_order(seen):
     return len(named)
 
 
-def test_every_rename_is_of_what_is_on_the_disk_and_is_on_the_disk_itself(tmp_path, operations):
+def test_every_rename_follows_a_flush_and_is_flushed(tmp_path, operations):
     with CheckpointStore(tmp_path / "run") as store:
         save(store, 0)
         assert check_order(operations) == 3  # an empty manifest, the checkpoint, the manifest
 
 
-def test_a_backup_is_on_the_disk_before_its_file_is_replaced(tmp_path, operations):
+def test_a_backup_is_on_disk_before_its_file_is_replaced(tmp_path, operations):
     for name, value in (("last.pt", NAN), ("good.pt", 1.0)):
         torch.save({"w": torch.full((3,), value)}, tmp_path / name)
     roll_back_file(tmp_path / "last.pt", tmp_path / "good.pt")
@@ -88,7 +88,7 @@ def test_a_backup_is_on_the_disk_before_its_file_is_replaced(tmp_path, operation
     assert [kind for kind, *_ in operations] == ["fsync", "link", "fsync", "replace", "fsync"]
 
 
-def test_a_folder_that_is_half_removed_has_lost_its_name(tmp_path, monkeypatch):
+def test_a_partly_removed_folder_has_a_temporary_name(tmp_path, monkeypatch):
     folder = tmp_path / "step-1.sharded"
     folder.mkdir()
     (folder / "rest.pt").write_text("")
@@ -105,7 +105,7 @@ def test_a_folder_that_is_half_removed_has_lost_its_name(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_of_more_than_one_piece_is_copied_whole(tmp_path):
+def test_a_file_of_several_pieces_is_copied_completely(tmp_path):
     for name, value in (("last.pt", NAN), ("good.pt", 1.0)):
         torch.save({"w": torch.full((1_200_000,), value)}, tmp_path / name)  # 4.8 MB
     roll_back_file(tmp_path / "last.pt", tmp_path / "good.pt")
@@ -177,7 +177,7 @@ with CheckpointStore(sys.argv[1]):
 """
 
 
-def test_a_store_that_another_process_holds_stays_no_open_file_here(tmp_path):
+def test_a_rejected_store_leaves_no_open_file(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", HOLDING, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
@@ -218,7 +218,7 @@ def test_the_workers_of_a_killed_run_do_not_hold_its_lock(tmp_path):
             os.kill(worker, signal.SIGKILL)
 
 
-def test_a_backup_made_by_the_run_itself_does_not_give_its_lock_away(tmp_path):
+def test_a_backup_by_the_run_itself_does_not_release_its_lock(tmp_path):
     command = [sys.executable, "-c", HOLDING, tmp_path / "run"]
     with CheckpointStore(tmp_path / "run") as store:
         save(store, 0)
@@ -228,7 +228,7 @@ def test_a_backup_made_by_the_run_itself_does_not_give_its_lock_away(tmp_path):
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
 
 
-def test_a_forked_worker_is_another_process_and_gives_nothing_away_when_it_ends(tmp_path):
+def test_a_forked_worker_does_not_release_the_lock_when_it_ends(tmp_path):
     def worker(work):
         pid = os.fork()
         if pid == 0:
@@ -250,7 +250,7 @@ def test_a_forked_worker_is_another_process_and_gives_nothing_away_when_it_ends(
 # What others did to the folder.
 
 
-def test_looking_for_damage_read_only_writes_nothing(tmp_path):
+def test_verifying_a_read_only_store_writes_nothing(tmp_path):
     with CheckpointStore(tmp_path) as store:
         save(store, 0)
         path = tmp_path / save(store, 1).file
@@ -270,9 +270,7 @@ def test_looking_for_damage_read_only_writes_nothing(tmp_path):
     assert (tmp_path / "manifest.json").read_text() == "{"
 
 
-def test_damage_is_known_to_the_process_even_if_it_cannot_be_written_down(
-    tmp_path, monkeypatch, caplog
-):
+def test_damage_is_remembered_even_if_it_cannot_be_stored(tmp_path, monkeypatch, caplog):
     with CheckpointStore(tmp_path) as store:
         save(store, 0)
         corrupt(tmp_path / save(store, 1).file)
@@ -292,9 +290,7 @@ def test_damage_is_known_to_the_process_even_if_it_cannot_be_written_down(
         assert store.last_clean().step == 0
 
 
-def test_a_file_that_cannot_be_removed_is_tried_again_by_the_next_writer(
-    tmp_path, monkeypatch, caplog
-):
+def test_the_next_writer_retries_files_that_could_not_be_removed(tmp_path, monkeypatch, caplog):
     with CheckpointStore(tmp_path, keep=1) as store:
         old = tmp_path / save(store, 0).file
         unlink = Path.unlink
@@ -313,7 +309,7 @@ def test_a_file_that_cannot_be_removed_is_tried_again_by_the_next_writer(
         assert not old.exists() and steps(store) == [1]
 
 
-def test_what_a_crash_left_is_removed_and_a_manifest_of_brackets_is_damage(tmp_path):
+def test_leftovers_of_a_crash_are_removed_and_a_manifest_of_brackets_is_damage(tmp_path):
     with CheckpointStore(tmp_path) as store:
         save(store, 0)
     (tmp_path / ".tmp-step-000000001.000002.pt").write_text("half")
@@ -324,7 +320,7 @@ def test_what_a_crash_left_is_removed_and_a_manifest_of_brackets_is_damage(tmp_p
     assert not list(tmp_path.glob(".tmp-*"))
 
 
-def test_what_is_known_of_the_folder_outlives_the_writer(tmp_path):
+def test_the_stored_mode_outlives_the_writer(tmp_path):
     with CheckpointStore(tmp_path, mode="max", keep=9) as store:
         save(store, 0, metric=0.1)
     with CheckpointStore(tmp_path, keep=9) as store:
@@ -334,7 +330,7 @@ def test_what_is_known_of_the_folder_outlives_the_writer(tmp_path):
         assert store.best().step == 0
 
 
-def test_no_number_is_used_twice_whatever_is_put_into_the_folder(tmp_path, caplog):
+def test_no_serial_is_used_twice_for_any_contents_of_the_folder(tmp_path, caplog):
     with CheckpointStore(tmp_path, keep=1) as store:
         old = tmp_path / save(store, 0).file
         copy = old.read_bytes()
@@ -360,7 +356,7 @@ class Bomb:
         return os.mkdir, (f"{self.folder}/executed",)
 
 
-def test_a_bomb_with_the_right_checksum_does_not_go_off(tmp_path):
+def test_a_bomb_with_a_valid_checksum_is_not_executed(tmp_path):
     with CheckpointStore(tmp_path) as store:
         path = tmp_path / save(store, 0).file
         torch.save({"objects": {}, "data": {"x": Bomb(tmp_path)}, "rng": {}}, path)
@@ -375,7 +371,7 @@ def test_a_bomb_with_the_right_checksum_does_not_go_off(tmp_path):
     assert (tmp_path / "executed").exists()  # it was live
 
 
-def test_the_manifest_of_another_tool_is_left_alone(tmp_path):
+def test_the_manifest_of_another_tool_is_not_changed(tmp_path):
     path = tmp_path / "manifest.json"
     path.write_text('{"name": "a web page"}')
     with pytest.raises(CheckpointError, match=r"manifest\.json is not the manifest of a Ch.*move"):

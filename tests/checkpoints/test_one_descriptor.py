@@ -34,7 +34,7 @@ def store(tmp_path):
     return tmp_path / "store"
 
 
-def test_a_file_that_is_swapped_after_it_was_hashed_is_not_loaded(store, monkeypatch):
+def test_a_file_replaced_after_hashing_is_not_loaded(store, monkeypatch):
     hashed = archive.sha256_of_open
 
     def then_swap(file):
@@ -48,7 +48,7 @@ def test_a_file_that_is_swapped_after_it_was_hashed_is_not_loaded(store, monkeyp
         assert opened.load("last").state["m"]["w"][0] == 1.0
 
 
-def test_a_file_that_is_written_to_after_it_was_hashed_is_refused(store, monkeypatch):
+def test_a_file_written_to_after_hashing_is_an_error(store, monkeypatch):
     hashed = archive.sha256_of_open
 
     def then_overwrite(file):
@@ -64,7 +64,7 @@ def test_a_file_that_is_written_to_after_it_was_hashed_is_refused(store, monkeyp
 
 
 @pytest.mark.parametrize("held", [200, 0], ids=["held open", "compared"])
-def test_shards_that_are_swapped_after_they_were_hashed_are_not_loaded(tmp_path, monkeypatch, held):
+def test_shards_replaced_after_hashing_are_not_loaded(tmp_path, monkeypatch, held):
     monkeypatch.setattr(open_files, "_HELD", held)
     with group_of_one():
         mesh = init_device_mesh("cpu", (1,))
@@ -100,7 +100,7 @@ def test_shards_outside_of_their_folder_are_not_read(tmp_path):
                     pass
 
 
-def test_a_source_that_is_swapped_after_it_was_looked_at_is_not_copied(tmp_path, monkeypatch):
+def test_a_source_replaced_after_inspection_is_not_copied(tmp_path, monkeypatch):
     for name, value in (("last.pt", NAN), ("good.pt", 1.0), ("other.pt", NAN)):
         torch.save({"w": torch.full((3,), value)}, tmp_path / name)
     before = (tmp_path / "last.pt").read_bytes()
@@ -117,7 +117,7 @@ def test_a_source_that_is_swapped_after_it_was_looked_at_is_not_copied(tmp_path,
     assert not list(tmp_path.glob(".tmp-*"))
 
 
-def test_contents_and_data_are_of_one_file(tmp_path, monkeypatch):
+def test_contents_and_data_are_read_from_the_same_file(tmp_path, monkeypatch):
     for name, value in (("a.pt", NAN), ("b.pt", 1.0)):
         torch.save({"w": torch.full((3,), value)}, tmp_path / name)
     contents = inspect_file.contents_of
@@ -170,7 +170,7 @@ def test_a_forked_child_does_not_save_to_the_store_of_its_parent(tmp_path):
         assert [entry.step for entry in store.list()] == [1, 2, 3]
 
 
-def test_a_forked_child_writes_down_no_verdict(tmp_path):
+def test_a_forked_child_stores_no_verdict(tmp_path):
     with CheckpointStore(tmp_path) as store:
         path = tmp_path / store.save(m={"w": torch.ones(3)}, step=1).file
         before = (tmp_path / "manifest.json").read_bytes()

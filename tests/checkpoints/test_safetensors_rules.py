@@ -46,13 +46,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("header", "n_bytes", "says"), REFUSED.values(), ids=REFUSED)
-def test_what_readers_could_differ_on_is_refused(tmp_path, header, n_bytes, says):
+def test_ambiguous_files_are_an_error(tmp_path, header, n_bytes, says):
     path = write(tmp_path / "x.safetensors", header, bytes(n_bytes))
     with pytest.raises(DamagedFile, match=says):
         inspect(path)
 
 
-def test_what_the_format_allows_is_read(tmp_path):
+def test_everything_the_format_allows_is_read(tmp_path):
     header = {
         "__metadata__": None,
         "z": entry("U8", [2], 0, 2),

@@ -44,7 +44,7 @@ def sizes(folder: Path) -> tuple[int, int]:
         return shared.size, apart.size
 
 
-def test_what_all_ranks_share_is_kept_once(two: Ranks, tmp_path: Path) -> None:
+def test_tensors_shared_by_all_ranks_are_stored_once(two: Ranks, tmp_path: Path) -> None:
     (shared, apart), _ = two.run(sizes, tmp_path)
     assert apart - shared > 30_000
 
@@ -67,9 +67,7 @@ def pipeline_stages(folder: Path) -> bool:
     return restored
 
 
-def test_stages_that_name_their_parameters_alike_are_kept_apart(
-    four: Ranks, tmp_path: Path
-) -> None:
+def test_stages_with_equal_parameter_names_are_kept_apart(four: Ranks, tmp_path: Path) -> None:
     assert four.run(pipeline_stages, tmp_path) == [True] * 4
 
 
@@ -90,7 +88,7 @@ def stages_alike(folder: Path) -> list[bool]:
     return [torch.equal(stage.weight.to_local(), expected), len(others) == 3]
 
 
-def test_stages_of_equal_shapes_get_their_own_weights_back(four: Ranks, tmp_path: Path) -> None:
+def test_stages_of_equal_shapes_get_back_their_own_weights(four: Ranks, tmp_path: Path) -> None:
     assert four.run(stages_alike, tmp_path) == [[True, True]] * 4
 
 
@@ -104,7 +102,7 @@ def bytes_alike(folder: Path) -> list[Any]:
     return [tuple(state["shape"].shape), state["dtype"].dtype]
 
 
-def test_equal_bytes_of_another_shape_or_dtype_are_each_ranks_own(
+def test_equal_bytes_with_another_shape_or_dtype_are_stored_per_rank(
     two: Ranks, tmp_path: Path
 ) -> None:
     answers = two.run(bytes_alike, tmp_path)

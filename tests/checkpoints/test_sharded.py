@@ -95,7 +95,7 @@ def test_a_nan_in_one_shard_is_found(mesh, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["rest.pt", ".metadata", "__0_0.distcp"])
-def test_damage_of_any_file_is_noticed(mesh, tmp_path, name):
+def test_damage_to_any_file_is_found(mesh, tmp_path, name):
     model, _ = build(mesh)
     with CheckpointStore(tmp_path) as store:
         entry = store.save(model=model, step=0)
@@ -110,7 +110,7 @@ def test_damage_of_any_file_is_noticed(mesh, tmp_path, name):
         assert not store.verify()[0].ok
 
 
-def test_a_nan_in_a_complex_shard_is_found_and_every_file_counts(mesh, tmp_path):
+def test_a_nan_in_a_complex_shard_of_any_file_is_found(mesh, tmp_path):
     shard = distribute_tensor(torch.tensor([1.0, complex(0, NAN)]), mesh, [Shard(0)])
     with CheckpointStore(tmp_path) as store:
         entry = store.save(m={"w": shard}, step=0)
@@ -122,7 +122,7 @@ def path_of(handle):
     return Path(os.readlink(f"/proc/self/fd/{handle}"))
 
 
-def test_every_file_is_on_the_disk_before_the_folder_has_its_name(mesh, tmp_path, monkeypatch):
+def test_every_file_is_flushed_before_the_folder_is_renamed(mesh, tmp_path, monkeypatch):
     flushed, named = [], {}
     fsync, rename = os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda fd: (flushed.append(path_of(fd)), fsync(fd)))
@@ -140,9 +140,7 @@ def test_every_file_is_on_the_disk_before_the_folder_has_its_name(mesh, tmp_path
     assert named["rest.pt"][0] in named["rest.pt"][1]
 
 
-def test_a_disk_that_is_full_at_the_shards_is_a_disk_that_is_full(
-    mesh, tmp_path, monkeypatch, caplog
-):
+def test_a_disk_full_while_writing_shards_is_reported_as_full(mesh, tmp_path, monkeypatch, caplog):
     fsync = os.fsync
 
     def full(handle):
@@ -166,7 +164,7 @@ def test_a_disk_that_is_full_at_the_shards_is_a_disk_that_is_full(
             store.load("last")
 
 
-def test_a_partial_tensor_is_refused_and_a_size_is_kept(mesh, tmp_path):
+def test_a_partial_tensor_is_an_error_and_a_size_is_kept(mesh, tmp_path):
     partial = DTensor.from_local(torch.ones(2), mesh, [Partial()])
     shard = distribute_tensor(torch.ones(2), mesh, [Shard(0)])
     with CheckpointStore(tmp_path) as store:
@@ -185,9 +183,7 @@ def test_a_missing_file_is_named(mesh, tmp_path, name):
         assert store.verify()[0].problem == f"{path} is missing"
 
 
-def test_a_disk_that_writes_other_bytes_into_a_shard_is_noticed_while_saving(
-    mesh, tmp_path, monkeypatch, caplog
-):
+def test_corruption_of_a_shard_is_found_while_saving(mesh, tmp_path, monkeypatch, caplog):
     fsync = os.fsync
 
     def lying(handle):
@@ -247,7 +243,7 @@ def test_verify_reads_every_file_of_a_folder_once(mesh, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
-def test_a_checkpoint_of_any_python_is_read_by_all(module, mesh, tmp_path):
+def test_a_checkpoint_is_read_by_every_python_version(module, mesh, tmp_path):
     """Python 3.13 pickles paths by the module that defines them, which no other has."""
     model, _ = build(mesh)
     with CheckpointStore(tmp_path) as store:
@@ -270,7 +266,7 @@ class Bomb:
         return os.mkdir, (f"{self.folder}/executed",)
 
 
-def test_metadata_that_points_elsewhere_is_refused(mesh, tmp_path):
+def test_metadata_that_points_outside_is_an_error(mesh, tmp_path):
     with CheckpointStore(tmp_path) as store:
         folder = tmp_path / store.save(model=build(mesh)[0], step=0).file
     path, shards = folder / ".metadata", folder / "__0_0.distcp"
@@ -300,7 +296,7 @@ def test_metadata_that_points_elsewhere_is_refused(mesh, tmp_path):
     assert (tmp_path / "executed").exists()  # it was live
 
 
-def test_metadata_that_calls_anything_is_refused(tmp_path):
+def test_metadata_with_a_call_is_an_error(tmp_path):
     class Bomb:
         def __reduce__(self):
             return print, ("executed",)
@@ -375,7 +371,7 @@ def test_metadata_of_values_of_another_type_is_damage(mesh, tmp_path, change):
         assert not store.verify()[0].ok
 
 
-def test_metadata_of_a_tower_of_tuples_takes_no_time(tmp_path):
+def test_metadata_of_deeply_nested_tuples_is_read_quickly(tmp_path):
     tower = b"\x80\x02X\x01\x00\x00\x00aq\x00" + b"".join(
         b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60)
     )
@@ -409,7 +405,7 @@ def test_members_of_an_enum_are_read_by_value_and_by_name(mesh, tmp_path, monkey
         assert {t.properties.memory_format for t in found} == {torch.channels_last}
 
 
-def test_the_metadata_that_is_built_anew_is_that_which_was_written(mesh, tmp_path):
+def test_rebuilt_metadata_equals_the_written_one(mesh, tmp_path):
     with CheckpointStore(tmp_path) as store:
         folder = tmp_path / store.save(model=build(mesh)[0], step=0).file
     ours, theirs = read_metadata(folder), pickle.loads((folder / ".metadata").read_bytes())

@@ -58,7 +58,7 @@ def store(tmp_path):
         yield opened
 
 
-def test_the_flag_waits_for_the_next_safe_point_and_the_old_handler_comes_back(store):
+def test_the_flag_waits_for_maybe_save_and_the_old_handler_is_restored(store):
     before = signal.getsignal(signal.SIGUSR1)
     store.save_on_signal(signal.SIGUSR1)
     signal.raise_signal(signal.SIGUSR1)
@@ -72,7 +72,7 @@ def test_the_flag_waits_for_the_next_safe_point_and_the_old_handler_comes_back(s
         assert later.last_clean().step == 5
 
 
-def test_a_disk_that_fails_keeps_no_run_from_ending(store, monkeypatch, caplog):
+def test_a_failing_disk_does_not_prevent_a_run_from_ending(store, monkeypatch, caplog):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
@@ -85,7 +85,7 @@ def test_a_disk_that_fails_keeps_no_run_from_ending(store, monkeypatch, caplog):
     assert "stopping at step 5; saved nothing" in caplog.text
 
 
-def test_of_several_flags_one_is_enough(store):
+def test_one_of_several_flags_is_enough(store):
     with store.save_on_signal(signal.SIGUSR1, exit=False), store.save_on_signal(exit=False):
         assert not store.stop_requested
         signal.raise_signal(signal.SIGTERM)  # what is meant if none is named
@@ -95,7 +95,7 @@ def test_of_several_flags_one_is_enough(store):
         assert not store.stop_requested
 
 
-def test_a_loop_may_leave_by_itself(store):
+def test_a_loop_can_end_by_itself(store):
     with store.save_on_signal(signal.SIGUSR1, exit=False):
         for step in range(1, 100):
             if step == 3:
@@ -133,7 +133,7 @@ def test_the_previous_handler_is_restored(store, leave):
 
 
 @pytest.mark.parametrize("leave", ["close", "maybe_save"])
-def test_two_flags_of_one_signal_leave_the_handler_of_before(store, leave):
+def test_two_flags_of_one_signal_restore_the_original_handler(store, leave):
     before = signal.getsignal(signal.SIGUSR1)
     store.save_on_signal(signal.SIGUSR1, exit=False)
     if leave == "maybe_save":
@@ -147,7 +147,7 @@ def test_two_flags_of_one_signal_leave_the_handler_of_before(store, leave):
     assert signal.getsignal(signal.SIGUSR1) is before
 
 
-def test_a_forked_worker_still_dies_of_it(store):
+def test_a_forked_worker_is_still_ended_by_the_signal(store):
     context = multiprocessing.get_context("fork")
     ready = context.Event()  # Python drops signals that come while it is forking
 
@@ -172,7 +172,7 @@ def test_every(store):
     assert store.maybe_save(x=1, step=9) is None
 
 
-def test_wrong_use(store):
+def test_wrong_use_is_an_error(store):
     before = signal.getsignal(signal.SIGUSR1)
     with pytest.raises(ValueError, match="cannot handle signal 999"):
         store.save_on_signal(signal.SIGUSR1, 999)

@@ -51,7 +51,7 @@ KINDS = ["link", "dangling link", *SPECIAL]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_lock_that_is_no_file_of_its_own_is_refused(store, victim, capsys, kind):
+def test_a_lock_that_is_not_a_regular_file_is_an_error(store, victim, capsys, kind):
     put(store / ".lock", kind, victim)
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(CheckpointError, match=r"\.lock is a .*, not a regular file; nothing was"):
@@ -65,7 +65,7 @@ def test_a_lock_that_is_no_file_of_its_own_is_refused(store, victim, capsys, kin
         assert opened.load("last").step == 2
 
 
-def test_a_lock_that_has_another_name_is_held_but_not_written_to(store, victim):
+def test_a_lock_file_with_several_names_is_locked_but_not_written(store, victim):
     (store / ".lock").unlink()
     os.link(victim, store / ".lock")
     with CheckpointStore(store) as opened:
@@ -88,7 +88,7 @@ def test_a_temporary_name_is_never_written_through(store, victim, name, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_rollback_of_files_writes_through_no_link(tmp_path, victim, kind):
+def test_a_rollback_of_files_follows_no_link(tmp_path, victim, kind):
     for name, value in (("last.pt", NAN), ("good.pt", 1.0)):
         torch.save({"w": torch.full((3,), value)}, tmp_path / name)
     put(tmp_path / ".tmp-last.pt", kind, victim)
@@ -101,7 +101,7 @@ def test_a_rollback_of_files_writes_through_no_link(tmp_path, victim, kind):
     assert (tmp_path / "last.pt").read_bytes() == (tmp_path / "good.pt").read_bytes()
 
 
-def test_a_temporary_that_appears_at_once_is_not_opened(tmp_path, victim, monkeypatch):
+def test_a_temporary_file_that_appears_meanwhile_is_not_opened(tmp_path, victim, monkeypatch):
     def racing(path):
         os.symlink(victim, path)
         raise FileNotFoundError
@@ -113,7 +113,7 @@ def test_a_temporary_that_appears_at_once_is_not_opened(tmp_path, victim, monkey
 
 
 @pytest.mark.parametrize("kind", SPECIAL)
-def test_a_manifest_that_is_a_pipe_or_a_device_is_refused(store, victim, capsys, kind):
+def test_a_manifest_that_is_a_pipe_or_a_device_is_an_error(store, victim, capsys, kind):
     put(store / "manifest.json", kind, victim)
     for read_only in (False, True):
         with pytest.raises(DamagedFile, match=r"manifest\.json is a .*, not a regular file"):
@@ -126,7 +126,7 @@ def test_a_manifest_that_is_a_pipe_or_a_device_is_refused(store, victim, capsys,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_that_is_no_regular_file_is_passed_over(store, victim, caplog, kind):
+def test_a_checkpoint_that_is_not_a_regular_file_is_skipped(store, victim, caplog, kind):
     with CheckpointStore(store, read_only=True) as opened:
         last = opened.last().file
     put(store / last, kind, victim)
@@ -141,7 +141,7 @@ def test_a_checkpoint_that_is_no_regular_file_is_passed_over(store, victim, capl
     assert victim.read_text() == "precious"
 
 
-def test_a_link_to_the_same_bytes_is_refused_in_a_store(store, tmp_path):
+def test_a_link_in_a_store_is_an_error_even_with_the_same_bytes(store, tmp_path):
     with CheckpointStore(store, read_only=True) as opened:
         last = store / opened.last().file
     last.rename(tmp_path / "elsewhere.pt")
@@ -153,7 +153,7 @@ def test_a_link_to_the_same_bytes_is_refused_in_a_store(store, tmp_path):
 
 @pytest.mark.parametrize("kind", SPECIAL)
 @pytest.mark.parametrize("name", ["last.pt", "model.safetensors", "pytorch_model.bin"])
-def test_a_file_of_another_program_that_is_none_is_refused(tmp_path, victim, capsys, name, kind):
+def test_a_file_that_is_not_a_checkpoint_is_an_error(tmp_path, victim, capsys, name, kind):
     put(tmp_path / name, kind, victim)
     with pytest.raises(OSError, match="not a regular file"):
         inspect(tmp_path / name)
@@ -166,7 +166,7 @@ def test_a_file_of_another_program_that_is_none_is_refused(tmp_path, victim, cap
     assert status == 2 and "not a regular file" in err
 
 
-def test_a_link_that_a_user_names_is_read(tmp_path, capsys):
+def test_a_link_named_by_the_user_is_followed(tmp_path, capsys):
     torch.save({"w": torch.ones(3)}, tmp_path / "epoch3.pt")
     (tmp_path / "last.pt").symlink_to("epoch3.pt")
     assert inspect(tmp_path / "last.pt").contents.n_tensors == 1

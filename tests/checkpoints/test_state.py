@@ -27,7 +27,7 @@ def save(store, step, value=1.0, **more):
     return store.save(weights={"w": torch.full((3,), float(value))}, step=step, **more)
 
 
-def test_the_second_number_of_a_pair_of_gaussian_ones_is_remembered():
+def test_the_cached_gaussian_number_is_restored():
     random.gauss(0.0, 1.0), np.random.randn()  # both draw two and keep one
     state = random_state()
     drawn = random.gauss(0.0, 1.0), np.random.randn(), torch.randn(2).tolist()
@@ -36,7 +36,7 @@ def test_the_second_number_of_a_pair_of_gaussian_ones_is_remembered():
     assert (random.gauss(0.0, 1.0), np.random.randn(), torch.randn(2).tolist()) == drawn
 
 
-def test_random_streams_of_other_devices_are_refused_whole():
+def test_random_states_of_other_devices_change_nothing():
     state = {**random_state(), "cuda": [torch.zeros(16, dtype=torch.uint8)] * 64}
     torch.rand(1)
     before = torch.get_rng_state()
@@ -58,7 +58,7 @@ class Pair(NamedTuple):
     b: int
 
 
-def test_kinds_that_cannot_be_loaded_become_plain_or_are_named(store):
+def test_types_that_cannot_be_loaded_are_converted_or_named(store):
     kinds = {"settings": Settings(a=1), "ordered": collections.OrderedDict(b=2), "set": {3}}
     store.save(data=kinds, step=0)
     found = store.load().state["data"]
@@ -76,7 +76,7 @@ def test_a_generator_among_the_objects_is_restored(store):
     assert torch.equal(torch.rand(2, generator=generator), drawn)
 
 
-def test_loading_may_leave_the_random_streams_alone(store):
+def test_loading_can_keep_the_random_states(store):
     model = torch.nn.Linear(1, 1)
     store.save(model=model, step=0)
     torch.rand(1)
@@ -87,7 +87,7 @@ def test_loading_may_leave_the_random_streams_alone(store):
     assert not torch.equal(torch.get_rng_state(), before)
 
 
-def test_notes_are_the_last_and_are_carried_to_the_next_clean_one(store):
+def test_the_latest_notes_are_kept_until_the_next_clean_checkpoint(store):
     told = [f"incident {i}" for i in range(10)]
     assert save(store, 0, NAN, incidents=told).notes == tuple(told[2:])
     entry = save(store, 1, NAN)
@@ -98,7 +98,7 @@ def test_notes_are_the_last_and_are_carried_to_the_next_clean_one(store):
     assert (entry.incidents, entry.notes) == (1, ("another",))
 
 
-def test_a_guard_that_started_afresh_counts_from_nothing(store):
+def test_a_new_guard_counts_skips_from_zero(store):
     def guard(n_skips):
         opt = GuardedOptimizer(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1))
         for _ in range(n_skips):
@@ -122,7 +122,7 @@ def test_the_manifest_is_json_that_every_parser_reads(store):
     assert json.loads(text, parse_constant=refuse)["checkpoints"][0]["metric"] == "nan"
 
 
-def test_what_a_rollback_put_aside_is_known_to_the_next_writer(store):
+def test_the_next_writer_knows_the_checkpoints_set_aside(store):
     save(store, 0)
     aside = save(store, 1)
     assert store.rollback(to=0).step == 0
@@ -133,7 +133,7 @@ def test_what_a_rollback_put_aside_is_known_to_the_next_writer(store):
         assert later.load(1).step == 1
 
 
-def test_of_two_checkpoints_of_a_step_the_newer_counts(store):
+def test_the_newer_of_two_checkpoints_of_a_step_is_loaded(store):
     save(store, 1, 1.0)
     save(store, 1, 2.0)
     assert store.load(1).state["weights"]["w"].tolist() == [2.0] * 3
@@ -143,7 +143,7 @@ def test_of_two_checkpoints_of_a_step_the_newer_counts(store):
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
-def test_the_best_is_the_newest_of_equals_and_no_nan_even_if_it_came_first(tmp_path, mode):
+def test_the_best_is_the_newest_of_equals_and_never_nan(tmp_path, mode):
     with CheckpointStore(tmp_path, mode=mode, keep=9) as store:
         save(store, 0, metric=NAN)
         assert store.best() is None
@@ -152,20 +152,20 @@ def test_the_best_is_the_newest_of_equals_and_no_nan_even_if_it_came_first(tmp_p
         assert store.best().step == 2
 
 
-def test_as_many_clean_ones_stay_as_are_asked_for(tmp_path):
+def test_keep_clean_checkpoints_are_kept(tmp_path):
     with CheckpointStore(tmp_path, keep=1, keep_clean=2) as store:
         for step, value in enumerate((1.0, 1.0, 1.0, NAN, NAN)):
             save(store, step, value)
         assert [entry.step for entry in store.list()] == [1, 2, 4]
 
 
-def test_an_entry_says_in_one_line_what_it_is(store):
+def test_the_text_of_an_entry_is_one_line(store):
     entry = save(store, 3, epoch=1, metric=0.25)
     assert str(entry) == f"{entry.file} (step 3, epoch 1, metric 0.25, clean)"
     assert str(save(store, 4, NAN)).endswith("(step 4, not finite: weights.w (3 NaN))")
 
 
-def test_what_comes_back_from_the_disk_otherwise_is_no_checkpoint(tmp_path, monkeypatch, caplog):
+def test_data_that_differs_when_read_back_is_not_a_checkpoint(tmp_path, monkeypatch, caplog):
     """A controller that lies: what is read is not what was written."""
     honest = files.Sink.write
 
@@ -188,7 +188,7 @@ def test_what_comes_back_from_the_disk_otherwise_is_no_checkpoint(tmp_path, monk
             assert len(list(store.directory.glob("*.pt"))) == 1
 
 
-def test_a_checkpoint_that_is_not_finite_is_said_and_others_are_not(store, caplog):
+def test_only_nonfinite_checkpoints_are_logged(store, caplog):
     save(store, 0)
     assert not caplog.messages
     save(store, 1, NAN)

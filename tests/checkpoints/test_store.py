@@ -39,7 +39,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(store):
     assert_same_bits(LongRun.resumed(store, "last").advance(12).everything(), expected)
 
 
-def test_saving_disturbs_nothing(store):
+def test_saving_changes_no_state(store):
     expected = LongRun().advance(8).everything()
     run = LongRun().advance(4)
     run.save(store)
@@ -53,7 +53,7 @@ def test_loading_twice_gives_the_same_run_twice(store):
     assert_same_bits(LongRun.resumed(store).advance(9).everything(), once)
 
 
-def test_the_newest_stay_and_the_last_clean_one_and_the_best(store):
+def test_the_newest_the_last_clean_and_the_best_are_kept(store):
     save(store, 0)
     save(store, 1, metric=0.5)
     save(store, 2, metric=0.7)
@@ -78,7 +78,7 @@ def test_a_store_stays_where_it_was_opened(tmp_path, monkeypatch):
     assert steps(store) == [0, 1] and os.listdir() == []
 
 
-def test_the_bootstrap_checkpoint_stays_until_a_later_clean_one_exists(store):
+def test_the_initial_checkpoint_is_kept_until_there_is_a_later_clean_one(store):
     save(store, 0)
     for step in range(1, 6):
         save(store, step, NAN)
@@ -88,7 +88,7 @@ def test_the_bootstrap_checkpoint_stays_until_a_later_clean_one_exists(store):
 
 
 @pytest.mark.parametrize(("mode", "best"), [("min", 2), ("max", 1)])
-def test_best_by_mode_and_never_a_nan(tmp_path, mode, best):
+def test_the_best_depends_on_mode_and_is_never_nan(tmp_path, mode, best):
     with CheckpointStore(tmp_path, mode=mode, keep=9) as store:
         for step, metric in enumerate([0.4, 0.9, 0.1, NAN, None]):
             save(store, step, metric=metric)
@@ -99,7 +99,7 @@ def test_best_by_mode_and_never_a_nan(tmp_path, mode, best):
         assert later.list()[3].metric != later.list()[3].metric
 
 
-def test_the_manifest_says_what_was_saved(store):
+def test_the_manifest_lists_the_saved_checkpoints(store):
     first = save(store, 3, epoch=1, metric=0.25, tag=["warm-up", 7], incidents=2)
     assert (first.step, first.epoch, first.metric, first.tag) == (3, 1, 0.25, ["warm-up", 7])
     assert (first.incidents, first.n_tensors, first.clean, first.verified) == (2, 1, True, True)
@@ -150,7 +150,7 @@ def test_a_nan_number_in_a_state_is_found_and_infinite_ones_are_not(store):
     assert store.save(losses=[NAN], step=2).clean  # plain data is the caller's own
 
 
-def test_what_is_non_finite_by_design_can_be_ignored(tmp_path):
+def test_tensors_nonfinite_by_design_can_be_ignored(tmp_path):
     with CheckpointStore(tmp_path, ignore=["*.attn_mask"]) as store:
         mask = {"layer.attn_mask": torch.full((2, 2), -float("inf")), "w": torch.ones(1)}
         assert store.save(model=mask, step=0).clean
@@ -175,7 +175,7 @@ def test_skipped_steps_of_a_guarded_optimizer_are_incidents(store):
     assert store.last().skipped_steps == 3
 
 
-def test_records_are_told_in_the_manifest(store):
+def test_incident_records_become_notes_in_the_manifest(store):
     run = LongRun().advance(5)
     entry = store.save(run.objects(), step=5, incidents=run.optimizer.records())
     assert entry.incidents == 1
@@ -199,7 +199,7 @@ def test_rollback_makes_an_earlier_checkpoint_the_last(store):
     assert store.load(20).state["weights"]["w"].tolist() == [1.0] * 3
 
 
-def test_only_the_backup_of_the_latest_rollback_stays(store):
+def test_only_the_backup_of_the_latest_rollback_is_kept(store):
     save(store, 0)
     save(store, 1, NAN)
     store.rollback()
@@ -226,7 +226,7 @@ def test_rollback_to_a_step(store):
         store.rollback(to="worst")
 
 
-def test_a_lost_manifest_is_built_again_from_the_files(tmp_path, caplog):
+def test_a_lost_manifest_is_rebuilt_from_the_files(tmp_path, caplog):
     with CheckpointStore(tmp_path, keep=5) as store:
         save(store, 0, epoch=0, metric=0.5, tag="start")
         save(store, 1, NAN, incidents=4)
@@ -242,7 +242,7 @@ def test_a_lost_manifest_is_built_again_from_the_files(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b'["format", 3]', None], ids=range(4))
-def test_a_damaged_manifest_is_built_again(tmp_path, damage):
+def test_a_damaged_manifest_is_rebuilt(tmp_path, damage):
     with CheckpointStore(tmp_path) as store:
         save(store, 5)
         before = store.list()
@@ -255,7 +255,7 @@ def test_a_damaged_manifest_is_built_again(tmp_path, damage):
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-def test_a_manifest_of_a_newer_version_is_a_clear_error_and_is_left_alone(tmp_path, read_only):
+def test_a_manifest_of_a_newer_version_is_an_error_and_is_not_changed(tmp_path, read_only):
     with CheckpointStore(tmp_path) as store:
         save(store, 5)
     path = tmp_path / "manifest.json"
@@ -280,7 +280,7 @@ print(len(fastguard.CheckpointStore(sys.argv[1], read_only=True).list()))
 """
 
 
-def test_a_second_process_is_told_who_holds_the_store(store):
+def test_a_second_process_gets_the_pid_of_the_writer(store):
     save(store, 0)
     command = [sys.executable, "-c", OTHER, str(store.directory)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -291,7 +291,7 @@ def test_a_second_process_is_told_who_holds_the_store(store):
     assert count == "1"
 
 
-def test_a_second_store_of_this_process_is_refused_until_the_first_closes(store):
+def test_a_second_store_in_this_process_is_an_error_until_the_first_closes(store):
     with pytest.raises(StoreLocked, match="in this process"):
         CheckpointStore(store.directory)
     store.close()
@@ -314,7 +314,7 @@ def test_read_only_changes_nothing(store):
         CheckpointStore(store.directory / "nowhere", read_only=True)
 
 
-def test_scalars_of_numpy_become_numbers_and_what_cannot_be_loaded_is_named(store):
+def test_numpy_scalars_become_numbers_and_unloadable_values_are_named(store):
     entry = store.save(data={"lr": np.float64(0.1)}, step=np.int64(4), metric=torch.tensor(0.5))
     assert store.load(4).state["data"] == {"lr": 0.1}
     assert entry.metric == 0.5
@@ -341,7 +341,7 @@ def with_state(optimizer):
     }
 
 
-def test_whatever_has_a_state_survives(store):
+def test_every_object_with_a_state_is_restored(store):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
     guarded = GuardedOptimizer(optimizer)
     saved, fresh = with_state(guarded), with_state(guarded)
@@ -372,7 +372,7 @@ def test_tied_tensors_and_module_versions_survive(store):
         ({"on_error": "ignore"}, ValueError, "on_error='ignore' is unknown"),
     ],
 )
-def test_wrong_settings(tmp_path, arguments, error, message):
+def test_wrong_settings_are_an_error(tmp_path, arguments, error, message):
     with pytest.raises(error, match=message):
         CheckpointStore(tmp_path, **arguments)
 
@@ -387,7 +387,7 @@ def test_wrong_settings(tmp_path, arguments, error, message):
         ({"step": 1, "incidents": -1}, ValueError, "incidents=-1"),
     ],
 )
-def test_wrong_arguments_of_save(store, arguments, error, message):
+def test_wrong_arguments_of_save_are_an_error(store, arguments, error, message):
     with pytest.raises(error, match=message):
         store.save(w={"x": torch.ones(1)}, **arguments)
     with pytest.raises(TypeError, match="give names"):

@@ -14,7 +14,7 @@ def store(tmp_path):
 
 
 @pytest.mark.parametrize("every", [0, -5, 2.5, True, "5"])
-def test_every_is_a_number_of_steps(store, every):
+def test_every_must_be_a_positive_integer(store, every):
     with pytest.raises(ValueError, match=f"every={every!r} must be an integer >= 1"):
         store.maybe_save(x={"w": torch.ones(1)}, step=5, every=every)
     assert store.list() == ()

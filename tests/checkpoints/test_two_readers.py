@@ -38,7 +38,7 @@ def loads(path):
         return None
 
 
-def test_an_archive_that_python_wrote_is_read_as_torch_reads_it(tmp_path):
+def test_an_archive_written_by_python_is_read_like_torch_does(tmp_path):
     path = write(tmp_path / "x.pt", under("x", records(NAN)))
     assert loads(path) is not None
     assert inspect(path).bad == (("model.w", 4, 0, 0),)
@@ -53,7 +53,7 @@ def test_two_roots(tmp_path):
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("twin", ["data/0", "DATA/0", "Data.pkl", "data.pkl", "Version"])
 @pytest.mark.parametrize("first", [False, True], ids=["behind", "before"])
-def test_a_record_twice_in_any_case(tmp_path, twin, first):
+def test_two_records_with_names_equal_except_for_case_are_an_error(tmp_path, twin, first):
     """torch finds records without regard to case, Python takes the last of one name."""
     good, bad = records(1.0), records(NAN)
     more = [(f"x/{twin}", bad.get(twin.lower(), b"3\n"))]
@@ -111,7 +111,7 @@ def test_a_directory_and_headers_that_disagree(tmp_path, change, n):
 
 
 @pytest.mark.parametrize("where", ["front", "middle", "end", "comment"])
-def test_bytes_that_belong_to_no_record(tmp_path, where):
+def test_bytes_outside_records_are_an_error(tmp_path, where):
     path = write(tmp_path / "x.pt", under("x", records()))
     raw = path.read_bytes()
     directory = find(raw, ENTRY, 0)
@@ -138,7 +138,7 @@ def test_one_archive_inside_another(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x\\data.pkl", "x/data.pkl\0", "x/" + "a" * 600, "x/a\nb", "a"])
-def test_names_that_readers_cut_or_change(tmp_path, name):
+def test_names_that_readers_change_are_an_error(tmp_path, name):
     path = write(tmp_path / "x.pt", [*under("x", records()), ("x/" + "q" * (len(name) - 2), b"")])
     raw = path.read_bytes().replace(("x/" + "q" * (len(name) - 2)).encode(), name.encode())
     path.write_bytes(raw)
@@ -156,7 +156,7 @@ def test_a_second_name_in_the_extra_field(tmp_path):
 
 
 @pytest.mark.parametrize("lost", ["version", "data.pkl", "byteorder"])
-def test_what_torch_cannot_open_is_not_ok(tmp_path, lost):
+def test_files_that_torch_cannot_open_are_not_ok(tmp_path, lost):
     found = records()
     del found[lost]
     path = write(tmp_path / "x.pt", under("x", found))
@@ -174,7 +174,7 @@ def test_a_version_that_torch_does_not_know(tmp_path, version):
         inspect(path)
 
 
-def test_no_flipped_bit_of_the_directory_is_called_ok_and_cannot_be_loaded(tmp_path):
+def test_a_directory_with_a_flipped_bit_is_never_ok_yet_unloadable(tmp_path):
     path = tmp_path / "last.pt"
     torch.save({"w": torch.ones(2)}, path)
     raw = path.read_bytes()
@@ -194,7 +194,7 @@ def test_no_flipped_bit_of_the_directory_is_called_ok_and_cannot_be_loaded(tmp_p
     assert n_ok > 100  # times, versions and the like mean nothing to anybody
 
 
-def test_a_storage_that_is_said_to_have_more_elements_than_its_record(tmp_path):
+def test_a_storage_that_claims_more_elements_than_its_record(tmp_path):
     found = records()
     found["data/0"] = found["data/0"][:8]
     path = write(tmp_path / "x.pt", under("x", found))
@@ -203,7 +203,7 @@ def test_a_storage_that_is_said_to_have_more_elements_than_its_record(tmp_path):
 
 
 @pytest.mark.parametrize("more", [1, 4, 64])
-def test_a_record_that_is_longer_than_its_storage_is_damage(tmp_path, more):
+def test_a_record_longer_than_its_storage_is_damage(tmp_path, more):
     found = records()
     found["data/0"] += bytes(more)
     path = write(tmp_path / "x.pt", under("x", found))
@@ -211,7 +211,7 @@ def test_a_record_that_is_longer_than_its_storage_is_damage(tmp_path, more):
         inspect(path)
 
 
-def test_a_tar_archive_that_is_a_pickle_too(tmp_path):
+def test_a_tar_archive_that_is_also_a_pickle(tmp_path):
     import tarfile
 
     path = tmp_path / "x.pt"

@@ -225,7 +225,7 @@ LIVE = {
 
 
 @pytest.mark.parametrize("live", LIVE.values(), ids=LIVE)
-def test_what_would_run_is_refused(tmp_path, live):
+def test_calls_that_could_run_code_are_an_error(tmp_path, live):
     made = tmp_path / "made"
     raw = pickle.dumps(live(made))
     pickle.loads(raw)
@@ -239,7 +239,7 @@ def test_what_would_run_is_refused(tmp_path, live):
 
 @pytest.mark.parametrize("name", ["os.system", "subprocess.Popen", "os.kill", "sys.modules.Module"])
 @pytest.mark.parametrize("argument", ["true", 1], ids=["text", "number"])
-def test_a_package_is_no_road_into_another_module(tmp_path, name, argument):
+def test_a_package_does_not_give_access_to_another_module(tmp_path, name, argument):
     short = pickle.dumps(name, protocol=4)[11:-2]  # without frame, memo and end
     raw = b"\x80\x04" + pickle.dumps(HERE, protocol=4)[11:-2] + short + b"\x93"
     raw += pickle.dumps(argument, protocol=2)[2:-1].replace(b"q\x00", b"") + b"\x85R."
@@ -248,7 +248,7 @@ def test_a_package_is_no_road_into_another_module(tmp_path, name, argument):
         inspect(tmp_path / "x.pt")
 
 
-def test_what_torch_refuses_by_default_is_noted(tmp_path, capsys):
+def test_names_refused_by_torch_are_noted(tmp_path, capsys):
     path = tmp_path / "x.pt"
     torch.save({"w": torch.ones(1)}, path)
     assert "note" not in ckpt(capsys, "verify", path)[1]
@@ -305,7 +305,7 @@ def test_a_longdouble_beyond_float64_is_finite(tmp_path):
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 @pytest.mark.parametrize("array", UNREAD.values(), ids=UNREAD)
-def test_what_is_not_read_is_said(tmp_path, capsys, array, protocol):
+def test_unread_values_are_reported(tmp_path, capsys, array, protocol):
     torch.save({"a": array, "w": torch.ones(1)}, tmp_path / "x.pt", pickle_protocol=protocol)
     status, out, _ = ckpt(capsys, "verify", tmp_path / "x.pt")
     assert status == 0

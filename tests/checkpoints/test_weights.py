@@ -70,7 +70,7 @@ WITH_WEIGHTS = {
 
 @pytest.mark.parametrize("case", WITHOUT_WEIGHTS)
 @pytest.mark.parametrize("damaged", [True, False], ids=["damaged", "nan"])
-def test_what_holds_no_weights_is_passed_over(tmp_path, capsys, case, damaged):
+def test_files_without_weights_are_skipped(tmp_path, capsys, case, damaged):
     torch.save({"model": {"w": torch.full((99,), NAN)}}, tmp_path / "last.pt")
     if damaged:
         os.truncate(tmp_path / "last.pt", 200)
@@ -91,7 +91,7 @@ def test_what_holds_no_weights_is_passed_over(tmp_path, capsys, case, damaged):
 
 
 @pytest.mark.parametrize("case", WITH_WEIGHTS)
-def test_what_holds_weights_is_gone_back_to(tmp_path, capsys, case):
+def test_files_with_weights_are_chosen(tmp_path, capsys, case):
     (tmp_path / "last.pt").write_bytes(b"damaged")
     torch.save(WITH_WEIGHTS[case], tmp_path / "good.pt")
     assert ckpt(capsys, "rollback", tmp_path)[0] == 0
@@ -129,7 +129,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("case", ODD)
-def test_an_odd_value_is_unknown_and_the_rest_of_the_folder_goes_on(tmp_path, capsys, case):
+def test_an_invalid_value_is_ignored_and_the_rest_of_the_folder_is_listed(tmp_path, capsys, case):
     torch.save({"model": {"w": torch.ones(3)}, "epoch": 3}, tmp_path / "epoch3.pt")
     torch.save({"model": {"w": torch.ones(3)}, **ODD[case]}, tmp_path / "other.pt")
     os.utime(tmp_path / "other.pt", (1, 1))
@@ -143,7 +143,7 @@ def test_an_odd_value_is_unknown_and_the_rest_of_the_folder_goes_on(tmp_path, ca
     assert status == 0 and "epoch3.pt (epoch 3)" in out
 
 
-def test_an_infinite_metric_is_one(tmp_path, capsys):
+def test_an_infinite_metric_counts(tmp_path, capsys):
     torch.save({"model": {"w": torch.ones(3)}, "metric": float("inf")}, tmp_path / "x.pt")
     _, out, _ = ckpt(capsys, "list", tmp_path)
     assert out.splitlines()[1].split()[3] == "inf"

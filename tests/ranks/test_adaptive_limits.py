@@ -66,7 +66,7 @@ def train_a_copy(rule: str) -> list[StepRecord]:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("n_ranks", ["two", "four"])
 @pytest.mark.parametrize("spread", [train_a_share, train_a_copy])
-def test_all_ranks_set_the_limits_of_one_process(spread, n_ranks, rule, request):
+def test_all_ranks_set_the_same_limits_as_one_process(spread, n_ranks, rule, request):
     ranks: Ranks = request.getfixturevalue(n_ranks)
     alone = train(rule, 0, 4)
     assert sum(r.action == "clipped" for r in alone) >= 2
@@ -146,7 +146,7 @@ def refused_shards() -> list[str]:
     return messages
 
 
-def test_units_of_shards_are_refused_by_name(two):
+def test_units_of_shards_are_an_error_with_the_name(two):
     for messages in two.run(refused_shards):
         for message in messages:
             assert message.startswith("body.weight is a DTensor") and "max_norm=1.0" in message
@@ -164,7 +164,7 @@ def train_units() -> tuple[list[StepRecord], torch.Tensor]:
     return opt.records(), p.detach()
 
 
-def test_copies_clip_the_units_of_one_process(two):
+def test_replicas_clip_the_same_units_as_one_process(two):
     alone, weight = train_units()
     for records, own in two.run(train_units):
         assert torch.equal(own, weight)
@@ -183,6 +183,6 @@ def other_rules() -> str:
     return str(caught.value)
 
 
-def test_ranks_with_other_rules_are_told_so(two):
+def test_ranks_with_different_rules_raise_an_error(two):
     for message in two.run(other_rules):
         assert "warmup=5" in message and "warmup=6" in message

@@ -165,7 +165,7 @@ def stages() -> tuple[list[Any], float]:
     return seen, opt.records()[0].total_norm
 
 
-def test_what_may_differ_does_and_is_compared_once(two: Ranks) -> None:
+def test_arguments_that_may_differ_are_accepted_and_compared_once(two: Ranks) -> None:
     vector = ("allreduce_", 248)
     for seen, norm in two.run(stages):
         assert seen == [[("allreduce_", 208), vector], [vector]]
@@ -246,7 +246,7 @@ MISPLACED = {
 
 @pytest.mark.parametrize("spread", ["replicated", "sharded"])
 @pytest.mark.parametrize("case", MISPLACED)
-def test_another_order_of_parameters_is_refused(two: Ranks, case: str, spread: str) -> None:
+def test_another_order_of_parameters_is_an_error(two: Ranks, case: str, spread: str) -> None:
     *arguments, expected = MISPLACED[case]
     for message, _ in two.run(ordered, *arguments, spread):
         assert expected in message
@@ -323,7 +323,7 @@ IN_PLACE = {
 
 
 @pytest.mark.parametrize("case", IN_PLACE)
-def test_an_order_that_changes_no_coefficient_is_let_be(two: Ranks, case: str) -> None:
+def test_an_order_that_changes_no_coefficient_is_accepted(two: Ranks, case: str) -> None:
     first, second = two.run(ordered, *IN_PLACE[case], "replicated")
     assert first == second
     assert first[0] == "" and min(first[1]) < 1.0
@@ -336,7 +336,7 @@ def order_of_stages() -> str:
     return str(opt.records()[0].action)
 
 
-def test_stages_hold_what_they_hold(two: Ranks) -> None:
+def test_stages_may_hold_different_parameters(two: Ranks) -> None:
     assert two.run(order_of_stages) == ["clipped"] * 2
 
 
@@ -366,7 +366,7 @@ def added_later(scope: str, swapped: bool) -> tuple[list[list[str]], str]:
 
 
 @pytest.mark.parametrize("scope", ["tensor", "group"])
-def test_parameters_that_join_are_compared_once(two: Ranks, scope: str) -> None:
+def test_added_parameters_are_compared_once(two: Ranks, scope: str) -> None:
     once = ["allreduce_", "allreduce_"]
     for calls, said in two.run(added_later, scope, False):
         assert calls == [once, once[1:], once, once[1:]] and said == ""

@@ -104,7 +104,7 @@ def nan_in_one_shard(folder: Path) -> tuple[Any, int]:
         return bad, store.load("last-clean", run.objects()).step
 
 
-def test_a_nan_in_the_shard_of_one_rank_is_known_to_all(two: Ranks, tmp_path: Path) -> None:
+def test_a_nan_in_the_shard_of_one_rank_is_seen_by_all(two: Ranks, tmp_path: Path) -> None:
     answer = ((("optimizer.state.0.exp_avg", 1, 0, 0),), 1)
     assert two.run(nan_in_one_shard, tmp_path) == [answer, answer]
 
@@ -164,7 +164,7 @@ def said_differently(folder: Path) -> list[Any]:
     return [(e.epoch, e.metric, e.tag, e.incidents, e.time) for e in (saved, *found)]
 
 
-def test_what_rank_0_says_of_a_checkpoint_counts_on_all(two: Ranks, tmp_path: Path) -> None:
+def test_rank_0_decides_the_metadata_of_a_checkpoint(two: Ranks, tmp_path: Path) -> None:
     first, second = two.run(said_differently, tmp_path)
     assert first == second == first[:1] * 2
     assert first[0][:4] == (0, 0.0, "rank 0", 0)
@@ -186,7 +186,9 @@ def rollback_and_damage(folder: Path) -> list[int]:
     return seen
 
 
-def test_all_ranks_go_back_together_and_pass_over_damage(two: Ranks, tmp_path: Path) -> None:
+def test_all_ranks_roll_back_together_and_skip_damaged_checkpoints(
+    two: Ranks, tmp_path: Path
+) -> None:
     assert two.run(rollback_and_damage, tmp_path) == [[2, 1, 2]] * 2
 
 
@@ -214,7 +216,7 @@ def failing_disk(folder: Path, failing: int) -> tuple[list[Any], list[str]]:
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_a_full_disk_of_one_rank_stops_the_save_of_all_and_no_run(
+def test_a_full_disk_on_one_rank_fails_the_save_on_all_but_not_the_run(
     two: Ranks, tmp_path: Path, failing: int
 ) -> None:
     for found, (message,) in two.run(failing_disk, tmp_path, failing):
@@ -333,13 +335,13 @@ def without_group(folder: Path) -> None:
     dist.barrier()
 
 
-def test_a_store_of_one_rank_asks_nobody_and_refuses_shards_of_others(
+def test_a_store_of_one_rank_does_not_communicate_and_rejects_other_ranks_shards(
     two: Ranks, tmp_path: Path
 ) -> None:
     two.run(without_group, tmp_path)
 
 
-def test_what_is_no_group_is_refused(tmp_path: Path) -> None:
+def test_values_that_are_not_groups_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"group='all' must be None or a torch\.distributed"):
         CheckpointStore(tmp_path, group="all")  # type: ignore[arg-type]
 

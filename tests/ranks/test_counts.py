@@ -111,7 +111,7 @@ def raised(bad: Sequence[Sequence[float]]) -> tuple[str, str, list[float]]:
     return *errors, fastguard.measure_grads(named, group=group).segment_counts.sum(1).tolist()
 
 
-def test_errors_count_what_they_name(four: Ranks) -> None:
+def test_errors_count_each_nonfinite_element_once(four: Ranks) -> None:
     bad = BAD["two of four alike"]
     for mine, (*errors, counts) in zip(bad, four.run(raised, bad), strict=True):
         assert counts == [12, 0, 0]
@@ -144,7 +144,7 @@ def where_the_host_may_not_look(bad: Sequence[Sequence[float]]) -> list[float]:
     return counts
 
 
-def test_without_the_host_each_rank_counts_at_least_its_own() -> None:
+def test_without_host_communication_each_rank_counts_its_own() -> None:
     with Ranks(4) as ranks:  # of its own: what the ranks do is changed for good
         found = ranks.run(where_the_host_may_not_look, BAD["of different numbers"])
     assert found == [[12, 0, 0], [5, 0, 0], [5, 0, 0], [5, 0, 0]]  # a mean of 17/4

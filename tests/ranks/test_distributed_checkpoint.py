@@ -88,7 +88,7 @@ def resumed(folder: Path, kwargs: dict[str, Any]) -> Any:
     ],
     ids=["sharded", "flat", "broadcast"],
 )
-def test_a_sharded_run_resumes_exactly_guard_and_all(
+def test_a_sharded_run_with_a_guard_resumes_exactly(
     two: Ranks, tmp_path: Path, kwargs: dict[str, Any]
 ) -> None:
     assert two.run(resumed, tmp_path, kwargs) == [((5, 4, 1), True, True)] * 2
@@ -137,7 +137,7 @@ def set_on_another(
     ids=["sharded", "flat", "full", "broadcast"],
 )
 @pytest.mark.parametrize("kind", ["AdamW", "SGD"])
-def test_every_form_of_state_dict_is_set_on_a_sharded_guard(
+def test_every_form_of_state_dict_loads_into_a_sharded_guard(
     two: Ranks,
     kind: str,
     form: dict[str, bool],

@@ -78,6 +78,6 @@ def refusal(kind: str) -> str:
 
 
 @pytest.mark.parametrize("kind", ["fsdp1", "orig", "fsdp2"])
-def test_fsdp_is_refused(two: Ranks, kind: str) -> None:
+def test_fsdp_is_an_error(two: Ranks, kind: str) -> None:
     for message in two.run(refusal, kind):
         assert "is a shard of FSDP or DeepSpeed, which is already flat" in message

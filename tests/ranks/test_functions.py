@@ -65,7 +65,7 @@ def clipped(name: str, p: float, max_norm: float) -> tuple[bytes, dict[int, Tens
 
 @pytest.mark.parametrize("p", [2.0, math.inf])
 @pytest.mark.parametrize("name", SPREADS)
-def test_clipping_is_that_of_one_process(four: Ranks, name: str, p: float) -> None:
+def test_clipping_equals_that_of_one_process(four: Ranks, name: str, p: float) -> None:
     params = [parameter(g) for g in model_gradients()]
     norm = fastguard.clip_grad_norm_(params, 0.5, p)
     results = four.run(clipped, name, p, 0.5)
@@ -93,7 +93,7 @@ def bad_on_one_rank(name: str, rank: int) -> tuple[list[int], list[str], float]:
 
 
 @pytest.mark.parametrize("name", [n for n in SPREADS if n not in ("partial", "frozen_elsewhere")])
-def test_what_one_rank_holds_all_ranks_count(four: Ranks, name: str) -> None:
+def test_tensors_of_one_rank_count_on_all_ranks(four: Ranks, name: str) -> None:
     results = four.run(bad_on_one_rank, name, 1)
     assert [counts for counts, _, _ in results] == [[1, 1, 1]] * 4  # a quarter of a copy is one
     assert [bool(culprits) for _, culprits, _ in results] == [False, True, False, False]
@@ -272,7 +272,7 @@ def refused() -> list[str]:
     return errors
 
 
-def test_what_cannot_be_joined_is_refused_on_every_rank(four: Ranks) -> None:
+def test_invalid_groups_are_an_error_on_every_rank(four: Ranks) -> None:
     for mesh, foreign, apart, flat in four.run(refused):
         assert "pass mesh.get_group() of the intended dimension" in mesh
         assert "this rank is not a member" in foreign

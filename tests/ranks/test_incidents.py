@@ -129,7 +129,7 @@ def incidents_of_a_scaled_step(case: str) -> list[Any]:
 
 @pytest.mark.parametrize("case", ["", "raise", "floor of rank 1", "unseen by the scaler",
                                   "loss of rank 1"])  # fmt: skip
-def test_all_ranks_agree_on_what_only_lowers_a_loss_scale(two: Ranks, case: str) -> None:
+def test_all_ranks_agree_on_steps_that_only_lower_a_loss_scale(two: Ranks, case: str) -> None:
     seen = same_on_all(two.run(incidents_of_a_scaled_step, case))
     if case in ("", "raise"):
         assert seen == ["loss_scale", False, 0, 1]
@@ -175,7 +175,7 @@ def raise_mode_where_one_rank_clamps() -> list[float]:
     return [*p.tolist(), opt.records()[0].total_norm]
 
 
-def test_ranks_with_and_without_a_clip_value_exchange_as_often(two: Ranks) -> None:
+def test_ranks_with_and_without_a_clip_value_communicate_equally_often(two: Ranks) -> None:
     clamping, other = two.run(raise_mode_where_one_rank_clamps)
     assert clamping[:2] == [-0.5, -0.5] and other[:2] == [-3.0, -4.0]
     assert clamping[2] == other[2] == pytest.approx(math.sqrt(25.5))
@@ -227,7 +227,7 @@ def bad_gradient_before_all_reduce() -> list[Any]:
     return [record.culprit_rank, record.culprit_ranks, record.nan, "on 2 ranks;" in str(record)]
 
 
-def test_a_nan_that_ddp_has_spread_is_of_no_one_rank(two: Ranks) -> None:
+def test_a_nan_spread_by_ddp_has_no_single_culprit_rank(two: Ranks) -> None:
     assert same_on_all(two.run(bad_gradient_before_all_reduce)) == [None, 2, 1, True]
 
 
@@ -242,7 +242,7 @@ def die_before_step() -> None:
         opt.zero_grad()
 
 
-def test_a_death_ends_the_others_with_torchs_own_error(two: Ranks) -> None:
+def test_if_a_rank_dies_torch_raises_on_the_others(two: Ranks) -> None:
     start = time.monotonic()
     survivor, dead = two.outcomes(die_before_step)
     assert time.monotonic() - start < 30
@@ -299,7 +299,7 @@ def refused() -> list[str]:
     return errors
 
 
-def test_what_has_no_meaning_over_ranks_is_refused(two: Ranks) -> None:
+def test_settings_without_meaning_over_ranks_are_an_error(two: Ranks) -> None:
     scope, kind, lbfgs, nothing = same_on_all(two.run(refused))
     assert "clip_scope='tensor' needs one number per tensor" in scope
     assert "group='world' is not a process group" in kind

@@ -50,7 +50,7 @@ def losses_by_rank() -> list[dict[str, float]]:
     return [dict(sorted(r.losses.items())) for r in opt.records()]
 
 
-def test_a_loss_need_not_be_known_to_every_rank(two: Ranks) -> None:
+def test_a_loss_can_be_known_to_some_ranks_only(two: Ranks) -> None:
     assert same_on_all(two.run(losses_by_rank)) == [
         {"det": 3.0, "seg": 1.0},
         {"late": 7.0},
@@ -68,7 +68,7 @@ def rule_without_the_loss() -> list[tuple[str, str | None, tuple[str, ...]]]:
     return [(r.action, r.reason, r.spikes) for r in opt.records()]
 
 
-def test_a_rule_holds_on_ranks_that_never_see_its_loss(two: Ranks) -> None:
+def test_a_rule_applies_on_ranks_without_its_loss(two: Ranks) -> None:
     *_, spike, last = same_on_all(two.run(rule_without_the_loss))
     assert spike == ("skipped", "loss_spike", ("ce",))
     assert last[0] == "applied"
@@ -99,7 +99,7 @@ def a_loss_too_many() -> list[Any]:
     return [repr(said), p.item()]
 
 
-def test_losses_that_come_too_late_share_a_place_and_no_rank_waits(fresh: Ranks) -> None:
+def test_losses_beyond_the_positions_share_one_and_no_rank_waits(fresh: Ranks) -> None:
     said, moved = same_on_all(fresh.run(a_loss_too_many))
     assert said == repr(
         [
@@ -126,7 +126,7 @@ def late_losses_of_both() -> tuple[list[dict[str, float]], list[str]]:
     return [r.losses for r in opt.records()][1:], warnings
 
 
-def test_a_loss_too_many_is_said_once_where_it_is_given(fresh: Ranks) -> None:
+def test_a_loss_beyond_the_positions_is_reported_once(fresh: Ranks) -> None:
     for i, (losses, warnings) in enumerate(fresh.run(late_losses_of_both)):
         assert losses == [{"other losses": 2.0}, {"other losses": 5.0}]
         (warning,) = warnings
@@ -154,7 +154,7 @@ def rule_of_a_late_loss() -> str:
     return str(error.value)
 
 
-def test_a_rule_needs_a_place_of_its_own(fresh: Ranks) -> None:
+def test_a_rule_needs_its_own_position(fresh: Ranks) -> None:
     message = same_on_all(fresh.run(rule_of_a_late_loss))
     assert "no position is left for the rule on loss 'late'" in message
 

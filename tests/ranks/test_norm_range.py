@@ -33,7 +33,7 @@ def measured(name: str, magnitude: float, p: float, mixed: bool) -> tuple[bytes,
 
 @pytest.mark.parametrize("p", [2.0, 3.5, 1.0, 20.0])
 @pytest.mark.parametrize("name", SPREADS)
-def test_every_rank_knows_the_norm(four: Ranks, name: str, p: float) -> None:
+def test_every_rank_gets_the_norm(four: Ranks, name: str, p: float) -> None:
     for magnitude in FAR:
         if name == "partial" and magnitude == 1e-310:
             continue  # a share is made whole by additions of subnormal numbers
@@ -69,5 +69,5 @@ def stepped() -> tuple[str, str | None, float]:
     return record.action, record.reason, p.abs().max().item()
 
 
-def test_a_norm_that_no_float64_holds_is_a_bad_step_on_all(four: Ranks) -> None:
+def test_a_norm_beyond_float64_is_a_bad_step_on_all_ranks(four: Ranks) -> None:
     assert four.run(stepped) == [("skipped", "nonfinite_grad", 0.0)] * 4

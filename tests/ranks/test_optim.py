@@ -57,7 +57,7 @@ def trained(sharded: bool, master: str | None) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("master", [None, "float32", "remainder"])
-def test_shards_train_as_the_whole_does(two, master):
+def test_sharded_training_equals_training_of_the_whole_model(two, master):
     alone = trained(False, master)
     for weights in two.run(trained, True, master):
         for mine, theirs in zip(weights, alone, strict=True):

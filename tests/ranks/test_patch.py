@@ -49,7 +49,7 @@ def pipeline_step(patched: bool) -> tuple[float, Tensor, list[str]]:
     return norm.item(), p.grad.full_tensor(), said
 
 
-def test_a_trainer_that_joins_stages_itself(four: Ranks) -> None:
+def test_a_trainer_that_combines_the_stages_itself(four: Ranks) -> None:
     theirs, ours = four.run(pipeline_step, False), four.run(pipeline_step, True)
     for (norm, grad, said), (expected, its_grad, _) in zip(ours, theirs, strict=True):
         assert norm == pytest.approx(expected, rel=1e-6) == 10.0
@@ -72,7 +72,7 @@ def clamped_on_a_stage(partial: bool) -> tuple[list[float], list[str]]:
     return p.grad.full_tensor().tolist(), said
 
 
-def test_clamping_asks_no_other_rank_and_for_no_group(four: Ranks) -> None:
+def test_clamping_needs_no_communication_and_no_group(four: Ranks) -> None:
     assert four.run(clamped_on_a_stage, False) == [([1.0, -1.0], [])] * 4
     for clamped, said in four.run(clamped_on_a_stage, True):  # of the sum, and not of summands
         assert clamped == pytest.approx([1.0, -0.2]) and said == []
@@ -92,7 +92,7 @@ def experts_apart() -> tuple[float, float]:
     return of_experts.item(), of_the_rest.item()
 
 
-def test_a_trainer_that_takes_experts_apart(four: Ranks) -> None:
+def test_a_trainer_that_clips_experts_separately(four: Ranks) -> None:
     assert four.run(experts_apart, timeout=15.0) == [(0.0, 2.0)] * 2 + [(8.0, 2.0)] * 2
 
 
@@ -138,7 +138,7 @@ def used_as_torchs(patched: bool) -> list[float]:
     return [whole.item(), float(whole), (norm * 2).full_tensor().item(), after.item()]
 
 
-def test_what_callers_do_with_it(four: Ranks) -> None:
+def test_the_norm_can_be_used_like_torchs(four: Ranks) -> None:
     for ours, theirs in zip(
         four.run(used_as_torchs, True), four.run(used_as_torchs, False), strict=True
     ):
@@ -155,7 +155,7 @@ def our_own() -> list[bool]:
     return [type(norm) is Tensor for norm in norms]
 
 
-def test_ours_is_a_plain_tensor(four: Ranks) -> None:
+def test_our_norm_is_a_plain_tensor(four: Ranks) -> None:
     assert four.run(our_own) == [[True, True]] * 4
 
 
@@ -172,7 +172,7 @@ def without_gradients() -> list[bool]:
     return [type(norm) is Tensor and norm.item() == 0.0 for norm in norms]
 
 
-def test_without_a_gradient_it_is_plain_as_torchs(four: Ranks) -> None:
+def test_without_a_gradient_the_norm_is_plain_as_in_torch(four: Ranks) -> None:
     assert four.run(without_gradients) == [[True] * 3] * 4
 
 
@@ -189,7 +189,7 @@ def with_our_keywords() -> tuple[float, str]:
     return norm.item(), str(error.value)
 
 
-def test_our_keywords_are_taken(four: Ranks) -> None:
+def test_our_keywords_are_accepted(four: Ranks) -> None:
     for norm, error in four.run(with_our_keywords):
         assert norm == pytest.approx(math.sqrt(3 * (1 + 4 + 9 + 16)), rel=1e-6)
         assert "NaN" in error

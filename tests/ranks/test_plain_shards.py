@@ -87,7 +87,7 @@ def without_a_group(strategy: str, use_orig_params: bool, nested: bool) -> list[
 @pytest.mark.parametrize("nested", [False, True], ids=["one-unit", "nested"])
 @pytest.mark.parametrize("use_orig_params", [False, True], ids=["flat", "original"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_shards_without_a_group_are_refused(
+def test_shards_without_a_group_are_an_error(
     two: Ranks, strategy: str, use_orig_params: bool, nested: bool
 ) -> None:
     for *refusals, replicated in two.run(without_a_group, strategy, use_orig_params, nested):
@@ -199,7 +199,7 @@ def units(strategy: str, use_orig_params: bool) -> list[str]:
 
 @pytest.mark.parametrize("use_orig_params", [False, True], ids=["flat", "original"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_adaptive_clipping_refuses_tensors_without_their_units(
+def test_adaptive_clipping_of_sharded_units_is_an_error(
     two: Ranks, strategy: str, use_orig_params: bool
 ) -> None:
     for of_function, of_guard in two.run(units, strategy, use_orig_params):
@@ -226,7 +226,7 @@ def a_trainers_own_recipe() -> tuple[float, float, list[str]]:
     return square.sqrt().item(), model.clip_grad_norm_(1e9).item(), said
 
 
-def test_through_the_patch_torchs_meaning_holds_and_is_said_once(two: Ranks) -> None:
+def test_patched_functions_behave_as_in_torch_and_warn_once(two: Ranks) -> None:
     for recipe, theirs, said in two.run(a_trainers_own_recipe):
         assert recipe == pytest.approx(theirs, rel=1e-6)
         (warning,) = said
@@ -280,7 +280,7 @@ def made_before() -> tuple[list[str], int, list[bool]]:
     return said, early.applied_steps + len(other.param_groups) - 1, unchanged
 
 
-def test_what_is_cut_up_later_is_refused_at_the_first_step(two: Ranks) -> None:
+def test_parameters_sharded_later_are_an_error_at_the_first_step(two: Ranks) -> None:
     for said, n, unchanged in two.run(made_before):
         assert all("shards of FullyShardedDataParallel" in s for s in said)
         assert n == 0 and all(unchanged)
@@ -330,5 +330,5 @@ def looked_through() -> tuple[int, int]:
     return len(looks), len(plain_shards._cleared)
 
 
-def test_parameters_are_looked_through_once(two: Ranks) -> None:
+def test_parameters_are_searched_once(two: Ranks) -> None:
     assert [n for n, _ in two.run(looked_through)] == [2, 2]

@@ -86,7 +86,7 @@ def nan_on_one_rank(way: str, folder: Path | None) -> tuple[Any, bool, bool]:
 
 @pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "store"])
 @pytest.mark.parametrize("way", WAYS)
-def test_nan_on_one_rank_takes_all_back(
+def test_nan_on_one_rank_rolls_back_all_ranks(
     two: Ranks, tmp_path: Path, way: str, on_disk: bool
 ) -> None:
     answers = two.run(nan_on_one_rank, way, tmp_path if on_disk else None)

@@ -55,13 +55,13 @@ def test_two_kinds_of_slices_span_what_their_dimensions_span(
         assert _connected(slices) == set(slice_of(root, rank, a + b))
 
 
-def test_ranks_that_no_grid_describes_are_a_slice_of_their_own() -> None:
+def test_irregular_ranks_form_a_slice_of_their_own() -> None:
     assert _connected([Slices([0, 1, 3], range(6))]) == {0, 1, 3}
     assert _connected([Slices([1, 2], range(6))]) == {1, 2}  # no mesh of 6 is cut so
     assert _connected([Slices([0, 1, 3], range(6)), Slices([0, 3], range(6))]) == {0, 1, 3, 4}
 
 
-def test_each_slice_of_a_root_is_walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_slice_of_a_root_is_visited_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rank against each would be 10^8 steps on 16,384 ranks."""
     walked = []
     at = Slices.at
@@ -115,7 +115,7 @@ def norms_of_stages(name: str) -> tuple[float, float, float, list[str]]:
 
 
 @pytest.mark.parametrize("name", ROOTS)
-def test_the_norm_is_that_of_the_stage(four: Ranks, name: str) -> None:
+def test_the_norm_covers_the_stage_only(four: Ranks, name: str) -> None:
     results = four.run(norms_of_stages, name)
     assert sorted(ours for _, ours, *_ in results) == [2.0, 2.0, 20.0, 20.0]
     for theirs, ours, everything, said in results:
@@ -141,7 +141,7 @@ def one_stage_alone(name: str) -> list[float]:
 
 
 @pytest.mark.parametrize("name", ROOTS)
-def test_a_stage_that_calls_alone_does_not_hang(four: Ranks, name: str) -> None:
+def test_a_call_on_one_stage_alone_does_not_hang(four: Ranks, name: str) -> None:
     results = four.run(one_stage_alone, name, timeout=15.0)
     called = [found for found in results if found]
     assert len(called) == 2
@@ -170,13 +170,13 @@ def experts_on_one_stage(joined: bool) -> tuple[float, int]:
     return opt.records()[0].total_norm, opt._gradients.team.size
 
 
-def test_experts_on_one_stage_are_nothing_to_the_other(four: Ranks) -> None:
+def test_experts_on_one_stage_do_not_affect_the_other(four: Ranks) -> None:
     alone, experts = (2.0, 2), (math.sqrt(4 + 64 + 9), 2)
     found = four.run(experts_on_one_stage, False, timeout=15.0)
     assert found == [alone] * 2 + [(pytest.approx(experts[0]), 2)] * 2
 
 
-def test_stages_that_are_joined_hear_of_the_experts(four: Ranks) -> None:
+def test_combined_stages_include_the_experts(four: Ranks) -> None:
     found = four.run(experts_on_one_stage, True, timeout=15.0)
     assert found == [(pytest.approx(math.sqrt(4 + 4 + 64 + 9)), 4)] * 4
 
@@ -196,7 +196,7 @@ def groups_made() -> list[object]:
     return counts
 
 
-def test_groups_that_are_there_serve(four: Ranks) -> None:
+def test_existing_groups_are_used(four: Ranks) -> None:
     """That of the dimension, and that of all ranks."""
     assert four.run(groups_made) == [[0] * 6] * 4
 
@@ -225,7 +225,7 @@ def new_groups(world_is_bound: bool) -> list[tuple[bool, float, list[int]]]:
 
 
 @pytest.mark.parametrize("world_is_bound", [False, True], ids=["", "bound-to-a-device"])
-def test_a_new_group_needs_its_members_alone(world_is_bound: bool) -> None:
+def test_a_new_group_needs_only_its_members(world_is_bound: bool) -> None:
     with Ranks(4) as ranks:  # of its own: groups are kept
         results = ranks.run(new_groups, world_is_bound, timeout=30.0)
     first, second, third = (True, 8.0, [0, 2, 3]), (True, 3.0, [0, 1]), (True, 6.0, [1, 3])
@@ -247,7 +247,7 @@ def fake_groups() -> float:
 
 
 @needs_torch(2, 10, "init_device_mesh(backend_override=...)")
-def test_groups_that_exchange_nothing_are_passed_over(four: Ranks) -> None:
+def test_fake_groups_are_ignored(four: Ranks) -> None:
     assert four.run(fake_groups, timeout=15.0) == pytest.approx([math.sqrt(14)] * 4)
 
 
@@ -266,7 +266,7 @@ def mesh_without_groups() -> list[float]:
     return found
 
 
-def test_a_mesh_without_groups_gets_one(four: Ranks) -> None:
+def test_a_mesh_without_groups_gets_a_new_group(four: Ranks) -> None:
     """Over one dimension its two ranks; over both the mean of two replicas, which differ here."""
     both = 2 * (1 + 4 + 9 + 16) / 2
     expected = [[2 * (1 + 4), both]] * 2 + [[2 * (9 + 16), both]] * 2

@@ -35,7 +35,7 @@ def pid() -> int:
     return os.getpid()
 
 
-def test_the_processes_stay(two: Ranks) -> None:
+def test_the_processes_are_reused(two: Ranks) -> None:
     assert two.run(pid) == two.run(pid)
 
 
@@ -45,7 +45,7 @@ def fail_on(rank: int) -> None:
     dist.barrier()
 
 
-def test_an_error_of_one_rank_is_shown_and_the_group_starts_anew(two: Ranks) -> None:
+def test_an_error_of_one_rank_is_shown_and_the_group_is_recreated(two: Ranks) -> None:
     with pytest.raises(pytest.fail.Exception, match="what went wrong on this rank"):
         two.run(fail_on, 1)
     assert two.run(sum_of_ranks, 0) == [1, 1]

@@ -214,7 +214,7 @@ def alone(fused: bool) -> tuple[dict[str, Tensor], list[StepRecord]]:
 
 @pytest.mark.parametrize("fused", [False, True], ids=["sgd", "fused-adamw"])
 @pytest.mark.parametrize("name", SPREADS)
-def test_the_steps_of_one_process(four: Ranks, name: str, fused: bool) -> None:
+def test_the_steps_equal_those_of_one_process(four: Ranks, name: str, fused: bool) -> None:
     weights, expected = alone(fused)
     assert [r.reason for r in expected if r.reason] == ["nonfinite_grad", "grad_spike"]
     results = four.run(on_ranks, name, fused)

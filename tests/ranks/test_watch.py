@@ -124,7 +124,7 @@ def without_watch(way: str) -> int:
     return step(model, opt, {1: NAN}).culprit_ranks
 
 
-def test_without_it_the_rank_is_lost_in_the_reduction(two: Ranks) -> None:
+def test_without_a_watch_the_culprit_rank_is_unknown(two: Ranks) -> None:
     assert two.run(without_watch, "ddp") == [2, 2]
     assert two.run(without_watch, "fsdp") == [2, 2]
 
@@ -254,7 +254,7 @@ def after_removal() -> tuple[list[int], int, int, list[bool]]:
     return handles, left, len(watch._waiting), dead
 
 
-def test_a_watch_that_ended_holds_and_hears_nothing(two: Ranks) -> None:
+def test_an_ended_watch_holds_no_references_and_receives_nothing(two: Ranks) -> None:
     for handles, left, waiting, dead in two.run(after_removal):
         assert handles[0] > 0 and handles == handles[:1] * 3  # no hook is put on twice
         assert (left, waiting, dead) == (0, 0, [True] * 4)
@@ -268,7 +268,7 @@ def unused_parameters() -> tuple[Any, Any]:
     return record.culprit_rank, record.culprits[:1] if dist.get_rank() else None
 
 
-def test_frozen_parameters_are_passed_over(two: Ranks) -> None:
+def test_frozen_parameters_are_ignored(two: Ranks) -> None:
     assert two.run(unused_parameters) == [(1, None), (1, (("up.weight", 32, 0, 0),))]
 
 
@@ -291,7 +291,7 @@ def partly_optimized(way: str) -> Any:
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_parameters_that_the_optimizer_does_not_hold_are_passed_over(two: Ranks, way: str) -> None:
+def test_parameters_outside_the_optimizer_are_ignored(two: Ranks, way: str) -> None:
     assert two.run(partly_optimized, way) == [1, 1]
 
 
@@ -322,7 +322,7 @@ def a_hook_for_shards() -> tuple[str, bool, bool]:
     return str(refused.value), opt.rank_watch is None, same
 
 
-def test_a_communication_hook_for_shards_is_refused_and_nothing_is_changed(two: Ranks) -> None:
+def test_a_communication_hook_for_shards_is_an_error_and_changes_nothing(two: Ranks) -> None:
     for message, unwatched, same in two.run(a_hook_for_shards):
         assert "fully_shard (without comm_hook)" in message
         assert unwatched and same
@@ -334,11 +334,11 @@ def overflowing() -> Any:
     return record.action, record.culprit_ranks, ("up.bias", 0, 8, 0) in record.culprits
 
 
-def test_a_reduction_that_overflows_is_nobodys_fault(two: Ranks) -> None:
+def test_an_overflow_in_the_reduction_has_no_culprit_rank(two: Ranks) -> None:
     assert two.run(overflowing) == [("skipped", 0, True)] * 2
 
 
-def test_what_has_no_reduction_is_refused() -> None:
+def test_a_model_without_reduction_is_an_error() -> None:
     model = Net()
     opt = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(ValueError, match="model is a Net, but RankWatch supports"):

@@ -69,7 +69,7 @@ def drifting(place: str, every: int = 1, bit: int = 0) -> list[tuple[str | None,
 FINE = (None, "applied", {"gradients": [], "weights": []})
 
 
-def test_replicas_that_agree_are_left_alone(four: Ranks) -> None:
+def test_replicas_that_agree_are_not_reported(four: Ranks) -> None:
     assert same_on_all(four.run(drifting, "nowhere")) == [FINE] * STEPS
 
 
@@ -97,7 +97,7 @@ def test_optimizer_state_that_differs_is_seen_once_it_has_moved_a_weight(four: R
     assert steps[AT] == ("replica_drift", "applied", suspects)
 
 
-def test_drift_lasts_so_that_a_later_look_finds_it(four: Ranks) -> None:
+def test_drift_persists_so_that_a_later_check_finds_it(four: Ranks) -> None:
     """Steps 1 and 5 are watched, the bit flips in a gradient of step 3."""
     steps = same_on_all(four.run(drifting, "gradient", 4, 22))
     assert [suspects for _, _, suspects in steps] == [
@@ -141,7 +141,7 @@ def bytes_of_steps() -> list[list[tuple[str, int]]]:
     return seen_in_steps
 
 
-def test_a_watched_step_sends_a_few_numbers_more_and_no_other_collective(four: Ranks) -> None:
+def test_a_watched_step_sends_more_numbers_in_the_same_collective(four: Ranks) -> None:
     """12 numbers for the drift, one for the noise scale, none for the norms of whole tensors."""
     watched, other = [("allreduce_", 248 + 8 * 13)], [("allreduce_", 248)]
     for steps in four.run(bytes_of_steps):
@@ -161,7 +161,7 @@ def sums_of(values: list[int]) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize("n", [3, 4, 8, 13, 64, 1000])
-def test_the_rank_that_differs_is_named_whatever_bit_has_flipped(n: int) -> None:
+def test_the_rank_that_differs_is_named_for_any_flipped_bit(n: int) -> None:
     for rank in {0, 1, n // 2, n - 2, n - 1}:
         for bit in range(16):
             values = [0x5A5A] * n
@@ -174,7 +174,7 @@ def test_two_ranks_cannot_tell_which_one_is_wrong() -> None:
     assert differing(2, [sums_of([7, 7])]) == []
 
 
-def test_several_that_differ_leave_all_suspect() -> None:
+def test_if_several_replicas_differ_all_are_suspect() -> None:
     assert differing(4, [sums_of([7, 6, 5, 7])]) == [0, 1, 2, 3]
 
 
@@ -233,7 +233,7 @@ def noisy(scaled: bool) -> list[float | None]:
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
-def test_the_noise_scale_says_how_much_larger_the_batch_could_be(four: Ranks, scaled: bool) -> None:
+def test_the_noise_scale_estimates_the_useful_batch_size(four: Ranks, scaled: bool) -> None:
     """tr(S) of a rank's gradient is 64, so that of a batch of four ranks 16; 16 / 4 = 4."""
     scales = same_on_all(four.run(noisy, scaled))
     late = [scale for scale in scales[50:] if scale is not None]
@@ -337,7 +337,7 @@ def refusals() -> list[str]:
     return said
 
 
-def test_what_ranks_cannot_compare_is_refused(four: Ranks) -> None:
+def test_settings_that_ranks_cannot_compare_are_an_error(four: Ranks) -> None:
     dtensors, distinct, p_norm = same_on_all(four.run(refusals))
     assert "some parameters are DTensors; leave it out" in dtensors
     assert "hold different tensors; pass group=fastguard.Replicated" in distinct
@@ -367,7 +367,7 @@ def sharded_norms() -> tuple[dict[str, Any], dict[str, float]]:
     return opt.flush()[0].watch, norms
 
 
-def test_norms_of_shards_are_those_of_the_whole_tensors(four: Ranks) -> None:
+def test_norms_of_shards_equal_those_of_the_whole_tensors(four: Ranks) -> None:
     told, norms = same_on_all(four.run(sharded_norms))
     assert told["tensor_norms"] == pytest.approx(norms, rel=1e-6)
     assert told["zero_share"]["extra"] == pytest.approx(1 / 3)

@@ -65,10 +65,10 @@ def refused_by_rollback() -> str:
     return ""
 
 
-def test_it_resumes_as_the_bare_one_does(two: Ranks) -> None:
+def test_it_resumes_like_the_unguarded_optimizer(two: Ranks) -> None:
     assert two.run(resumed, True) == two.run(resumed, False)
 
 
-def test_rollback_refuses_it_with_the_reason(two: Ranks) -> None:
+def test_rollback_raises_an_error_with_the_reason(two: Ranks) -> None:
     for said in two.run(refused_by_rollback):
         assert "'optimizer' cannot be saved" in said and "consolidate_state_dict" in said
