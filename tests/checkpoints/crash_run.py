@@ -33,7 +33,7 @@ def save(store, step, *, bad=False):
 
 
 def live(folder, doing, cycles=10**9):
-    """Saves, rotates and rolls back, and notes in `doing` which of them it is at."""
+    """Saves, rotates and rolls back; writes the current action to `doing`."""
     with CheckpointStore(folder, keep=2) as store:
         for _ in range(cycles):
             step = store.last().step
@@ -46,7 +46,8 @@ def live(folder, doing, cycles=10**9):
 
 
 def check(folder):
-    """The store opens, and its last clean checkpoint loads; whatever it lists is whole."""
+    """Checks that the store opens, its last clean checkpoint loads, and all listed ones are
+    complete."""
     with CheckpointStore(folder, keep=2) as store:
         clean = store.last_clean()
         assert clean is not None
@@ -102,7 +103,7 @@ def random_moments(folder):
 
 
 def turn(doing, action, pid):
-    """Waits until the child begins with `action`, not counting what it is at now."""
+    """Waits until the child starts `action` again."""
     for at_it in (False, True):
         while (doing[0] == action) != at_it:
             assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the child ended by itself"
@@ -110,7 +111,7 @@ def turn(doing, action, pid):
 
 
 def dying_before(k):
-    """Patches the operations on the disk so that the k-th is not reached."""
+    """Patches the disk operations so that the process dies before the k-th."""
     done = 0
 
     def counted(operation, weight):
@@ -158,7 +159,7 @@ def every_moment(folder):
 
 
 def every_moment_of_a_file(folder):
-    """Rolling back a foreign file: it is the old one or the new one, and the backup is the old."""
+    """Rolls back a foreign file: it is the old or the new one, and the backup is the old one."""
     last, best = Path(folder) / "last.pt", Path(folder) / "best.pt"
     torch.save({"epoch": 1, "model": torch.ones(SIZE)}, best)
     torch.save({"epoch": 3, "model": torch.full((SIZE,), float("nan"))}, last)

@@ -27,7 +27,7 @@ def text(value):
 
 
 def doubled(make, n):
-    """x -> make(x, x), n times: some 20 bytes a time for a value of twice the size."""
+    """Applies x -> make(x, x) n times: about 20 bytes each double the size of the value."""
     made = START + text(b"a" * 8) + b"q\x00"
     for i in range(n):
         made += make(b"h" + bytes([i])) + b"q" + bytes([i + 1])
@@ -43,7 +43,7 @@ def call(function):
 
 
 def storage(n, key=b"0"):
-    """A storage of n float32, left on the stack."""
+    """Pushes a storage of n float32."""
     parts = text(b"storage") + b"ctorch\nFloatStorage\n" + text(key) + text(b"cpu")
     return b"(" + parts + b"J" + struct.pack("<i", n) + b"tQ"
 
@@ -58,7 +58,7 @@ def numbers(values):
 
 
 def tensor(offset, size, stride, left=b"h\x00"):
-    """A view of the storage that is in the memo."""
+    """Pushes a view of the storage in the memo."""
     function = b"ctorch._utils\n_rebuild_tensor_v2\n"
     return function + b"(" + left + integer(offset) + numbers(size) + numbers(stride) + b"\x89}tR"
 
@@ -75,7 +75,7 @@ def deep(n):
 
 
 def long_names():
-    """Twenty dicts in one another, each under a name of 200 characters, around a long list."""
+    """Twenty nested dicts with keys of 200 characters, around a long list."""
     name = text(b"n" * 200)
     made = START + b"}" + (name + b"}") * 20 + name
     return made + b"](" + b"N" * 400_000 + b"e" + b"s" * 21 + END
@@ -88,13 +88,13 @@ def colliding_keys():
 
 
 def copies(function, n=20_000):
-    """A tuple of a million elements, given again and again to a function that copies it."""
+    """A tuple of a million elements, passed repeatedly to a function that copies it."""
     big = b"(" + b"N" * 1_000_000 + b"tq\x00"
     return START + big + b"0](" + (b"c" + function + b"\nh\x00\x85R") * n + b"e" + END
 
 
 def arrays_of_the_same_bytes(n):
-    """Arrays of numpy that share ten million bytes of text."""
+    """Numpy arrays that share ten million bytes of text."""
     data = "\x00\x00\x80\x7f" * 2_500_000
     encoded = b"c_codecs\nencode\n" + text(data.encode()) + text(b"latin1") + b"\x86Rq\x00"
     kind = b"cnumpy\ndtype\n" + text(b"f4") + b"K\x00K\x01\x87R(K\x03" + text(b"<") + b"NNN"
@@ -154,7 +154,7 @@ HARMLESS = {  # here, to be read like any other file
 
 
 def archive(path, pickled):
-    """An archive that torch opens, of 1000 float32 of which the first is Inf."""
+    """Writes a valid archive of 1000 float32, the first of which is Inf."""
     with zipfile.ZipFile(path, "w") as made:
         data = struct.pack("<1000f", float("inf"), *[1.0] * 999)
         named = {"data.pkl": pickled, "data/0": data, "version": b"3\n", "byteorder": b"little"}
@@ -193,7 +193,8 @@ def over(path):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What `verify` does of each file: one process for all, since its imports take seconds."""
+    """Returns the result of `verify` for each file, from one process, since imports take
+    seconds."""
     folder = tmp_path_factory.mktemp("bombs")
     paths = [archive(folder / f"{name}.pt", raw) for name, raw in {**PICKLES, **HARMLESS}.items()]
     paths += [legacy(folder / f"{name}.old.pt", PICKLES[name]) for name in list(PICKLES)[:6]]
@@ -222,7 +223,7 @@ def test_headers_of_safetensors(found, name):
 
 
 def test_the_budget_causes_the_error(tmp_path, monkeypatch):
-    """Two hundred thousand tensors take less than all of it."""
+    """The budget is enough for 200,000 tensors."""
     model = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(50)])
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.ones(1, 2)).sum().backward()

@@ -1,4 +1,4 @@
-"""Files that no torch wrote: tensors that reach out of their storage, archives in pieces."""
+"""Crafted files: tensors that extend past their storage, archives in pieces."""
 
 import collections
 import io
@@ -17,11 +17,11 @@ NAN = float("nan")
 
 
 class Storage:
-    """Pickles to a reference to record `data/0`."""
+    """Is pickled as a reference to record `data/0`."""
 
 
 class Tensor:
-    """Pickles to a tensor over it."""
+    """Is pickled as a tensor over that storage."""
 
     def __init__(self, offset, size, stride):
         self.view = offset, size, stride
@@ -32,7 +32,8 @@ class Tensor:
 
 
 def write(path, tree, values, *view, **replaced):
-    """An archive as `torch.save` writes it, of float32 `values`; `view` ends the storage's id."""
+    """Writes an archive like `torch.save`, of float32 `values`; `view` is the end of the storage
+    id."""
 
     class Pickler(pickle.Pickler):
         def persistent_id(self, obj):

@@ -25,7 +25,7 @@ from guardtest.training import assert_same_bits
 
 @pytest.fixture
 def saved(tmp_path):
-    """A store with checkpoints of steps 3 and 6, and what the run would be at step 10."""
+    """A store with checkpoints of steps 3 and 6, and the state of the run at step 10."""
     run = LongRun().advance(3)
     with CheckpointStore(tmp_path / "run") as store:
         run.save(store)
@@ -111,7 +111,7 @@ class Bomb:
 
 
 def pickle_bomb(path, size=0):
-    """A bomb of at least `size` bytes, so that a file is not called truncated before it is read."""
+    """Returns a bomb of at least `size` bytes, so that the file is not reported as truncated."""
     padding = torch.ones(size // 4 + 1)
     header = {"version": 1, "step": 9}
     bomb = Bomb(f"{path}.executed")
@@ -192,7 +192,7 @@ def test_a_failed_save_is_logged_and_the_run_continues(saved, caplog, monkeypatc
 
 
 def small_disk(tmp_path, script, options="size=1m"):
-    """Runs a script with a tmpfs of its own at `disk`."""
+    """Runs a script with its own tmpfs at `disk`."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = f'mount -t tmpfs -o {options} tmpfs {disk} && exec {sys.executable} -c "$0" {disk}'

@@ -1,4 +1,4 @@
-"""Folders as frameworks leave them: settings beside weights, names of all kinds, subfolders."""
+"""Folders as frameworks write them: settings beside weights, many names, subfolders."""
 
 import os
 import re
@@ -89,7 +89,7 @@ def test_other_files_do_not_replace_damaged_weights(tmp_path, capsys):
 
 @pytest.fixture
 def forbidden(tmp_path, monkeypatch):
-    """Four files, of which the first cannot be opened. Root may open anything, so it is played."""
+    """Four files, the first of which cannot be opened; simulated, since root can open anything."""
     for name, value in (("a", 1.0), ("b", 1.0), ("c", 1.0), ("last", NAN)):
         write(tmp_path / f"{name}.pt", value, modified=100 - ord(name[0]))
 

@@ -1,4 +1,4 @@
-"""Which foreign file is gone back to, and what the disk may do meanwhile."""
+"""The choice of the foreign file to roll back to, and disk errors during a rollback."""
 
 import os
 
@@ -22,7 +22,7 @@ def write(path, epoch, value=1.0, names="abcd", optimizer=True, **more):
 
 
 def flip(path):
-    """Changes one element; the archive stays whole."""
+    """Changes one element; the archive stays complete."""
     raw = bytearray(path.read_bytes())
     at = raw.index(torch.full((3,), 1.0).numpy().tobytes())
     raw[at] ^= 1

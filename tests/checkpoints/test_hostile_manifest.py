@@ -1,4 +1,4 @@
-"""A manifest that somebody sent: it names what a store never names, and its checksum is right."""
+"""Hostile manifests: they contain invalid names, and their checksum is right."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def save(store, step):
 
 @pytest.fixture
 def store(tmp_path):
-    """A store of two checkpoints, beside files and folders that are not its own."""
+    """A store of two checkpoints, with other files and folders beside them."""
     with CheckpointStore(tmp_path / "store") as opened:
         save(opened, 1)
         save(opened, 2)
@@ -32,7 +32,7 @@ def store(tmp_path):
 
 
 def forge(store, **changes):
-    """Changes the manifest and gives it the right checksum."""
+    """Changes the manifest and updates its checksum."""
     path = store / "manifest.json"
     body = {**json.loads(path.read_text()), **changes}
     body["sha256"] = manifest._digest(body)
@@ -40,7 +40,7 @@ def forge(store, **changes):
 
 
 def first(store, **changes):
-    """The first entry of the manifest, changed."""
+    """Returns the first entry of the manifest, with changes."""
     return {**json.loads((store / "manifest.json").read_text())["checkpoints"][0], **changes}
 
 
@@ -53,7 +53,7 @@ def everything(folder):
 
 
 def check_refused(store, capsys):
-    """No way of opening it changes anything; each says why, with its own status."""
+    """Checks that no way of opening it changes anything, and that each reports the reason."""
     before = everything(store.parent)
     for read_only in (False, True):
         with pytest.raises(DamagedFile, match=DAMAGED):

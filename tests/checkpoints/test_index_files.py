@@ -1,4 +1,4 @@
-"""Models in several files: what the index names and the files do not hold."""
+"""Models in several files: tensors and files that the index names but do not exist."""
 
 import json
 import os

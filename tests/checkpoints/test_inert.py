@@ -1,4 +1,4 @@
-"""Pickles are read and not run: bombs are refused by name, classes become stand-ins."""
+"""Pickles are read without executing them: bombs are an error, classes become stand-ins."""
 
 import collections
 import importlib
@@ -27,7 +27,7 @@ NAN = float("nan")
 
 
 class Calls:
-    """Pickles to a call of a function."""
+    """Is pickled as a call of a function."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -111,7 +111,8 @@ def make_class(module, name, bases=(object,), **body):
 
 @pytest.fixture
 def yolo(tmp_path):
-    """A file as Ultralytics writes it: whole modules of classes that are gone when it is read."""
+    """A file as written by Ultralytics: pickled modules whose classes do not exist when it is
+    read."""
     conv = make_class("vanished_nn", "Conv", (torch.nn.Module,))
     space = make_class("vanished_utils", "IterableNamespace", (types.SimpleNamespace,))
     model = conv()

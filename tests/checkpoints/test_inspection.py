@@ -1,4 +1,4 @@
-"""Reading foreign files: every format, every dtype, every place a NaN can hide in."""
+"""Reading foreign files: all formats, dtypes and places of a NaN."""
 
 import contextlib
 import gzip
@@ -41,7 +41,7 @@ def saved(request, tmp_path):
 
 
 def write_safetensors(path, tensors, shift=0):
-    """As the format says; `shift` misaligns the data by padding the header."""
+    """Writes a safetensors file; `shift` misaligns the data by padding the header."""
     names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
     header, data = {"__metadata__": {"epoch": "7"}}, b""
     for name, t in tensors.items():

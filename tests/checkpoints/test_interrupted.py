@@ -1,4 +1,4 @@
-"""Ctrl-C, or a disk that fails, at any moment of a save: a clean checkpoint is there afterwards."""
+"""After Ctrl-C or a disk error at any moment of a save, there is a clean checkpoint."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ def steps(store):
 
 @contextmanager
 def stopped_at(k, *, behind, error):
-    """Raises `error` before, or behind, the k-th operation on the disk, and counts them."""
+    """Raises `error` before or after the k-th disk operation, and counts the operations."""
     names = ("replace", "fsync", "unlink")
     before = {name: getattr(os, name) for name in names}
     done = []

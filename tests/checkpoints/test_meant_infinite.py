@@ -1,4 +1,4 @@
-"""Infinities that are meant, and those that look alike and are damage."""
+"""Intended infinities, and similar ones that are damage."""
 
 import json
 import struct
@@ -92,7 +92,7 @@ def test_intended_infinities_are_a_note(tmp_path, capsys, tree, zipped):
 
 
 def with_(value, at):
-    """A matrix of ones with one other value."""
+    """Returns a matrix of ones with one other value."""
     matrix = torch.ones(4, 4)
     matrix[at] = value
     return matrix

@@ -1,4 +1,4 @@
-"""What a store does to its folder: in which order, under which lock, and to what others left."""
+"""The disk operations of a store: their order, its lock, and files of others."""
 
 import os
 import shutil
@@ -45,7 +45,7 @@ def n_open():
 
 @pytest.fixture
 def operations(monkeypatch):
-    """What is done to the disk from now on: `("fsync", path)`, `("replace", from, to)`, ..."""
+    """Records the disk operations: `("fsync", path)`, `("replace", from, to)`, ..."""
     seen = []
 
     def spy(name, told):
@@ -64,7 +64,8 @@ def operations(monkeypatch):
 
 
 def check_order(seen):
-    """Down to the disk before each new name, and the name itself before whatever follows."""
+    """Checks that files are flushed before each rename, and the folder before the next
+    operation."""
     named = [i for i, (kind, *_) in enumerate(seen) if kind in ("replace", "link")]
     for i in named:
         kind, old, new = seen[i]

@@ -1,4 +1,4 @@
-"""What is loaded is what was verified: files that are swapped meanwhile, and forked children."""
+"""The loaded data is the verified data, even if files are replaced; and forked children."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ NAN = float("nan")
 
 @pytest.fixture
 def store(tmp_path):
-    """A store of one checkpoint, and another file of the same shape beside it."""
+    """A store with one checkpoint, and another file of the same shapes beside it."""
     with CheckpointStore(tmp_path / "store") as opened:
         path = tmp_path / "store" / opened.save(m={"w": torch.ones(99)}, step=1).file
         other = torch.load(path, weights_only=True)
@@ -132,7 +132,7 @@ def test_contents_and_data_are_read_from_the_same_file(tmp_path, monkeypatch):
 
 
 def in_a_child(work):
-    """What a forked child says of `work()`: "" or its error."""
+    """Returns the error of `work()` in a forked child, or ""."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:

@@ -1,4 +1,4 @@
-"""Safetensors files that readers could differ on, and element types that few files have."""
+"""Ambiguous safetensors files, and rare element types."""
 
 import json
 import struct

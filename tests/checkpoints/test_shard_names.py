@@ -1,4 +1,4 @@
-"""Of several ranks: what all of them share is kept once, and what only looks shared is not."""
+"""With several ranks, shared tensors are stored once, and tensors that only look shared are not."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_stages_with_equal_parameter_names_are_kept_apart(four: Ranks, tmp_path:
 
 
 def stages_alike(folder: Path) -> list[bool]:
-    """Two stages of two ranks that differ in nothing but their values."""
+    """Two stages of two ranks that differ only in their values."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
     torch.manual_seed(dist.get_rank() // 2)
     stage = torch.nn.Linear(4, 4)

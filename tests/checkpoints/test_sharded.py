@@ -1,4 +1,4 @@
-"""DTensors go through torch.distributed.checkpoint; here with a group of one process."""
+"""DTensors are saved by torch.distributed.checkpoint; here with a group of one process."""
 
 import os
 import pickle
@@ -244,7 +244,7 @@ def test_verify_reads_every_file_of_a_folder_once(mesh, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
 def test_a_checkpoint_is_read_by_every_python_version(module, mesh, tmp_path):
-    """Python 3.13 pickles paths by the module that defines them, which no other has."""
+    """Python 3.13 pickles paths under a module that other versions lack."""
     model, _ = build(mesh)
     with CheckpointStore(tmp_path) as store:
         folder = tmp_path / store.save(model=model, step=0).file
@@ -329,7 +329,7 @@ def test_metadata_changes_no_class_of_this_process(tmp_path, target):
 
 
 def forged(folder, change):
-    """The metadata of a folder, whose objects `change` has changed."""
+    """Rewrites the metadata of a folder after `change` has modified it."""
     path = folder / ".metadata"
     metadata = pickle.loads(path.read_bytes())
     change(metadata)

@@ -1,4 +1,4 @@
-"""SIGTERM ends a run with a verified checkpoint, at a moment when its state is whole."""
+"""SIGTERM ends a run with a verified checkpoint of a consistent state."""
 
 import multiprocessing
 import os

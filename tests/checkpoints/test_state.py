@@ -1,4 +1,4 @@
-"""What a checkpoint holds of objects and random streams, and what is said when it cannot."""
+"""Objects and random states in checkpoints, and errors for those that cannot be saved."""
 
 import collections
 import json
@@ -166,7 +166,7 @@ def test_the_text_of_an_entry_is_one_line(store):
 
 
 def test_data_that_differs_when_read_back_is_not_a_checkpoint(tmp_path, monkeypatch, caplog):
-    """A controller that lies: what is read is not what was written."""
+    """A faulty disk controller returns other data than was written."""
     honest = files.Sink.write
 
     def lying(sink, data):

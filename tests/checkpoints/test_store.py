@@ -1,4 +1,4 @@
-"""`CheckpointStore`: what stays, what is clean, what is loaded, and where training stands then."""
+"""`CheckpointStore`: rotation, verdicts, loading, and the state of training afterwards."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def test_the_newest_the_last_clean_and_the_best_are_kept(store):
 
 
 def test_a_store_stays_where_it_was_opened(tmp_path, monkeypatch):
-    """A program may change the working directory in the middle of a run."""
+    """A program may change the working directory during a run."""
     monkeypatch.chdir(tmp_path)
     store = CheckpointStore("checkpoints")
     save(store, 0)

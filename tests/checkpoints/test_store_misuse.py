@@ -1,4 +1,4 @@
-"""Mistakes that a store tells of at once, before anything is written."""
+"""Misuse that raises an error before anything is written."""
 
 import pytest
 import torch

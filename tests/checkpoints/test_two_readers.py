@@ -1,4 +1,4 @@
-"""Archives over which readers differ: what `verify` calls ok is what `torch.load` gives."""
+"""Ambiguous archives: if `verify` reports ok, `torch.load` returns the verified data."""
 
 import io
 import struct
@@ -13,7 +13,7 @@ NAN = float("nan")
 
 
 def records(value=1.0):
-    """The records of a checkpoint of torch, by name."""
+    """Returns the records of a torch checkpoint by name."""
     file = io.BytesIO()
     torch.save({"model": {"w": torch.full((4,), value)}, "epoch": 3}, file)
     with zipfile.ZipFile(file) as archive:
@@ -54,7 +54,7 @@ def test_two_roots(tmp_path):
 @pytest.mark.parametrize("twin", ["data/0", "DATA/0", "Data.pkl", "data.pkl", "Version"])
 @pytest.mark.parametrize("first", [False, True], ids=["behind", "before"])
 def test_two_records_with_names_equal_except_for_case_are_an_error(tmp_path, twin, first):
-    """torch finds records without regard to case, Python takes the last of one name."""
+    """torch ignores case in names, and Python uses the last record of a name."""
     good, bad = records(1.0), records(NAN)
     more = [(f"x/{twin}", bad.get(twin.lower(), b"3\n"))]
     both = more + under("x", good) if first else under("x", good) + more
@@ -63,7 +63,7 @@ def test_two_records_with_names_equal_except_for_case_are_an_error(tmp_path, twi
 
 
 def find(raw, signature, n):
-    """Where the n-th header or entry begins."""
+    """Returns the start of the n-th header or entry."""
     at = -1
     for _ in range(n + 1):
         at = raw.index(signature, at + 1)
@@ -126,7 +126,7 @@ def test_bytes_outside_records_are_an_error(tmp_path, where):
 
 
 def test_one_archive_inside_another(tmp_path):
-    """The end of the inner one, as a comment of the outer one, is found by some readers only."""
+    """Only some readers find the end record of the inner archive, in a comment of the outer one."""
     inner, outer = tmp_path / "inner.pt", tmp_path / "outer.pt"
     write(inner, under("x", records(NAN)))
     write(outer, [*under("x", records(1.0)), ("x/more", inner.read_bytes())])

@@ -41,7 +41,7 @@ HERE = "settings_of_a_user"
 
 
 def of_user(thing):
-    """As if it were defined in a module that is gone when the file is read."""
+    """As if defined in a module that does not exist when the file is read."""
     module = sys.modules.setdefault(HERE, types.ModuleType(HERE))
     thing.__module__ = HERE
     setattr(module, thing.__name__, thing)
@@ -185,7 +185,7 @@ def test_tensors_in_values_are_found(tmp_path):
 
 
 class Live:
-    """Pickles to a call."""
+    """Is pickled as a call."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -195,7 +195,7 @@ class Live:
 
 
 def make(path):
-    """A function of the operating system whose work can be seen."""
+    """A function of the operating system with a visible effect."""
     return os.mkdir, os.fspath(path)
 
 

@@ -1,4 +1,4 @@
-"""A file without weights never replaces one, whatever else it holds and however it is named."""
+"""A file without weights never replaces one with weights, whatever its contents and name."""
 
 import os
 import struct

@@ -1,4 +1,4 @@
-"""The loop of docs/config.md: what the file does not ask for, the loop does without."""
+"""The loop of docs/config.md works without any section of the file."""
 
 from __future__ import annotations
 

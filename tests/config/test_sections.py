@@ -217,7 +217,7 @@ def test_a_wrap_that_fails_changes_nothing(
 
 
 def test_groups_set_limits_of_some_parameters() -> None:
-    """The first pattern counts; what a section leaves out stays as the group had it."""
+    """The first matching pattern applies; settings that a section omits keep the group's value."""
     model, other = Sdf(), torch.nn.Parameter(torch.zeros(1))
     groups = {"decoder.*": {"clip_value": 1.0}, "*": {"max_norm": 2.0}}
     config = GuardConfig.from_dict({"guard": {"clip_scope": "group"}, "groups": groups})

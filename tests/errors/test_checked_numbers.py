@@ -1,4 +1,4 @@
-"""Whatever asks for a number refuses a bool, a text, and an integer that no float can hold."""
+"""Arguments that must be numbers reject bools, text, and integers beyond the largest float."""
 
 import math
 import warnings
@@ -160,7 +160,7 @@ COUNTS = {
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_a_count_beyond_int64_is_named(name):
-    """Counters are int64, and so are the files and tensors that counts go into."""
+    """Counters are int64, in tensors and in files."""
     argument = name.removesuffix(" of a sink").removeprefix("GuardConfig ")
     for huge in (2**63, HUGE, -HUGE, 10**5000, -(10**5000)):
         with pytest.raises(ValueError, match=f"{argument}=(-?[0-9]|an integer of)") as error:
@@ -226,7 +226,7 @@ def test_numbers_of_many_types_are_accepted():
 @pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.parametrize("wrong", [True, "1.0"], ids=repr)
 def test_compiled_calls_raise_the_same_errors(wrong, fullgraph):
-    """In a graph that must be whole, dynamo reports the error in its own words."""
+    """With fullgraph=True, dynamo reports the error in its own words."""
     expected = torch._dynamo.exc.Unsupported if fullgraph else TypeError
     for take in (TAKERS["clip_grad_norm_"], TAKERS["clip_grad_value_"]):
         params = parameters()

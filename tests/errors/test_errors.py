@@ -1,4 +1,4 @@
-"""An error names parameters and counts, and stays readable for a model where all is NaN."""
+"""Errors name parameters and counts, and stay short if the whole model is NaN."""
 
 from fastguard import NonFiniteGradError, TrainingDivergedError
 from fastguard.errors import describe_culprits

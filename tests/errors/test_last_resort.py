@@ -1,4 +1,4 @@
-"""What a program sees on stderr that has not configured logging, and one that has."""
+"""Output on stderr, with and without configured logging."""
 
 import os
 import pty

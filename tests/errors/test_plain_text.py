@@ -1,4 +1,4 @@
-"""Whatever is in names, tags and messages: a terminal and a log get printable text in one line."""
+"""Any names, tags and messages reach terminals and logs as one line of printable text."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_values_that_cannot_be_shown_are_marked() -> None:
 
 @pytest.fixture
 def written() -> io.StringIO:
-    """What a plain handler of the logger `fastguard` writes."""
+    """Returns the output of a plain handler of the logger `fastguard`."""
     stream = io.StringIO()
     handler, logger = logging.StreamHandler(stream), logging.getLogger("fastguard")
     logger.addHandler(handler)

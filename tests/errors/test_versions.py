@@ -1,4 +1,4 @@
-"""Differences between versions of torch and triton: one place, and what it says is true."""
+"""Differences between versions of torch and Triton are in one place, and correct."""
 
 import ast
 import re
@@ -20,7 +20,7 @@ SOURCES = [
 
 
 def asks_for_a_version(tree: ast.Module) -> list[int]:
-    """The lines that compare something with a version, or `__version__` with something."""
+    """Returns the lines that compare versions."""
     return [
         node.lineno
         for node in ast.walk(tree)

@@ -1,4 +1,4 @@
-"""Sorting gradients: what goes into which bucket, and what is refused before anything happens."""
+"""Gradients are sorted into buckets; unsupported ones raise before anything is changed."""
 
 import re
 
@@ -92,7 +92,7 @@ def test_a_copy_stands_for_a_lazily_conjugated_gradient_and_is_written_back():
 
 
 def test_kernels_never_read_memory_with_a_negative_bit():
-    """Nor does its form hide it: the lists of a form are all resolved, or none is."""
+    """A recognised layout does not hide the bit, since it is part of the layout."""
     for _ in range(2):
         grads = [torch._neg_view(torch.ones(2, device="meta")) for _ in range(40)]
         (bucket,) = bucketize(grads).buckets

@@ -1,4 +1,4 @@
-"""Clamps and replacements of gradients, element by element."""
+"""Elementwise clamps and replacements of gradients."""
 
 import math
 

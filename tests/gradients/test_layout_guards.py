@@ -1,4 +1,4 @@
-"""What looks like the last list is known again, and nothing else is."""
+"""Lists with a known layout are recognised, and no others."""
 
 import random
 
@@ -96,7 +96,7 @@ def test_without_torchs_check_every_list_is_inspected(how, monkeypatch):
 
 
 def test_buckets_of_recognised_lists_equal_those_of_inspected_lists(monkeypatch):
-    """Lists of two dtypes, some None, in any order: the same buckets, known or not."""
+    """Lists of two dtypes with None in any order give the same buckets, recognised or not."""
     kinds = [torch.float32, torch.bfloat16]
     lists = []
     for _ in range(4):

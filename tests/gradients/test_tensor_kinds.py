@@ -72,7 +72,7 @@ def function_of(name):
 
 @pytest.fixture(autouse=True)
 def plain_calls_work_afterwards():
-    """Whatever a test did, what caches keep is plain."""
+    """After each test, cached tensors must be plain."""
     yield
     assert not watched()
     for n in (FEW, MANY):
@@ -85,7 +85,8 @@ def plain_calls_work_afterwards():
 
 
 def outcome(function, grads):
-    """What a function returns, and what it leaves, as plain results of a traced function."""
+    """Returns the result and the changed gradients of a function, as results of a traced
+    function."""
     result = function(grads)
     return (grads[0].sum() if result is None else result), *grads
 
@@ -298,7 +299,7 @@ def test_a_subclass_without_dispatch_is_plain():
 
 @pytest.mark.parametrize("limit", [101.0, 102.0])
 def test_a_first_call_in_any_mode_leaves_nothing_behind(limit):
-    """With limits that no call had before: what is kept for them is made in that world."""
+    """Uses new limits, so that tensors are cached for them inside that mode."""
     from torch.utils.flop_counter import FlopCounterMode
 
     def first(grads):
@@ -354,7 +355,7 @@ for norm, opt in each(fastguard):
 
 @needs(SHARDED_ESTIMATES)
 def test_estimates_of_sharded_training():
-    """DTensors of placeholders on pretended ranks: in a process of its own, for its group."""
+    """DTensors of placeholders on fake ranks, in a separate process with its own group."""
     code = """
 import torch, torch.distributed as dist, torch.nn.utils as utils
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode

@@ -1,4 +1,4 @@
-"""Optimizer states in tensors that wrap others: kept, copied, saved and loaded as plain ones."""
+"""Optimizer states in wrapper tensors are copied, saved and loaded like plain ones."""
 
 import copy
 import pickle
@@ -16,7 +16,7 @@ from guardtest.training import give_gradients, new_parameters, poison
 
 
 class Quantised(Tensor):
-    """8-bit codes and one scale; takes the operations of its optimizer, and no `clone`."""
+    """8-bit codes and one scale; supports the operations of its optimizer, but not `clone`."""
 
     @staticmethod
     def __new__(cls, codes, scale):
@@ -84,7 +84,7 @@ def train(opt, steps):
 
 
 def everything(opt):
-    """Weights and momenta, copied."""
+    """Returns copies of weights and momenta."""
     momenta = [opt.state[p]["momentum"] for p in parameters_of(opt)]
     assert all(type(m) is Quantised for m in momenta)
     weights = [p.detach().clone() for p in parameters_of(opt)]
@@ -216,7 +216,8 @@ def test_values_that_cannot_be_copied_are_named(value, called):
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of (MaskedTensors|nested tensors)")
 def test_a_class_with_its_own_deepcopy_is_rolled_back():
-    """What a MaskedTensor or a strided nested tensor holds, no plain tensor tells."""
+    """The contents of a MaskedTensor or a strided nested tensor cannot be split into plain
+    tensors."""
     masked = torch.masked.masked_tensor(torch.ones(2), torch.tensor([True, False]))
     nested = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])
     opt = train(made(), range(1))

@@ -1,4 +1,4 @@
-"""What comes from a card is not read before it is there."""
+"""Data from a GPU is not read before it has arrived."""
 
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 
 
 class WaysHome(TorchFunctionMode):
-    """Lets meta tensors stand for those of a card: notes how each comes to the CPU."""
+    """Records how meta tensors, in place of GPU tensors, are copied to the CPU."""
 
     def __init__(self):
         super().__init__()

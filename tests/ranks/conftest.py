@@ -1,4 +1,4 @@
-"""The ranks that most tests of a module share."""
+"""Ranks that most tests of a module share."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Adaptive limits on one, two and four ranks: one limit, whoever holds the tensors."""
+"""Adaptive limits on one, two and four ranks are equal for any distribution of tensors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STEPS, BAD_STEPS = 40, (0, 3, 20)
 
 
 def gradients(step: int) -> list[torch.Tensor]:
-    """Of four tensors; in bad steps the last one holds a NaN."""
+    """Returns four gradients; in bad steps the last one contains a NaN."""
     generator = torch.Generator().manual_seed(step)
     scale = 50.0 if step % 11 == 10 else 1.0
     grads = [torch.randn(5, generator=generator) * scale for _ in range(4)]

@@ -1,4 +1,4 @@
-"""Ranks whose guards were given different arguments say so together, before anything is changed."""
+"""If ranks have different arguments, all raise an error before anything is changed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def parameters(n: int) -> list[nn.Parameter]:
 def guarded(
     group: Any, counts: tuple[int, ...] = (1,), clip_value: float | None = None, **options: Any
 ) -> GuardedOptimizer:
-    """Over a process group or `Replicated`, with so many parameters in each param group."""
+    """Returns a guard over a process group or `Replicated`, with this many parameters per param
+    group."""
     groups: list[dict[str, Any]] = [{"params": parameters(n)} for n in counts]
     if clip_value is not None:
         groups[0]["clip_value"] = clip_value
@@ -43,13 +44,13 @@ def guarded(
 
 
 def the_refusal(ranks: Ranks, group: str, by_rank: Sequence[dict[str, Any]]) -> str:
-    """What all ranks say, at each attempt."""
+    """Returns the error of each attempt, which must be equal on all ranks."""
     (message,) = {m for said in ranks.run(refused, group, by_rank) for m in said}
     return message
 
 
 def refused(group: Any, by_rank: Sequence[dict[str, Any]]) -> list[str]:
-    """What two attempts at the first step say."""
+    """Returns the errors of two attempts at the first step."""
     opt = guarded(**({"group": group} | by_rank[dist.get_rank()]))
     said = []
     for _ in range(2):
@@ -131,7 +132,8 @@ def test_replicas_hold_the_same_tensors(two: Ranks, case: str) -> None:
 
 
 def partial() -> str:
-    """Gradients that are to be summed over the ranks first, and not as many on each."""
+    """Partial gradients, which must be summed over the ranks; their number differs between
+    ranks."""
     mesh = init_device_mesh("cpu", (2,))
     made = [
         nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Replicate()]))
@@ -151,7 +153,7 @@ def test_ranks_are_compared_before_their_partial_gradients_are_summed(two: Ranks
 
 
 def stages() -> tuple[list[Any], float]:
-    """A plain group: other numbers of tensors on each rank, and rules in another order."""
+    """A process group with different numbers of tensors per rank, and rules in different orders."""
     rank = dist.get_rank()
     spike = SPIKE if rank else dict(reversed(SPIKE.items()))
     counts = ((1, 2), (4,))[rank]
@@ -308,7 +310,7 @@ def test_groups_of_replicas_without_names_are_told_apart(two: Ranks) -> None:
     "options", [{}, {"bad": True}, {"drift": 3}, {"bad": True, "drift": 1}], ids=str
 )
 def test_replicas_that_differ_are_in_order(two: Ranks, options: dict) -> None:
-    """Drift and bad gradients are no fault of the order."""
+    """Drift and bad gradients are not reported as a different order."""
     for message, coefficients in two.run(unnamed, ("abc", "abc"), [3], "tensor", **options):
         assert message == "" and len(coefficients) == 3
 
@@ -341,7 +343,7 @@ def test_stages_may_hold_different_parameters(two: Ranks) -> None:
 
 
 def added_later(scope: str, swapped: bool) -> tuple[list[list[str]], str]:
-    """The collectives of four steps, between which parameters join; and what is said of these."""
+    """Returns the collectives of four steps between which parameters are added, and the error."""
     rank = dist.get_rank()
     first = parameters(1)
     opt = GuardedOptimizer(

@@ -52,12 +52,12 @@ def guarded(optimizer: Optimizer, group: Any, compiled: bool) -> GuardedOptimize
 
 
 def schedule_of(opt: Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
-    """The groups follow different schedules."""
+    """Gives the param groups different schedules."""
     return torch.optim.lr_scheduler.LambdaLR(opt, [lambda n: 1 / (1 + n), lambda n: 0.9**n])
 
 
 def ddp_run(name: str, fault: str, compiled: bool) -> tuple[list[Tensor], list[str], int]:
-    """Weights, what the steps did, and the number of compiled graphs.
+    """Returns the weights, the actions, and the number of compiled graphs.
 
     Args:
         name: Of the optimizer.
@@ -111,7 +111,7 @@ def test_replicas_skip_together_and_stay_equal(two: Ranks, name: str, fault: str
 
 
 def stages_run(name: str, compiled: bool) -> tuple[list[Tensor], list[str], list[int]]:
-    """Ranks with different tensors, as of a pipeline: weights, actions, collectives a step."""
+    """Pipeline stages: returns weights, actions, and collectives per step."""
     shapes = [(4, 3), (5,)] if dist.get_rank() == 0 else [(2, 7)]
     generator = torch.Generator().manual_seed(dist.get_rank())
     params = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]

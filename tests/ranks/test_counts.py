@@ -1,4 +1,4 @@
-"""Counts over copies that differ: one number on all ranks, and no rank holds more."""
+"""Counts over replicas that differ are the same on all ranks, and at least those of each rank."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def bad_values(bad: Sequence[Sequence[float]]) -> torch.Tensor:
 
 
 def skipped(kind: str, bad: Sequence[Sequence[float]]) -> tuple[StepRecord, StepRecord, list[str]]:
-    """The records of a bad step and of a good one, and the collectives of the latter."""
+    """Returns the records of a bad and a good step, and the collectives of the good step."""
     params, group = KINDS[kind](bad_values(bad))
     opt = GuardedOptimizer(
         torch.optim.SGD(params, lr=0.1),
@@ -94,7 +94,7 @@ def test_records_count_the_worst_copy(four: Ranks, case: str, kind: str) -> None
 
 
 def raised(bad: Sequence[Sequence[float]]) -> tuple[str, str, list[float]]:
-    """The error of a function and of the guard, and what `measure_grads` counts."""
+    """Returns the errors of a function and of the guard, and the counts of `measure_grads`."""
     params, group = plain(bad_values(bad))
     named = [("weight", params[0]), ("other", params[1])]
     opt = GuardedOptimizer(
@@ -133,7 +133,7 @@ def test_each_segment_has_its_own_count(four: Ranks) -> None:
 
 
 def where_the_host_may_not_look(bad: Sequence[Sequence[float]]) -> list[float]:
-    """As on a GPU: no second collective, and no rank is told of less than it holds."""
+    """As on a GPU: no second collective, and each rank reports at least its own counts."""
     from fastguard.ranks.team import Team
 
     Team.meets_on_host = property(lambda self: False)

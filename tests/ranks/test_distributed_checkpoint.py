@@ -97,7 +97,7 @@ def test_a_sharded_run_with_a_guard_resumes_exactly(
 def set_on_another(
     kind: str, spike: SpikeRule | None, trained: bool, options: dict[str, Any]
 ) -> Any:
-    """What `get_` gives, `set_` on another guard, one that never gave a state dict."""
+    """Loads the result of `get_` by `set_` into a guard that never returned a state dict."""
     model, opt = build(kind, spike)
     train(model, opt, range(5))
     get_options = {k: v for k, v in options.items() if k != "broadcast_from_rank0"}
@@ -145,7 +145,7 @@ def test_every_form_of_state_dict_loads_into_a_sharded_guard(
     trained: bool,
     offload: bool,
 ) -> None:
-    """SGD without momentum keeps no state, and torch drops the empty dict of it."""
+    """SGD without momentum has no state, and torch drops its empty dict."""
     options = {**form, "cpu_offload": offload}
     results = two.run(set_on_another, kind, spike, trained, options)
     assert results == [((5, 4, 1), True, False)] * 2

@@ -1,4 +1,4 @@
-"""Fake process groups and placeholders: what a step takes is estimated in one process."""
+"""Fake process groups and placeholders: memory of a step is estimated in one process."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def net() -> nn.Sequential:
 
 
 def trained(flat: bool, views: bool, guard_first: bool) -> tuple[list[Tensor], int]:
-    """Weights after some steps, one of which has a NaN on rank 1, and how many were skipped."""
+    """Returns the weights after steps of which one has a NaN on rank 1, and the number skipped."""
     model = net()
 
     def guarded() -> GuardedOptimizer:

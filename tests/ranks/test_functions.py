@@ -1,4 +1,4 @@
-"""The functions over ranks give what one process gives for the model, however it is spread."""
+"""The functions over ranks give the results of one process for any distribution of the model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def whole(t: Tensor | None) -> Tensor | None:
 
 
 def measured(name: str) -> dict[float, tuple[bytes, tuple[float, ...]]]:
-    """By p: the norm, bit for bit, and what the segment knows."""
+    """Returns, by p, the bits of the norm, and the values of the segment."""
     found = {}
     for p in NORMS:
         parts, group = SPREADS[name](model_gradients())
@@ -56,7 +56,7 @@ def test_every_element_of_the_model_counts_once(four: Ranks, name: str) -> None:
 
 
 def clipped(name: str, p: float, max_norm: float) -> tuple[bytes, dict[int, Tensor]]:
-    """The norm that the function returns, and the whole gradients afterwards."""
+    """Returns the norm, and the full gradients afterwards."""
     parts, group = SPREADS[name](model_gradients())
     norm = fastguard.clip_grad_norm_([q for _, q in parts], max_norm, p, group=group)
     assert type(norm) is Tensor and norm.dtype is torch.float32
@@ -79,7 +79,7 @@ def test_clipping_equals_that_of_one_process(four: Ranks, name: str, p: float) -
 
 
 def bad_on_one_rank(name: str, rank: int) -> tuple[list[int], list[str], float]:
-    """A NaN and two Infs in what this rank holds: the counts, the local culprits, the norm."""
+    """With a NaN and two Infs on this rank, returns the counts, the local culprits and the norm."""
     parts, group = SPREADS[name](model_gradients())
     named = [(f"tensor {i}", p) for i, p in parts]
     if dist.get_rank() == rank:
@@ -101,7 +101,7 @@ def test_tensors_of_one_rank_count_on_all_ranks(four: Ranks, name: str) -> None:
 
 
 def raised(name: str) -> str:
-    """The error of every rank when one holds a NaN; nothing changed."""
+    """Returns the error on this rank if one rank has a NaN; nothing is changed."""
     parts, group = SPREADS[name](model_gradients())
     if dist.get_rank() == 0:
         parts[0][1].grad.view(-1)[0] = math.nan
@@ -140,7 +140,7 @@ def test_an_inf_norm_adds_a_maximum_of_8_bytes(four: Ranks) -> None:
 
 
 def elementwise(name: str) -> tuple[dict[int, Tensor], dict[int, Tensor], list[float]]:
-    """Clamped gradients; cleaned ones, and the counts from before."""
+    """Returns clamped gradients, cleaned gradients, and the counts before cleaning."""
     parts, group = SPREADS[name](model_gradients())
     fastguard.clip_grad_value_([p for _, p in parts], 0.25)
     clamped = {i: whole(p.grad) for i, p in parts}
@@ -197,7 +197,7 @@ def test_models_on_which_torch_raises(four: Ranks, name: str) -> None:
 
 
 def lazy_norm() -> tuple[float, float]:
-    """A norm of shards that nobody has joined yet, on this rank; our norm after clipping by it."""
+    """Clips by a partial norm of shards; returns our norm afterwards."""
     parts, _ = fsdp(model_gradients()[:1])
     grads = [p.grad for _, p in parts]
     theirs = torch.linalg.vector_norm(grads[0])
@@ -213,7 +213,7 @@ def test_a_lazy_norm_is_joined_first(four: Ranks) -> None:
 
 
 def bf16_over_stages() -> tuple[float, float]:
-    """Each stage holds 4096 ones in bfloat16: the norm is 128."""
+    """Each stage has 4096 ones in bfloat16, so the norm is 128."""
     p = parameter(torch.ones(4096, dtype=torch.bfloat16) * (1 + dist.get_rank() / 64))
     group = dist.group.WORLD
     square = torch.nn.utils.get_total_norm([p.grad]).square()

@@ -1,4 +1,4 @@
-"""What goes wrong on one rank, all ranks answer alike: scalers, budgets, deaths."""
+"""All ranks react alike to faults on one rank: scalers, budgets, deaths."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NAN = math.nan
 
 
 def scaled_steps(spread: str, scaler_type: str, unscale: bool, bad: dict[int, tuple[int, ...]]):
-    """Scales and weights; `bad` says which ranks overflow at which step."""
+    """Returns scales and weights; `bad` lists the ranks that overflow at each step."""
     if spread == "stages":
         p = nn.Parameter(torch.zeros(3))
         mine: Tensor = p
@@ -91,7 +91,7 @@ def test_scales_stay_equal_and_nothing_is_corrupted(
 
 
 def scaler_without_gradients() -> tuple[float, list[str]]:
-    """A rank whose parameters got no gradient at this step has nothing for its scaler to check."""
+    """On a rank without gradients, the scaler has nothing to check."""
     p = nn.Parameter(torch.zeros(2))
     opt = sgd(p)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
@@ -108,7 +108,7 @@ def test_a_rank_without_gradients_follows_the_scale_of_the_others(two: Ranks) ->
 
 
 def incidents_of_a_scaled_step(case: str) -> list[Any]:
-    """One step of two pipeline stages; what is bad on which of them, at which scale."""
+    """Takes one step of two pipeline stages with these faults, at this scale."""
     p = nn.Parameter(torch.zeros(2))
     opt = sgd(p, nonfinite="raise" if case == "raise" else "skip")
     scale = 1.0 if case == "floor of rank 1" and rank() == 1 else 1024.0
@@ -215,7 +215,7 @@ def test_the_skip_budget_ends_on_every_rank_at_the_same_step(two: Ranks) -> None
 
 
 def bad_gradient_before_all_reduce() -> list[Any]:
-    """DDP spreads a NaN to every rank: then no rank is the culprit, and it is said how many."""
+    """DDP spreads a NaN to every rank, so no single rank is named; their number is."""
     model = nn.parallel.DistributedDataParallel(nn.Linear(2, 1))
     opt = GuardedOptimizer(
         torch.optim.SGD(model.parameters(), lr=1.0), group=fastguard.Replicated(dist.group.WORLD)
@@ -257,7 +257,7 @@ def test_if_a_rank_dies_torch_raises_on_the_others(two: Ranks) -> None:
 
 
 def meshes_of_one() -> tuple[list[Any], float]:
-    """DTensors over a mesh of this rank alone: nothing to exchange."""
+    """DTensors over a mesh of this rank alone, which exchange nothing."""
     meshes = [dist.device_mesh.DeviceMesh("cpu", [0]), dist.device_mesh.DeviceMesh("cpu", [1])]
     p = nn.Parameter(distribute_tensor(torch.zeros(2), meshes[rank()], [Replicate()]))
     p.grad = distribute_tensor(torch.tensor([3.0, 4.0]), meshes[rank()], [Replicate()])
@@ -272,7 +272,7 @@ def test_a_mesh_of_one_rank_exchanges_nothing(two: Ranks) -> None:
 
 
 def stepped_copy() -> list[Any]:
-    """A copy steps by itself, with the same ranks."""
+    """Steps a copy of a guard, which has the same ranks."""
     opt = sgd(weight(3.0 + rank()))
     twin = copy.deepcopy(opt)
     twin.optimizer.param_groups[0]["params"][0].grad = torch.tensor([3.0 + rank()])

@@ -1,4 +1,4 @@
-"""Losses over ranks: by name, known to all or to one, too many, and without a group."""
+"""Losses over ranks: by name, on all ranks or one, too many, and without a group."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAN = math.nan
 
 
 def mean_and_nan() -> list[Any]:
-    """The same weights on both ranks; losses 1 and 3, then NaN on one."""
+    """Uses losses 1 and 3 on the two ranks, then NaN on one."""
     p = weight(1.0)
     opt = sgd(p, group=fastguard.Replicated(dist.group.WORLD))
     opt.step(loss=torch.tensor(1.0 + 2 * rank()))
@@ -37,7 +37,7 @@ def test_losses_are_averaged_and_one_nan_skips_everywhere(two: Ranks) -> None:
 
 
 def losses_by_rank() -> list[dict[str, float]]:
-    """Parts that one rank alone has, in changing order, or nobody has at a step."""
+    """Uses losses that only one rank has, in changing order, or that are missing in a step."""
     opt = sgd(weight(1.0))
     given = [
         [{"seg": 1.0, "det": 4.0}, {"det": 2.0}],
@@ -60,7 +60,7 @@ def test_a_loss_can_be_known_to_some_ranks_only(two: Ranks) -> None:
 
 
 def rule_without_the_loss() -> list[tuple[str, str | None, tuple[str, ...]]]:
-    """Only rank 1 knows the loss that the rule judges, as the last stage of a pipeline does."""
+    """Only rank 1 has the loss of the rule, like the last stage of a pipeline."""
     rules = {"ce": SpikeRule(window=8, warmup=3, sigma=3.0), "aux": Threshold(max=5.0)}
     opt = sgd(weight(1.0), spike=rules)
     for loss in (1.0, 1.1, 0.9, 50.0, 1.0):
@@ -76,7 +76,7 @@ def test_a_rule_applies_on_ranks_without_its_loss(two: Ranks) -> None:
 
 @pytest.fixture
 def fresh(two: Ranks) -> Iterator[Ranks]:
-    """The names of losses stay with a group, so these ranks form a new one, before and after."""
+    """Loss names belong to a group, so these ranks form a new one before and after."""
     two.kill()
     yield two
     two.kill()
@@ -86,7 +86,7 @@ OWN_NAMES = [f"part {i}" for i in range(11)]
 
 
 def a_loss_too_many() -> list[Any]:
-    """Rank 1 alone has eleven losses and two more, one of which is NaN at the third step."""
+    """Rank 1 has eleven losses and two more, one of which is NaN at the third step."""
     p = weight(1.0)
     opt = sgd(p)
     for late in (2.0, 4.0, NAN, 6.0):
@@ -113,7 +113,7 @@ def test_losses_beyond_the_positions_share_one_and_no_rank_waits(fresh: Ranks) -
 
 
 def late_losses_of_both() -> tuple[list[dict[str, float]], list[str]]:
-    """Each rank has a late loss of its own, and one is called as the place itself."""
+    """Each rank has a late loss of its own; one has the name of the shared position."""
     warnings: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""Norms over ranks whose powers leave float64: the same bits on all of them, and right."""
+"""Norms over ranks whose powers exceed float64 are correct and bitwise equal on all ranks."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ FAR = (2e200, 1e-200, 1e-310)
 
 
 def far_gradients(magnitude: float, mixed: bool) -> list[Tensor]:
-    """Float64 ones of this magnitude; `mixed`: of some tensors float32 ones of about 1."""
+    """Returns float64 gradients of this magnitude; with `mixed`, some are float32 of about 1."""
     narrow = (0, 1) if mixed else ()
     return [g if i in narrow else g.double() * magnitude for i, g in enumerate(model_gradients())]
 
 
 def measured(name: str, magnitude: float, p: float, mixed: bool) -> tuple[bytes, float, float]:
-    """The norm, bit for bit and as a number, and that of the clipped gradients."""
+    """Returns the norm, as bits and as a number, and the norm after clipping."""
     parts, group = SPREADS[name](far_gradients(magnitude, mixed))
     params = [q for _, q in parts]
     norm = fastguard.measure_grads(params, norm_type=p, group=group).total_norm64

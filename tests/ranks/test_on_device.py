@@ -1,4 +1,4 @@
-"""What ranks with GPUs do without waiting, next to what ranks on a CPU do by looking."""
+"""Code for ranks with GPUs, which cannot read values, compared with that for CPUs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def names_of(*names: str) -> LossNames:
 def joined(
     names: LossNames, bad_ranks: tuple[float, float], **losses: tuple[float, int]
 ) -> Signals:
-    """Signals as they come out of the collective: by name, the sum and how many ranks gave it."""
+    """Returns signals after the collective: by name, the sum and the number of ranks."""
     sums = torch.zeros(2, PLACES, dtype=torch.float64)
     for name, (total, n_ranks) in losses.items():
         sums[:, names.places([name])[0]] = torch.tensor([total, n_ranks]).double()

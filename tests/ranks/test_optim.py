@@ -24,7 +24,8 @@ def a_model(dtype: torch.dtype) -> torch.nn.Module:
 
 
 def trained(sharded: bool, master: str | None) -> list[list[float]]:
-    """The weights after three clipped steps and a skipped one; every rank has the same batch."""
+    """Returns the weights after three clipped steps and a skipped one; all ranks have the same
+    batch."""
     import fastguard.optim
     from fastguard import GuardedOptimizer
 

@@ -73,7 +73,7 @@ def train(model: Any, opt: Any, steps: range, *, own_batches: bool = False) -> N
 
 
 def everything(model: Any, opt: Any) -> list[torch.Tensor]:
-    """All weights and states, whole."""
+    """Returns all weights and states as full tensors."""
     found = []
     for p in model.parameters():
         found += [p.detach(), *opt.optimizer.state[p].values()]
@@ -91,7 +91,8 @@ def trained(wrap: str, settings: dict[str, Any], own_batches: bool = False) -> l
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "stochastic"])
 @pytest.mark.parametrize("wrap", ["fsdp", "ddp"])
 def test_ranks_with_the_same_batch_train_as_one_process_does_bit_for_bit(two, wrap, kind):
-    """The mean of two equal gradients is exact. Noise of shards is counted from their start."""
+    """The mean of two equal gradients is exact. Rounding noise is indexed from the start of a
+    shard."""
     alone = trained("", KINDS[kind])
     for whole in two.run(trained, wrap, KINDS[kind]):
         assert all(map(torch.equal, whole, alone))

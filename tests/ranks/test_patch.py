@@ -1,4 +1,4 @@
-"""`patch_torch()` in trainers that know torch's functions alone, and what these return."""
+"""`patch_torch()` in trainers that only use torch's functions, and their return values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from guardtest.spreads import SPREADS, model_gradients, on, parameter
 def clip_of_a_pipeline(
     params: list[nn.Parameter], max_norm: float, pp: DeviceMesh | None
 ) -> Tensor:
-    """As trainers clip over stages: the norm of the stage, joined over the stages by themselves."""
+    """Clips as trainers do over stages: they combine the norms of the stages themselves."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in params], 2.0, False, None)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
@@ -79,7 +79,7 @@ def test_clamping_needs_no_communication_and_no_group(four: Ranks) -> None:
 
 
 def experts_apart() -> tuple[float, float]:
-    """Experts and the rest each by a call; where there are no experts the list is empty."""
+    """Clips experts and other parameters in separate calls; the list may be empty."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "fsdp"))
     dense = [on(mesh["fsdp"], torch.ones(4), Shard(0))]
     last = mesh.get_local_rank("pp") == 1
@@ -97,7 +97,8 @@ def test_a_trainer_that_clips_experts_separately(four: Ranks) -> None:
 
 
 def returned(name: str) -> list[tuple[bool, float, float]]:
-    """Of each way to ask for a norm: is it a DTensor, what it holds, what `full_tensor` says."""
+    """For each way to compute a norm, returns whether it is a DTensor, its value and
+    `full_tensor`."""
     parts, _ = SPREADS[name](model_gradients())
     params = [p for _, p in parts]
     found = []
@@ -124,7 +125,7 @@ def test_the_norm_is_a_dtensor_where_torchs_is(four: Ranks, name: str) -> None:
 
 
 def used_as_torchs(patched: bool) -> list[float]:
-    """What callers do with the norm: log it, compare it, compute with it."""
+    """Uses a norm as callers do: logs it, compares it, computes with it."""
     torch.manual_seed(0)
     model = fully_shard(nn.Linear(4, 6))
     model(torch.ones(2, 4)).square().sum().backward()
@@ -146,7 +147,7 @@ def test_the_norm_can_be_used_like_torchs(four: Ranks) -> None:
 
 
 def our_own() -> list[bool]:
-    """Outside of the patch, and beside it, ours are plain tensors."""
+    """Our own functions return plain tensors, with and without the patch."""
     parts, _ = SPREADS["fsdp"](model_gradients())
     params = [p for _, p in parts]
     with fastguard.patch_torch():
@@ -177,7 +178,7 @@ def test_without_a_gradient_the_norm_is_plain_as_in_torch(four: Ranks) -> None:
 
 
 def with_our_keywords() -> tuple[float, str]:
-    """Callers who know of the patch may still say who decides."""
+    """Code that knows of the patch can still pass `group`."""
     p = parameter(torch.full((4,), 1.0 + dist.get_rank()))
     p.grad[0] = math.nan
     with fastguard.patch_torch():

@@ -1,4 +1,4 @@
-"""Shards in plain tensors: a rank that holds some is not let decide alone."""
+"""Shards in plain tensors raise an error without a group."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from guardtest.ranks import Ranks
 
 
 class Net(nn.Module):
-    """One layer is 1-D only, and small enough that one of two ranks gets nothing of it."""
+    """One layer has only 1-D parameters, so small that one of two ranks gets no part of it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def fsdp(strategy: str, use_orig_params: bool, nested: bool = False) -> nn.Modul
 
 
 def backward(model: nn.Module) -> list[Tensor]:
-    """Gradients that differ from rank to rank before they are reduced."""
+    """Computes gradients that differ between ranks before they are reduced."""
     model(torch.ones(2, 6) * (1 + dist.get_rank())).square().sum().backward()
     return list(model.parameters())
 
@@ -102,7 +102,7 @@ def test_shards_without_a_group_are_an_error(
 
 
 def without_a_norm(use_orig_params: bool) -> tuple[list[str], float]:
-    """Each element is clamped where it lies; flat buckets alone have no group to be given."""
+    """Clamping needs no norm; flat buckets have no argument for a group."""
     params = backward(fsdp("FULL_SHARD", use_orig_params))
     flat = fastguard.FlatGradBuckets(params)
     said = [raised(flat.measure), raised(lambda: flat.clip_grad_norm_(1.0))]
@@ -123,7 +123,7 @@ def test_shards_where_no_group_can_be_passed(two: Ranks, use_orig_params: bool) 
 
 
 def guarded_step(use_orig_params: bool, bad: bool) -> tuple[float, int, float]:
-    """With the group: our norm, the steps that were skipped, and FSDP's own norm."""
+    """With the group, returns our norm, the number of skipped steps, and FSDP's own norm."""
     model = fsdp("FULL_SHARD", use_orig_params)
     opt = GuardedOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1), max_norm=1e3, group=dist.group.WORLD
@@ -146,7 +146,7 @@ def test_with_the_group_all_ranks_decide_as_one(two: Ranks, use_orig_params: boo
 
 
 def only_vectors(strategy: str) -> tuple[list[str], float, float]:
-    """Trains biases alone. What is said without a group, as replicas, as shards; two norms."""
+    """Trains biases only; returns the errors without a group and as replicas, and two norms."""
     model = Net()
     for name, p in model.named_parameters():
         p.requires_grad_("bias" in name)
@@ -178,7 +178,7 @@ def test_vectors_are_shards_only_if_they_were_split(two: Ranks, strategy: str) -
 
 
 def units(strategy: str, use_orig_params: bool) -> list[str]:
-    """What the function and the guard say of tensors without the rows of their layers."""
+    """Returns the errors of the function and the guard for tensors without complete rows."""
     model = fsdp(strategy, use_orig_params)
     params = backward(model)
     group = Replicated(dist.group.WORLD) if strategy == "NO_SHARD" else dist.group.WORLD
@@ -212,7 +212,7 @@ def test_adaptive_clipping_of_sharded_units_is_an_error(
 
 
 def a_trainers_own_recipe() -> tuple[float, float, list[str]]:
-    """It joins the norms of shards itself, as FSDP does, through torch's functions."""
+    """Combines the norms of shards itself, like FSDP, using torch's functions."""
     plain_shards._warned.clear()
     model = fsdp("FULL_SHARD", True)
     params = backward(model)
@@ -234,7 +234,7 @@ def test_patched_functions_behave_as_in_torch_and_warn_once(two: Ranks) -> None:
 
 
 def zero_redundancy(group: str | None) -> str | tuple[float, list[float], int]:
-    """What is said, or the norm, all weights, and how many steps were skipped."""
+    """Returns the error, or the norm, all weights, and the number of skipped steps."""
     params = [nn.Parameter(torch.ones(4)) for _ in range(3)]
     wrapped = ZeroRedundancyOptimizer(params, torch.optim.SGD, lr=1.0)
     world = dist.group.WORLD
@@ -265,7 +265,7 @@ def test_zero_redundancy_takes_a_step_on_all_ranks_or_on_none(two: Ranks) -> Non
 
 
 def made_before() -> tuple[list[str], int, list[bool]]:
-    """An optimizer that is there before the model is cut up; a param group that joins later."""
+    """Creates the optimizer before the model is sharded; adds a param group later."""
     model = Net()
     early = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
     early_weights = [torch.nn.Parameter(torch.ones(2))]
@@ -287,7 +287,7 @@ def test_parameters_sharded_later_are_an_error_at_the_first_step(two: Ranks) -> 
 
 
 class Replaces(torch.optim.SGD):
-    """As DeepSpeed does: `partition()` puts a float32 partition in the place of parameters."""
+    """Like DeepSpeed, `partition()` replaces parameters by a float32 partition."""
 
     def partition(self, n_ranks: int) -> None:
         (old,) = self.param_groups[0]["params"]
@@ -317,7 +317,7 @@ def test_partitions_of_deepspeed(two: Ranks) -> None:
 
 
 def looked_through() -> tuple[int, int]:
-    """How often lists of the same parameters are looked through."""
+    """Counts how often lists of the same parameters are searched."""
     params = [nn.Parameter(torch.ones(2)) for _ in range(3)]
     looks = []
     kind = plain_shards._kind

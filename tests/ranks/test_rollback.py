@@ -1,4 +1,4 @@
-"""`Rollback` on several ranks: all go back to the same snapshot, or none does."""
+"""`Rollback` on several ranks: all restore the same snapshot, or none does."""
 
 from __future__ import annotations
 

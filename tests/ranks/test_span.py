@@ -1,4 +1,4 @@
-"""Who decides together: the ranks that the meshes of the tensors span, and no rank besides."""
+"""The ranks that decide together are those connected by the meshes of the tensors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def root_ranks(permuted: bool = False) -> torch.Tensor:
 
 
 def slice_of(root: torch.Tensor, rank: int, dims: tuple[str, ...]) -> list[int]:
-    """The ranks that differ from a rank only in these dimensions."""
+    """Returns the ranks that differ from a rank only in these dimensions."""
     at = (root == rank).nonzero()[0].tolist()
     index = tuple(slice(None) if name in dims else at[i] for i, name in enumerate(SIZES))
     return root[index].flatten().tolist()
@@ -62,7 +62,7 @@ def test_irregular_ranks_form_a_slice_of_their_own() -> None:
 
 
 def test_each_slice_of_a_root_is_visited_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each rank against each would be 10^8 steps on 16,384 ranks."""
+    """Comparing all pairs would take 10^8 steps on 16,384 ranks."""
     walked = []
     at = Slices.at
     monkeypatch.setattr(Slices, "at", lambda self, start: walked.append(start) or at(self, start))
@@ -75,7 +75,7 @@ def test_each_slice_of_a_root_is_visited_once(monkeypatch: pytest.MonkeyPatch) -
 
 
 def unflattened() -> DeviceMesh:
-    """Two views of one root that has no dimensions of its own."""
+    """Returns two views of a root without dimensions of its own."""
     world = init_device_mesh("cpu", (4,), mesh_dim_names=("world",))
     return world._unflatten(0, (2, 2), ("pp", "dp"))
 
@@ -100,7 +100,7 @@ def stage_and_shards(name: str) -> tuple[DeviceMesh, DeviceMesh, int]:
 
 
 def norms_of_stages(name: str) -> tuple[float, float, float, list[str]]:
-    """Of this stage, torch's and ours; of all stages, which ours joins when it is told of them."""
+    """Returns torch's and our norm of this stage, and our norm of all stages with their group."""
     team._warned_of.clear()
     pipeline, mesh, stage = stage_and_shards(name)
     p = on(mesh, torch.full((4,), 1.0 + 9 * stage), Shard(0))
@@ -127,7 +127,8 @@ def test_the_norm_covers_the_stage_only(four: Ranks, name: str) -> None:
 
 
 def one_stage_alone(name: str) -> list[float]:
-    """Each stage makes other calls, as an interleaved schedule does; nobody waits for the other."""
+    """Each stage makes different calls, as in an interleaved schedule, without waiting for
+    others."""
     _, mesh, stage = stage_and_shards(name)
     found = []
     if stage == 0:
@@ -182,7 +183,7 @@ def test_combined_stages_include_the_experts(four: Ranks) -> None:
 
 
 def groups_made() -> list[object]:
-    """How many process groups calls make over one dimension, over both, and the next time."""
+    """Counts the process groups created over one dimension, over both, and in later calls."""
     root = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
     one = on(root["b"], torch.ones(4), Shard(0))
     both = on(root, torch.ones(4, 4), Replicate(), Shard(0))
@@ -197,12 +198,12 @@ def groups_made() -> list[object]:
 
 
 def test_existing_groups_are_used(four: Ranks) -> None:
-    """That of the dimension, and that of all ranks."""
+    """The groups of the dimension and of all ranks are used."""
     assert four.run(groups_made) == [[0] * 6] * 4
 
 
 def new_groups(world_is_bound: bool) -> list[tuple[bool, float, list[int]]]:
-    """Groups that no mesh has: each is made once, by its members, whatever others they are in."""
+    """Groups that no mesh has are created once, by their members only."""
     rank, world = dist.get_rank(), dist.group.WORLD
     device = torch.device("cuda", 0) if world_is_bound else None
     make, bound_while_made, found = dist.new_group, [], []
@@ -236,7 +237,7 @@ def test_a_new_group_needs_only_its_members(world_is_bound: bool) -> None:
 
 
 def fake_groups() -> float:
-    """A dimension whose group exchanges nothing, as trainers make them, is not taken."""
+    """The fake group of a dimension, as trainers create them, is not used."""
     root = init_device_mesh(
         "cpu", (2, 2), mesh_dim_names=("pp", "dp"), backend_override={"dp": "fake"}
     )
@@ -252,7 +253,7 @@ def test_fake_groups_are_ignored(four: Ranks) -> None:
 
 
 def mesh_without_groups() -> list[float]:
-    """Meshes that were made to describe ranks, not to exchange anything."""
+    """Meshes that describe ranks but have no groups."""
     half = 2 * (dist.get_rank() // 2)
     found = []
     for ranks, placements in (
@@ -267,7 +268,8 @@ def mesh_without_groups() -> list[float]:
 
 
 def test_a_mesh_without_groups_gets_a_new_group(four: Ranks) -> None:
-    """Over one dimension its two ranks; over both the mean of two replicas, which differ here."""
+    """Over one dimension, the norm of its two ranks; over both, the mean of replicas that differ
+    here."""
     both = 2 * (1 + 4 + 9 + 16) / 2
     expected = [[2 * (1 + 4), both]] * 2 + [[2 * (9 + 16), both]] * 2
     assert four.run(mesh_without_groups, timeout=15.0) == expected

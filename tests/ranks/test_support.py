@@ -1,4 +1,4 @@
-"""The helper that runs functions on several ranks shows what happens there."""
+"""The helper that runs functions on several ranks reports their errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model trained on four ranks, however it is spread, takes the steps of one process."""
+"""A model trained on four ranks takes the steps of one process, for any distribution."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STEPS, BATCH, BAD_STEP, BAD_RANK, SPIKE_STEP = 9, 8, 4, 1, 7
 
 
 class Net(nn.Module):
-    """Named layers, so that every rank can say which it holds."""
+    """Has named layers, so that each rank can select its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Net(nn.Module):
 
 
 def batch_of(step: int) -> tuple[Tensor, Tensor]:
-    """Inputs `(BATCH, 6)` and targets; at one step far off, so that the norm is a spike."""
+    """Returns inputs `(BATCH, 6)` and targets; those of one step are far off and cause a spike."""
     generator = torch.Generator().manual_seed(step)
     x, y = torch.randn(BATCH, 6, generator=generator), torch.randn(BATCH, 4, generator=generator)
     return x, y * (1e4 if step == SPIKE_STEP else 1.0)
@@ -64,7 +64,7 @@ def adamw(groups: Any) -> Optimizer:
 def guarded(
     model: nn.Module, group: Group, inner: Callable[[Any], Optimizer] = sgd, **options: Any
 ) -> GuardedOptimizer:
-    """DTensors of several meshes and plain tensors may share a guard, but not a param group."""
+    """Gives DTensors of different meshes and plain tensors separate param groups."""
     by_mesh: dict[int, list[nn.Parameter]] = {}
     for p in model.parameters():
         mesh = p.device_mesh if isinstance(p, DTensor) else None
@@ -86,7 +86,7 @@ def train(
     bad: Callable[[nn.Module], Tensor | None] = lambda model: None,
     gives_loss: bool = True,
 ) -> list[StepRecord]:
-    """Steps on this rank's part of each batch; `bad` names the tensor to poison at one step."""
+    """Trains on this rank's part of each batch; `bad` names the tensor to poison at one step."""
     schedule = fastguard.GuardedLR(opt, backoff=0.5, recovery=2)
     for step in range(STEPS):
         x, y = batch_of(step)
@@ -130,7 +130,7 @@ PLAN = {"up": ColwiseParallel(), "down": RowwiseParallel()}
 
 
 def tensor_parallel() -> tuple[nn.Module, slice, Group]:
-    """Columns, rows, and a plain tensor that all ranks have."""
+    """A model sharded by columns and by rows, and a plain tensor on all ranks."""
     mesh = init_device_mesh("cpu", (4,))
     return parallelize_module(Net(), mesh, PLAN), slice(None), None
 
@@ -150,7 +150,7 @@ OWNERS = {"up": 0, "down": 1, "scale": 2}  # the fourth rank has no parameters
 
 
 class Stage(nn.Module):
-    """Has the parameters of its own layer only. What a pipeline would send, it computes anew."""
+    """Has only the parameters of its own layer; recomputes what a pipeline would send."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def spoiled_shard(model: nn.Module) -> Tensor | None:
-    """On one rank, what it holds of its first parameter that is not empty."""
+    """Returns this rank's part of its first non-empty parameter."""
     if dist.get_rank() != BAD_RANK:
         return None
     local = (getattr(p.grad, "_local_tensor", p.grad) for p in model.parameters())
@@ -276,7 +276,7 @@ def test_a_step_is_one_collective_of_248_bytes(four: Ranks, name: str) -> None:
 
 
 def group_scope() -> tuple[list[float], dict[str, Tensor]]:
-    """Two segments, each of a sharded and of a replicated tensor: two weights in each."""
+    """Two segments, each with a sharded and a replicated tensor, which have different weights."""
     mesh = init_device_mesh("cpu", (4,))
     model = parallelize_module(Net(), mesh, PLAN)
     groups = [

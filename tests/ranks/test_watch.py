@@ -1,4 +1,4 @@
-"""`RankWatch`: the rank where a bad gradient was born, before the reduction hides it."""
+"""`RankWatch` finds the rank where a bad gradient appeared, before the reduction hides it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def two() -> Iterator[Ranks]:
 
 
 class Poison(torch.autograd.Function):
-    """The identity, whose gradient is what it is told."""
+    """The identity, with a given gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: float) -> Tensor:
@@ -43,7 +43,7 @@ class Poison(torch.autograd.Function):
 
 
 class Net(nn.Module):
-    """A bad gradient of `up` alone, if asked for."""
+    """Has a bad gradient only in `up`, on request."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ def build(way: str, watched: bool = True, **kwargs: Any) -> tuple[nn.Module, Gua
 def step(
     model: nn.Module, opt: GuardedOptimizer, bad: dict[int, float], seed: int = 0
 ) -> StepRecord:
-    """One step, in which some ranks are poisoned, and its record."""
+    """Takes a step in which some ranks are poisoned; returns its record."""
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(10 * seed + dist.get_rank()))
     opt.zero_grad()
     model(x, bad.get(dist.get_rank(), 0.0)).square().mean().backward()
@@ -199,7 +199,7 @@ UNSHARDED = 4 * (4 * 8 + 8 + 8 * 2 + 2)  # bytes of the gradients of a Net
 
 
 def portions(flush_bytes: int) -> list[tuple[list[int], list[int], Any]]:
-    """How many gradients were measured in each call, in `backward` and in `step`, of two steps."""
+    """Returns the number of gradients measured per call, in `backward` and `step` of two steps."""
     import fastguard.guard.rank_watch as watch
 
     sizes: list[int] = []
@@ -273,7 +273,7 @@ def test_frozen_parameters_are_ignored(two: Ranks) -> None:
 
 
 def partly_optimized(way: str) -> Any:
-    """The optimizer holds `up` alone."""
+    """The optimizer has only the parameters of `up`."""
     model, opt, watch = build(way)
     watch.remove()
     net = model.module if way == "ddp" else model

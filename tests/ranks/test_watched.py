@@ -1,4 +1,4 @@
-"""`GuardedOptimizer(watch=...)` over ranks: replicas that drift, the noise scale, shards."""
+"""`GuardedOptimizer(watch=...)` over ranks: replica drift, noise scale, shards."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def four() -> Iterator[Ranks]:
 
 
 def flip_one_bit(t: Tensor, bit: int = 0) -> None:
-    """Of the last element; by default the lowest bit of its mantissa."""
+    """Flips a bit of the last element, by default the lowest of its mantissa."""
     t.detach().view(torch.int32).view(-1)[-1] ^= 1 << bit
 
 
@@ -45,7 +45,8 @@ def replicated(**options: Any) -> dict[str, Any]:
 
 
 def drifting(place: str, every: int = 1, bit: int = 0) -> list[tuple[str | None, str, Any]]:
-    """Reason, action and suspects of each step; a bit flips before step `AT`, on one rank."""
+    """Returns reason, action and suspects of each step; before step `AT` a bit flips on one
+    rank."""
     model = DistributedDataParallel(net())
     opt = GuardedOptimizer(
         torch.optim.AdamW(model.parameters(), lr=0.01), **replicated(watch_every=every)
@@ -109,7 +110,7 @@ def test_drift_persists_so_that_a_later_check_finds_it(four: Ranks) -> None:
 
 
 def different_seeds() -> tuple[str | None, Any, str]:
-    """A model that nothing has broadcast."""
+    """A model that was not broadcast."""
     opt = GuardedOptimizer(
         torch.optim.SGD(net(seed=dist.get_rank()).parameters(), lr=0.1), **replicated()
     )
@@ -142,7 +143,7 @@ def bytes_of_steps() -> list[list[tuple[str, int]]]:
 
 
 def test_a_watched_step_sends_more_numbers_in_the_same_collective(four: Ranks) -> None:
-    """12 numbers for the drift, one for the noise scale, none for the norms of whole tensors."""
+    """12 numbers for drift, one for the noise scale, none for norms of plain tensors."""
     watched, other = [("allreduce_", 248 + 8 * 13)], [("allreduce_", 248)]
     for steps in four.run(bytes_of_steps):
         assert steps == [[("allreduce_", 208), *watched], other, watched, other]
@@ -210,7 +211,8 @@ def test_the_checksum_knows_neither_order_nor_cuts_nor_strides() -> None:
 
 
 def noisy(scaled: bool) -> list[float | None]:
-    """A true gradient of squared norm 4 over 64 elements, and on each rank noise of variance 1."""
+    """Returns a gradient of squared norm 4 with 64 elements, plus noise of variance 1 on each
+    rank."""
     p = nn.Linear(64, 1, bias=False)
     nn.init.zeros_(p.weight)
     model = DistributedDataParallel(p)
@@ -234,7 +236,7 @@ def noisy(scaled: bool) -> list[float | None]:
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
 def test_the_noise_scale_estimates_the_useful_batch_size(four: Ranks, scaled: bool) -> None:
-    """tr(S) of a rank's gradient is 64, so that of a batch of four ranks 16; 16 / 4 = 4."""
+    """tr(S) is 64 for the gradient of one rank, so 16 for four ranks; 16 / 4 = 4."""
     scales = same_on_all(four.run(noisy, scaled))
     late = [scale for scale in scales[50:] if scale is not None]
     assert len(late) > 140
@@ -242,7 +244,8 @@ def test_the_noise_scale_estimates_the_useful_batch_size(four: Ranks, scaled: bo
 
 
 def noisy_in_two_runs(break_at: int | None) -> list[float | None]:
-    """The noise scale of 40 steps; from `break_at` on in a new guard that has loaded the state."""
+    """Returns the noise scale of 40 steps; from `break_at` on, by a new guard with the loaded
+    state."""
     p = nn.Linear(64, 1, bias=False)
     nn.init.zeros_(p.weight)
     generator = torch.Generator().manual_seed(dist.get_rank())
@@ -275,7 +278,7 @@ def test_the_averages_of_the_noise_scale_are_part_of_the_state_dict(four: Ranks)
 
 
 def sharded_noise() -> list[float | None]:
-    """As `noisy`, with a module that FSDP2 shards."""
+    """Like `noisy`, with a module sharded by FSDP2."""
     model = nn.Sequential(nn.Linear(64, 1, bias=False))
     nn.init.zeros_(model[0].weight)
     mesh = init_device_mesh("cpu", (4,))
@@ -345,7 +348,7 @@ def test_settings_that_ranks_cannot_compare_are_an_error(four: Ranks) -> None:
 
 
 def sharded_norms() -> tuple[dict[str, Any], dict[str, float]]:
-    """Norms told of a sharded model with one plain parameter, and those of its whole gradients."""
+    """Returns the recorded norms of a sharded model with a plain parameter, and the true norms."""
     model = net()
     with torch.no_grad():
         model[0].weight[:2] = 0.0

@@ -1,4 +1,4 @@
-"""`ZeroRedundancyOptimizer`: each rank holds a part of the state, and one rank saves it all."""
+"""`ZeroRedundancyOptimizer`: each rank has a part of the state, and one rank saves all of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults of a loop that show in many records and in no single one; each is told once."""
+"""Faults of a training loop that show only over many records; each is reported once."""
 
 import itertools
 import logging
@@ -59,7 +59,7 @@ def test_gradients_clipped_beforehand_to_our_limit_are_reported_once(
 
 @pytest.mark.parametrize("scope", ["group", "tensor"])
 def test_segments_clipped_beforehand_to_our_limit_are_reported_once(scope, log):
-    """The norm of the whole model is no round number there, and no one limit."""
+    """The norm of the whole model is then neither a round number nor the limit of any segment."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 4), nn.Linear(4, 4))
     groups = [{"params": layer.parameters()} for layer in model]
@@ -96,7 +96,7 @@ def test_a_loop_that_leaves_clipping_to_the_guard_is_not_reported(limit, batches
 
 @pytest.mark.parametrize("limit", [None, 5.0])
 def test_an_optimizer_that_the_guard_cannot_clip_is_told_nothing(limit, log):
-    """LBFGS: a warning of the guard says to clip in the closure."""
+    """For LBFGS, a warning of the guard says to clip in the closure."""
     torch.manual_seed(0)
     model = nn.Linear(4, 2)
     inner = torch.optim.LBFGS(model.parameters(), lr=1e-4, max_iter=1)
@@ -117,7 +117,7 @@ def test_an_optimizer_that_the_guard_cannot_clip_is_told_nothing(limit, log):
 
 
 def test_a_constant_gradient_is_not_reported(log):
-    """A toy, whose norm is the same to the last bit."""
+    """In a toy model, all norms are bitwise equal."""
     p = nn.Parameter(torch.zeros(2))
     opt = GuardedOptimizer(torch.optim.SGD([p], lr=0.1), max_norm=1.0)
     for _ in range(3 * CONSTANT):
@@ -173,7 +173,7 @@ def test_incidents_do_not_count_as_clipping(log):
 
 
 def test_a_scale_that_does_not_fall_is_reported(log):
-    """As by a loop that gives `scaler.update` a scale of its own."""
+    """As in a loop that passes its own scale to `scaler.update`."""
     p = nn.Parameter(torch.zeros(2))
     opt = GuardedOptimizer(torch.optim.SGD([p], lr=0.1))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)

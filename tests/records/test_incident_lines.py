@@ -1,4 +1,4 @@
-"""The log lines of incidents: short, and repeats are counted."""
+"""Log lines of incidents are short, and repeats are counted."""
 
 import gc
 import logging

@@ -1,4 +1,5 @@
-"""One writer per file: threads share it, another process is refused, no other file is touched."""
+"""One writer per file: threads share it, other processes get an error, other files are not
+changed."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ sys.stdin.read()
 
 
 class Other:
-    """Another process that writes to the file, until it is told to stop or killed."""
+    """Another process that writes to the file until it is stopped or killed."""
 
     def __init__(self, path: Path) -> None:
         self.process = subprocess.Popen(
@@ -95,7 +96,7 @@ def test_sinks_of_one_process_share_a_file_and_the_last_one_closes_it(path: Path
 
 
 def test_an_unclosed_sink_does_not_block_others(path: Path) -> None:
-    """As in a notebook, where a cell is run again."""
+    """As in a notebook when a cell is run again."""
     for step in (1, 2, 3):
         sink = JsonLinesSink(path)
         sink(record(step))
@@ -180,7 +181,7 @@ def test_a_forked_child_counts_its_lost_records(path: Path) -> None:
 
 
 def test_a_child_can_write_once_its_parent_has_closed_the_file(path: Path) -> None:
-    """As a program that becomes a daemon does."""
+    """As in a program that becomes a daemon."""
     read, write = os.pipe()
     sink = JsonLinesSink(path)
     sink(record(1))

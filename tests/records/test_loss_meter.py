@@ -1,4 +1,4 @@
-"""LossMeter: one NaN batch does not make the epoch's mean NaN, and it is told which one it was."""
+"""LossMeter: a NaN batch does not make the mean of the epoch NaN, and is reported."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_no_graph_is_kept():
 
 @pytest.mark.parametrize("n", [5, 23])
 def test_losses_on_a_device_wait_in_rows_and_count_the_same(monkeypatch, n):
-    """As on a GPU, with the host in its place: rows, several transfers, a new name later."""
+    """Simulates a GPU on the host: rows, several transfers, a new name later."""
     rows = LossMeter()
     direct = LossMeter()
     for i in range(n):

@@ -1,4 +1,4 @@
-"""Losses on their way to a decision."""
+"""Validation, averaging and stacking of losses."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""Record files of any size and in any state are read: in order, whole, with bounded memory."""
+"""Record files of any size and state are read completely, in order, with bounded memory."""
 
 import json
 import os
@@ -17,7 +17,7 @@ def record(step, **more):
 
 
 def line_of(step, **more):
-    """The shortest line that is a record, and more."""
+    """Returns a minimal record as a line, with optional further fields."""
     least = {"step": step, "total_norm": 1.0, "clip_coef": 1.0, "action": "applied"}
     return json.dumps(least | more).encode()
 

@@ -1,4 +1,4 @@
-"""What a step leaves behind: numbers, names, one line for the log, and no more memory than that."""
+"""The records of steps: numbers, names, log lines, and bounded memory."""
 
 import copy
 import dataclasses
@@ -133,7 +133,7 @@ def test_a_record_is_one_line_whatever_the_tag():
 
 
 def test_a_nan_coefficient_is_not_reported_as_applied():
-    """`nan < 1` is False, so the comparison must be the other way round."""
+    """`nan < 1` is False, so the comparison must be `>=`."""
     (p,), opt = guard(max_norm=1.0, nonfinite="propagate")
     p.grad[0] = NAN
     opt.step()
@@ -252,7 +252,7 @@ def test_few_records_wait_to_be_made():
 
 
 def outcomes(counts, mode="skip", steps=3, **options):
-    """The outcomes of a few steps with these counts, decided one after the other."""
+    """Returns the outcomes of successive steps with these counts."""
     n_tensors = counts.shape[1]
     summary = torch.cat([torch.tensor([4.0]), counts.sum(1)]).double()[:, None]
     stats = GradStats(summary, counts, 2.0, [f"w{i}" for i in range(n_tensors)])

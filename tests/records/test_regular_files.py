@@ -1,4 +1,4 @@
-"""`open_regular`: pipes, devices, sockets and links to them are refused, at once."""
+"""`open_regular` rejects pipes, devices, sockets and links to them without waiting."""
 
 import os
 import socket

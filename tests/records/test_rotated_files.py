@@ -1,4 +1,4 @@
-"""Reading a run beside a writer that rotates: in order, without a hole, whatever comes when."""
+"""Reading while a writer rotates: in order and without gaps, for any timing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_rotation_while_listing_leaves_no_gap(
 def test_a_listing_that_misses_a_file_is_repeated(
     path: Path, monkeypatch: pytest.MonkeyPatch, missed: str
 ) -> None:
-    """A folder that is read while a file is renamed may show it under neither name."""
+    """A listing made while a file is renamed may miss both of its names."""
     real, looks = listing.rotated_files, []
     path.with_name("r.1.jsonl").write_text("1\n")
     path.write_text("2\n")

@@ -1,4 +1,4 @@
-"""The files of a `JsonLinesSink`: when they are full, cut short, closed, or cannot be written."""
+"""The files of a `JsonLinesSink` when they are full, truncated, closed, or not writable."""
 
 from __future__ import annotations
 

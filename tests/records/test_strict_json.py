@@ -1,4 +1,4 @@
-"""Strict JSON: no NaN, nothing lost, and it reads back."""
+"""Strict JSON contains no NaN, loses nothing, and can be read back."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Who is told of a record: sinks at once, inboxes when it is delivered."""
+"""Delivery of records: to sinks at once, to inboxes at the next delivery."""
 
 import copy
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""`GuardedLR`: schedules that know of skipped steps, told as scripts with known numbers."""
+"""`GuardedLR`: schedules that take skipped steps into account, as scripts with known numbers."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_clamping_to_the_floor_is_logged_once(caplog: pytest.LogCaptureFixture) 
 
 
 def test_the_schedule_never_sees_our_values() -> None:
-    """Recursive schedules would compound the back-off; the wrapped one computes from its own."""
+    """A recursive schedule would compound the back-off, so it must find its own values."""
     plain = guarded()
     guard = guarded()
     alone = CosineAnnealingLR(plain, T_max=10, eta_min=0.1)
@@ -372,7 +372,7 @@ def test_several_groups_join_at_once_and_one_after_the_other() -> None:
 
 @needs(STRICT_LAMBDAS)
 def test_an_error_of_the_schedule_changes_nothing() -> None:
-    """`LambdaLR` of torch does not take groups that join."""
+    """torch's `LambdaLR` does not support groups that are added later."""
     opt = guarded()
     lr = GuardedLR(LambdaLR(opt, lambda n: 0.5**n), warmup=Warmup(steps=4, lr=[0.25]))
     play(opt, lr, [GOOD])
@@ -408,7 +408,7 @@ def test_other_code_can_use_it_as_a_scheduler() -> None:
 
 
 def test_around_the_steps_of_a_trainer_that_sets_the_lr_itself() -> None:
-    """Its values come back after each step, whatever was in force meanwhile."""
+    """The trainer's values are restored after each step."""
     opt = guarded()
     lr = GuardedLR(opt, floor=0.3, backoff=0.5, recovery=2)
     for i, (theirs, loss) in enumerate([(1.0, GOOD), (0.8, BAD), (0.8, GOOD), (0.4, GOOD)]):

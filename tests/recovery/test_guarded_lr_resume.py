@@ -1,4 +1,4 @@
-"""`GuardedLR` saved and loaded, verdicts on their way included."""
+"""Saving and loading `GuardedLR`, including pending verdicts."""
 
 from __future__ import annotations
 

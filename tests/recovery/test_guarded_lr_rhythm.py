@@ -1,4 +1,4 @@
-"""`GuardedLR` with a schedule that is stepped in another rhythm than the warm-up counts."""
+"""`GuardedLR` with a schedule that is not stepped once per optimizer step."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def plateau(opt) -> ReduceLROnPlateau:
 
 
 class ByAccuracy(LRScheduler):
-    """A schedule of one's own whose `step` cannot do without its metric."""
+    """A custom schedule whose `step` requires a metric."""
 
     factor = 1.0
 
@@ -68,7 +68,7 @@ SCHEDULES: dict[str, tuple[Callable, tuple]] = {
 
 
 def alone(make: Callable, arguments: tuple) -> list[float]:
-    """What torch's schedule wants in each epoch."""
+    """Returns the learning rates of torch's schedule, one per epoch."""
     opt = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule, seen = make(opt), []
     for _ in range(EPOCHS):
@@ -79,7 +79,7 @@ def alone(make: Callable, arguments: tuple) -> list[float]:
 
 
 def warmed(by_epoch: list[float]) -> list[float]:
-    """The same at each batch, behind the warm-up."""
+    """Returns the learning rate of each batch, with the warm-up."""
     wanted = [lr for lr in by_epoch for _ in range(BATCHES)]
     shares = [min(1.0, n / WARMUP.steps) for n in range(len(wanted))]
     return [WARMUP.lr + (lr - WARMUP.lr) * share for lr, share in zip(wanted, shares, strict=True)]

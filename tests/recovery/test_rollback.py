@@ -1,4 +1,4 @@
-"""`Rollback` and its snapshots: back to the last good state, within the process."""
+"""`Rollback` restores the last good state within the process."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_bad_steps_before_a_poisoned_snapshot_are_skipped_too() -> None:
 
 
 def test_the_caller_can_trigger_a_rollback_before_calling_step() -> None:
-    """The record and the position of that step belong together, or to nothing."""
+    """The record of that step is used with its position, or not at all."""
     run = Run(every=2, after_skips=2)
     for i in range(2):
         run.batch(i)
@@ -229,7 +229,7 @@ def test_each_attempt_lowers_the_lr_further_and_restarts_the_count_of_skips() ->
 
 
 def test_the_log_of_a_rollback_shows_the_lr(caplog: pytest.LogCaptureFixture) -> None:
-    """The snapshot's schedule has none of the back-offs that led to the rollback."""
+    """The restored schedule lacks the back-offs that led to the rollback."""
     p = torch.nn.Parameter(torch.zeros(2))
     opt = GuardedOptimizer(torch.optim.SGD([p], lr=1.0))
     lr = GuardedLR(opt, backoff=0.1)

@@ -1,4 +1,4 @@
-"""What `Rollback` refuses when it is made, since it could not act on it later."""
+"""Invalid arguments of `Rollback`, which raise in the constructor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`Rollback` in runs where incidents are let through: cleaned, recorded, or merely propagated."""
+"""`Rollback` in runs where incidents are applied: cleaned, recorded, or propagated."""
 
 from __future__ import annotations
 

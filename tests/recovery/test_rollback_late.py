@@ -1,4 +1,4 @@
-"""`Rollback` as on a GPU without synchronisation: a record arrives before the next step."""
+"""`Rollback` with late records, which arrive before the next step, as on a GPU."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_step_that_may_have_spiked_is_in_no_snapshot(monkeypatch: pytest.Monke
 def test_a_snapshot_does_not_disturb_a_schedule(
     monkeypatch: pytest.MonkeyPatch, lr_first: bool
 ) -> None:
-    """It asks for its verdict ahead; the schedule is told when it always is."""
+    """`Rollback` fetches verdicts early; the schedule still gets them at the usual time."""
     longrun.delay_records(monkeypatch)
 
     def rates(every: int) -> list[float]:

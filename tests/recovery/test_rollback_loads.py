@@ -1,4 +1,4 @@
-"""`Rollback` where the caller loads states by hand, at any moment of the loop."""
+"""`Rollback` in a loop that loads states manually, at any point."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from guardtest.rollback_run import Run, same
 
 @pytest.fixture(params=[False, True], ids=["at once", "delayed"])
 def delayed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the record of step k comes before step k + 1 only, as on a GPU without a wait."""
+    """Whether the record of step k arrives only before step k + 1, as on a GPU."""
     if request.param:
         longrun.delay_records(monkeypatch)
     return request.param
 
 
 class Loop:
-    """A loop that can be interrupted by a load at every place."""
+    """A loop in which a state can be loaded at any point."""
 
     def __init__(self, **rollback) -> None:
         self.model = torch.nn.Linear(2, 1)
@@ -74,7 +74,7 @@ def test_loading_a_state_of_later_steps_works_too() -> None:
 
 
 def test_the_first_good_step_after_a_load_is_saved() -> None:
-    """Else a run that is resumed late would go back to the weights that it was made with."""
+    """Otherwise a run resumed late would return to its initial weights."""
     saved = Run(every=100)
     for i in range(7):
         saved.batch(i)
@@ -111,7 +111,7 @@ def test_loading_a_state_resets_the_count_of_spikes() -> None:
 
 
 def test_a_load_between_bad_steps_and_their_rollback_discards_them() -> None:
-    """The batches stay bad, whatever state was loaded since."""
+    """The batches remain bad after a load."""
     run = Run(every=100, after_skips=5)
     for i in range(3):
         run.batch(i)

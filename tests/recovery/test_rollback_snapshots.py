@@ -1,4 +1,4 @@
-"""What a snapshot of `Rollback` holds, and what is never restored."""
+"""The contents of snapshots, and snapshots that are never restored."""
 
 from __future__ import annotations
 

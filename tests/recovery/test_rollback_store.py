@@ -1,4 +1,4 @@
-"""`Rollback(store=...)`: snapshots on disk, which outlive the process, and what the disk may do."""
+"""`Rollback(store=...)`: snapshots on disk, restarted processes, and disk errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from guardtest.training import assert_same_bits, snapshot
 
 
 class Run:
-    """Dropout, so that the random streams matter; every batch is found by its number."""
+    """Uses dropout, so that random states matter; each batch is determined by its number."""
 
     def __init__(
         self, store: CheckpointStore | None, resume: bool = False, **rollback: Any

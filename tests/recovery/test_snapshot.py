@@ -1,4 +1,4 @@
-"""`Snapshot`: a state comes back as it was, and what is not finite in it is named."""
+"""`Snapshot` restores a state exactly, and names non-finite tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAN, INF = math.nan, math.inf
 
 
 class Holder:
-    """An object whose state is one value."""
+    """An object with a single value as its state."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -208,7 +208,7 @@ def test_unchecked_tensors_are_read_on_request(monkeypatch: pytest.MonkeyPatch) 
 
 
 def names_read(monkeypatch: pytest.MonkeyPatch) -> Callable[[], set[str]]:
-    """What `nonfinite` has read since the last call."""
+    """Returns the names that `nonfinite` has read since the last call."""
     names: set[str] = set()
 
     def read(buckets: GradBuckets) -> GradStats:
@@ -243,7 +243,7 @@ def test_a_copy_in_pieces_is_complete(size: int, monkeypatch: pytest.MonkeyPatch
 
 
 def test_tensors_on_a_gpu_are_checked_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its memory is ten times as fast, and the host has other things to do."""
+    """The memory of a GPU is ten times as fast, and the host stays free."""
     monkeypatch.setattr("fastguard.recovery.snapshot._on_gpu", lambda tensor: tensor.ndim == 2)
     values = {"gpu": torch.ones(2, 2), "host": torch.tensor([1.0, NAN]), "n": NAN}
     slot = taken(values)
