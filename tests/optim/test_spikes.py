@@ -179,7 +179,7 @@ def test_one_nonfinite_element_does_not_reach_the_others():
     for value in (0.0, math.nan, math.inf):
         torch.manual_seed(0)
         p = torch.nn.Parameter(torch.randn(5))
-        optimizer = guarded.AdamW([p], lr=0.1, update_clipping=True, spike_threshold=4.0)
+        optimizer = guarded.AdamW([p], lr=0.1, update_clipping=True)
         for step in range(30):
             p.grad = torch.ones(5) * (100.0 if step == 25 else 1.0)
             p.grad[2] = value if step >= 25 else 0.0
@@ -256,7 +256,7 @@ def test_state_dicts_go_to_torch_and_come_from_torch():
     train(torchs, theirs, range(3))
     ours.load_state_dict(torchs.state_dict())
     assert ours.param_groups[0]["update_clipping"] is True
-    fresh = guarded.AdamW(theirs, **TIGHT)
+    fresh = guarded.AdamW([{"params": theirs, **TIGHT}])  # not defaults of the optimizer
     plain = torch.optim.AdamW(parameters_of(torch.float32))
     fresh.load_state_dict(plain.state_dict())
     assert {key: fresh.param_groups[0][key] for key in TIGHT} == TIGHT
