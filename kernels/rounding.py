@@ -11,6 +11,9 @@ import triton.language as tl
 
 GOLDEN = tl.constexpr(0x9E3779B9)
 SECOND = tl.constexpr(0x85EBCA6B)
+SMALLEST_HALF = tl.constexpr(2.0**-14)  # the smallest normal float16
+ROUNDS_TO_INF = tl.constexpr(65520.0)  # the smallest number that float16 rounds to infinity
+LARGEST_HALF = tl.constexpr(65504.0)
 CANONICAL_NAN = tl.constexpr(0x7FC00000)  # that of a GPU, 0x7FFFFFFF, would carry into the sign
 
 
@@ -44,23 +47,51 @@ def upper_half(bits):
 
 
 @triton.jit
+def narrowed_to_half(x, noise):
+    """Rounds float32 stochastically to float16, with 16 bits of noise as uint32."""
+    size = tl.abs(x)
+    bits = size.to(tl.uint32, bitcast=True) + (noise >> 3)
+    normal = ((bits >> 13) << 13).to(tl.float32, bitcast=True)
+    normal = tl.where(normal > LARGEST_HALF, LARGEST_HALF, normal)
+    normal = tl.where(size < ROUNDS_TO_INF, normal, size)  # NaN and infinity stay
+    is_small = size < SMALLEST_HALF
+    units = (tl.where(is_small, size, 0.0) * 1099511627776.0).to(tl.uint32) + noise
+    small = (units >> 16).to(tl.float32) * 5.9604644775390625e-08
+    rounded = tl.where(is_small, small, normal)
+    sign = x.to(tl.uint32, bitcast=True) & 0x80000000
+    signed = (rounded.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return tl.where(x == x, signed, x).to(tl.float16)
+
+
+@triton.jit
+def noise_of_stream(noise, STREAM: tl.constexpr):
+    """Returns the 16 bits of noise of a stream: 0 for the weight, then one per state."""
+    if STREAM >= 2:
+        noise = lowbias32(noise ^ SECOND)
+    if STREAM % 2 == 1:
+        noise = noise >> 16
+    return noise & 0xFFFF
+
+
+@triton.jit
 def stored(
     x, noise, DTYPE: tl.constexpr, STREAM: tl.constexpr, STOCHASTIC: tl.constexpr,
     EXACT_BF16: tl.constexpr,
 ):  # fmt: skip
-    """Rounds a result to its stored dtype; only bfloat16 is rounded stochastically."""
+    """Rounds a result to its stored dtype; only 16-bit dtypes are rounded stochastically."""
     if DTYPE == tl.bfloat16:
         if STOCHASTIC:
-            if STREAM >= 2:
-                noise = lowbias32(noise ^ SECOND)
-            if STREAM % 2 == 1:
-                noise = noise >> 16
-            return upper_half(bits_of(x) + (noise & 0xFFFF))
+            return upper_half(bits_of(x) + noise_of_stream(noise, STREAM))
         elif EXACT_BF16:
             bits = bits_of(x)
             return upper_half(bits + (((bits >> 16) & 1) + 0x7FFF))
         else:
             return x.to(tl.bfloat16)
+    elif DTYPE == tl.float16:
+        if STOCHASTIC:
+            return narrowed_to_half(x.to(tl.float32), noise_of_stream(noise, STREAM))
+        else:
+            return x.to(tl.float16)
     else:
         return x.to(DTYPE)
 

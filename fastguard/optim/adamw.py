@@ -76,7 +76,7 @@ class AdamW(Adam):
         master: How exact float32 weights are kept for 16-bit parameters: `"float32"` keeps a copy,
             4 bytes per element, for bfloat16 or float16; `"remainder"` keeps the 16 bits that
             bfloat16 lacks, 2 bytes per element; None, the default, keeps none.
-        rounding: How values are rounded to bfloat16 (states, and weights without a master):
+        rounding: How values are rounded to 16 bits (states, and weights without a master):
             `"nearest"`, the default, or `"stochastic"`, up or down with a probability
             proportional to the distance.
         state_dtype: Dtype of the moments: `torch.float32`, `torch.bfloat16` or `torch.float16`;

@@ -1,4 +1,4 @@
-"""Bit operations on bfloat16: a remainder that restores float32, and stochastic rounding.
+"""Bit operations: a remainder that restores float32 from bfloat16, and stochastic rounding.
 
 A float32 `x` is split into a bfloat16 and the lower 16 bits of `x`, as int16:
 
@@ -15,7 +15,10 @@ unsigned 32-bit arithmetic that wraps around. Stream 0 is for the weight, 1 to 3
     key    = lowbias32(seed ^ lowbias32(step))
     hash   = lowbias32((first + element) * 0x9E3779B9 + key)
     stream 0: hash & 0xFFFF    1: hash >> 16    2, 3: the same two of lowbias32(hash ^ 0x85EBCA6B)
-    stored = (bits(x) + stream) >> 16
+    bfloat16: stored = (bits(x) + stream) >> 16
+    float16:  stored = (bits(x) + (stream >> 3)) >> 13 << 13, as a number   for |x| >= 2^-14, else
+              stored = (int(|x| * 2^40) + stream) >> 16, times 2^-24        with the sign of x
+              A number below 65520 becomes at most 65504, the largest float16.
 
 Hash: Chris Wellons, "Prospecting for Hash Functions", 2018.
 """
@@ -91,13 +94,32 @@ def from_remainder(high: Tensor, low: Tensor) -> Tensor:
     return ((upper << 16) + lower).view(torch.float32)
 
 
-def narrowed(x: Tensor, noise: Tensor) -> Tensor:
-    """Rounds float32 stochastically to bfloat16.
+def narrowed(x: Tensor, noise: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Rounds float32 stochastically to 16 bits.
 
     Args:
         x: The numbers; infinities and NaN stay as they are.
         noise: int64, 16 bits per element.
+        dtype: bfloat16, the default, or float16.
     """
+    if dtype is torch.float16:
+        return _narrowed_to_half(x, noise)
     bits = bits_of(x).long() & _MASK
     upper = ((bits + noise) >> 16).to(torch.int16)
     return upper.view(torch.bfloat16)
+
+
+SMALLEST_HALF = 2.0**-14  # the smallest normal float16
+ROUNDS_TO_INF = 65520.0  # the smallest number that float16 rounds to infinity
+LARGEST_HALF = 65504.0
+
+
+def _narrowed_to_half(x: Tensor, noise: Tensor) -> Tensor:
+    size = x.abs()
+    bits = size.view(torch.int32) + (noise >> 3).int()
+    normal = ((bits >> 13) << 13).view(torch.float32)
+    normal = torch.where(size < ROUNDS_TO_INF, normal.clamp(max=LARGEST_HALF), size)
+    is_small = size < SMALLEST_HALF
+    units = (torch.where(is_small, size, 0.0) * 2.0**40).int() + noise.int()
+    rounded = torch.where(is_small, (units >> 16).float() * 2.0**-24, normal)
+    return torch.copysign(torch.where(x == x, rounded, x), x).half()

@@ -104,7 +104,7 @@ class Update:
         master: What keeps the exact float32 weights: `masters` in float32, or the 16 bits that
             bfloat16 weights lack. None: `parameters` are the weights.
         masters: T tensors, float32 or int16; empty without a master. Written.
-        rounding: How values are rounded to bfloat16: states, and parameters without a master.
+        rounding: How values are rounded to 16 bits: states, and parameters without a master.
             Nearest means to nearest even; a parameter with a remainder rounds half up in magnitude,
             so that the two together equal the float32 weight bit for bit.
         counters: T numbers: the index of the first element of each tensor among all elements of the

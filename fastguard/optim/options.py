@@ -161,11 +161,11 @@ def _check_parameter(group: Mapping[str, Any], name: str, p: Tensor) -> None:
             f"update_clipping=True needs the whole of each tensor, but {name} is a DTensor, of "
             f"which this rank has a part; {elsewhere} update_clipping=False"
         )
-    rounded = dtype is torch.bfloat16 and master is None
+    rounded = dtype.itemsize == 2 and master is None
     if group["rounding"] == "stochastic" and not rounded:
-        if state_dtype_of(group, p) is not torch.bfloat16:
+        if state_dtype_of(group, p).itemsize != 2:
             raise ValueError(
-                f"rounding='stochastic' rounds only to bfloat16, but {name} is {dtype}"
+                f"rounding='stochastic' rounds only to 16 bits, but {name} is {dtype}"
                 f"{'' if master is None else ' with an exact master'} and its state is not; "
                 f"{elsewhere} rounding='nearest'"
             )

@@ -278,13 +278,13 @@ def stored(value: Tensor, dtype: torch.dtype, noise: Tensor | None, number: int)
 
     Args:
         value: The value, in the dtype of the arithmetic.
-        dtype: Dtype of the tensor. Only bfloat16 is rounded stochastically.
+        dtype: Dtype of the tensor. Only 16-bit dtypes are rounded stochastically.
         noise: See `stream`; None: rounds to nearest.
         number: Number of the noise stream: 0 for the weight, then one per state.
     """
-    if noise is None or dtype is not torch.bfloat16:
+    if noise is None or dtype.itemsize != 2:
         return value.to(dtype)
-    return narrowed(value, with_noise(noise, number))
+    return narrowed(value, with_noise(noise, number), dtype)
 
 
 def _store_weight(

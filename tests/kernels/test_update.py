@@ -230,6 +230,17 @@ def test_stochastic_rounding(algorithm, master):
     check(**algorithm, dtypes=(BF16, BF16, BF16), rounding="stochastic", master=master, odd=True)
 
 
+@pytest.mark.parametrize("state", [F16, F32], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e-5, 4e4], ids=["normal", "subnormal", "largest"])
+def test_stochastic_rounding_of_float16(scale, state):
+    """Weights overflow at the largest scale, and move by subnormal numbers at the smallest."""
+    check(
+        algorithm="sgd", dtypes=(F16, F16, state), rounding="stochastic", odd=True,
+        grads=lambda g: g.mul_(scale), multiplier=[30.0, 1.0, 1e-3],
+    )  # fmt: skip
+    check(dtypes=(F16, F16, state), rounding="stochastic", grads=lambda g: g.mul_(scale))
+
+
 def test_noise_does_not_depend_on_chunks(monkeypatch):
     options = {"dtypes": (BF16, BF16, BF16), "rounding": "stochastic", "shapes": [(30_000,)]}
     first = made(**options)

@@ -26,7 +26,7 @@ def parameter(dtype: torch.dtype = torch.float32) -> Any:
         (torch.float16, dict(master="remainder"), "float16.*master='float32'"),
         (torch.float32, dict(rounding="stochastic"), "stochastic.*float32.*rounding='nearest'"),
         (BF16, dict(rounding="stochastic", master="remainder"), "exact master"),
-        (torch.float16, dict(rounding="stochastic"), "stochastic.*float16"),
+        (torch.float16, dict(rounding="stochastic", master="float32"), "16 bits.*exact master"),
         (torch.float64, dict(state_dtype=BF16), "state_dtype=torch.bfloat16.*float64"),
         (BF16, dict(master="fp32"), "master='fp32' is unknown.*'remainder'"),
         (BF16, dict(rounding="up"), "rounding='up' is unknown.*'stochastic'"),

@@ -50,6 +50,51 @@ def test_rounding_with_noise_is_unbiased(value, number):
     assert abs(rounded.mean().item() - exact) <= 4 * sigma
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        1.0003,
+        -0.1,
+        65500.5,
+        6.1e-5,
+        6.1035e-05,
+        -3.3e-6,
+        5.96e-8,
+        2e-9,
+        -1e-12,
+        0.0,
+        1.5 * 2.0**-24,
+    ],
+)
+def test_rounding_to_float16_with_noise_is_unbiased(value):
+    """Normal and subnormal numbers, and those between; the noise has 2^-16 of a unit."""
+    n = 10**6
+    x = torch.full((n,), value)
+    key = bits.noise_key(torch.tensor(7), torch.tensor(3))
+    noise = bits.with_noise(bits.stream(key, 0, x), 0)
+    rounded = bits.narrowed(x, noise, torch.float16)
+    exact = x[0].item()
+    unit = max(2.0 ** (math.floor(math.log2(abs(exact) or 1e-30)) - 10), 2.0**-24)
+    assert (rounded.double() - exact).abs().max() < unit
+    share = abs(exact) / unit % 1
+    sigma = unit * math.sqrt(share * (1 - share) / n)
+    assert abs(rounded.double().mean().item() - exact) <= 4 * sigma + 2.0**-16 * unit
+
+
+def test_float16_keeps_its_own_numbers_infinities_nan_and_signs():
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).short().view(torch.float16)
+    for noise in (0, 0xFFFF):
+        kept = bits.narrowed(every.float(), torch.full(every.shape, noise), torch.float16)
+        same = kept.view(torch.int16) == every.view(torch.int16)
+        assert (same | (kept.isnan() & every.isnan())).all()
+
+
+def test_float16_does_not_overflow_earlier_than_rounding_to_nearest():
+    x = torch.tensor([65504.0, 65519.9, 65520.0, 1e6, -65519.9, -65520.0])
+    largest = bits.narrowed(x, torch.full(x.shape, 0xFFFF), torch.float16).tolist()
+    assert largest == [65504.0, 65504.0, math.inf, math.inf, -65504.0, -math.inf]
+
+
 def test_noise_does_not_depend_on_how_a_tensor_is_split():
     key = bits.noise_key(torch.tensor(7), torch.tensor(3))
     whole = bits.stream(key, 2**32 - 10, torch.empty(100))

@@ -25,6 +25,7 @@ CASES: dict[str, dict[str, Any]] = {
     "remainder": dict(dtype=BF16, state_dtype=F32, master="remainder"),
     "remainder, bf16 states": dict(dtype=BF16, master="remainder"),
     "stochastic": dict(dtype=BF16, rounding="stochastic"),
+    "stochastic fp16": dict(dtype=F16, rounding="stochastic"),
     "stochastic states": dict(dtype=BF16, master="remainder", rounding="stochastic"),
     "strided": dict(strided=True),
     "strided remainder": dict(dtype=BF16, state_dtype=F32, master="remainder", strided=True),

@@ -301,6 +301,12 @@ def update_variants():
         ("adamw fp32 reproducible", "adamw", fp32, {"reproducible": True}),
         ("adamw bf16", "adamw", bf16, {}),
         ("adamw bf16 stochastic", "adamw", bf16, {"stochastic": True}),
+        (
+            "adamw fp16 stochastic",
+            "adamw",
+            ("fp16", "fp16", ("fp32", "fp32")),
+            {"stochastic": True},
+        ),
         ("adamw bf16 reproducible", "adamw", bf16, {"reproducible": True}),
         ("adamw fp32 of bf16 gradients", "adamw", ("fp32", "bf16", ("fp32", "fp32")), {}),
         ("adamw master", "adamw", mixed, {"master": "float32"}),
