@@ -18,6 +18,7 @@ async function load(packed) {
   const meta = plot.layout.meta;
   const whole = plot.layout.xaxis.range.slice();
   const steps = plot._fullData.map((trace, i) => Array.from(trace.x ?? plot.data[i].x));  // the first: decoded, if visible
+  const height = plot.layout.height, bottom = plot.layout.margin.b;
   let timed = false;  // whether the axis shows the time
   let marked = null;  // the chosen steps
   const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -113,8 +114,13 @@ async function load(packed) {
   async function useTime(wanted) {
     const range = seen();
     timed = wanted;
-    const change = { shapes: marks() };
+    // The labels of a date axis have a second line, for the day.
+    const room = timed ? 18 : 0;
+    const change = { shapes: marks(), height: height + room, "margin.b": bottom + room };
     for (const axis of axes("x")) {
+      change[axis + ".title.standoff"] = 4;
+      change[axis + ".tickangle"] = timed ? 0 : "auto";  // turned ones would cover the title
+      change[axis + ".nticks"] = timed && narrow.matches ? 4 : 0;
       change[axis + ".type"] = timed ? "date" : "linear";
       change[axis + ".range"] = range.map(at);
       change[axis + ".tickformat"] = timed ? "" : ",";

@@ -228,6 +228,14 @@ def test_the_axis_can_show_the_time(size, zone, browser, page):
         ".map((axis) => axis?.title?.text).filter((text) => text)"
     )
     assert title == [f"time ({zone})"]
+    title_top, ticks_bottom = browser.execute_script(
+        "const texts = [...document.querySelectorAll('#plot text')];"
+        "const title = texts.find((text) => text.textContent.startsWith('time ('));"
+        "const ticks = [...document.querySelectorAll('#plot .xaxislayer-above text')];"
+        "return [title.getBoundingClientRect().top,"
+        " Math.max(...ticks.map((tick) => tick.getBoundingClientRect().bottom))];"
+    )
+    assert title_top >= ticks_bottom - 2  # the second line of the labels, with the day, is free
     browser.find_element("css selector", "a[href='#incident-2']").click()
     wait_until(browser, f"document.getElementById('plot').layout.xaxis.range[0] > {low + 1}")
     low, high = seen(browser)
