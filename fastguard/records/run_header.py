@@ -15,12 +15,13 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from fastguard.errors.plain_text import printable
 from fastguard.records.strict_json import encode, shortened
+
+if TYPE_CHECKING:
+    import torch
 
 KIND = "header"
 
@@ -83,6 +84,8 @@ def header_line(
         device: See `RunHeader`.
         guards: See `RunHeader`.
     """
+    import torch  # here, because commands that only read records start without it
+
     from fastguard import __version__
 
     fields = {
@@ -158,6 +161,8 @@ def device_text(device: torch.device) -> str:
     """Returns the name of a device, for CUDA with the model of the GPU. Does not synchronise."""
     if device.type != "cuda":
         return str(device)
+    import torch
+
     return f"{device} {torch.cuda.get_device_name(device)}"
 
 
