@@ -60,7 +60,8 @@ class UpdateRatio:
 def _norms_and_counts(tensors: list[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     """Returns the norms of the finite elements and the numbers of others, float64 `(T,)` each."""
     if not tensors:
-        return (torch.zeros(0, dtype=torch.float64, device=device),) * 2
+        empty = torch.zeros(0, dtype=torch.float64, device=device)
+        return empty, empty
     n = len(tensors)
     stats = measure(bucketize(tensors, segments=range(n), n_segments=n, device=device))
     return stats.segment_norms, stats.segment_counts.sum(0)
