@@ -18,7 +18,7 @@ import torch
 from fastguard.checkpoints import durable_files as files
 from fastguard.checkpoints import names
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile
-from fastguard.checkpoints.reading.file_report import FileReport, look_at_file
+from fastguard.checkpoints.reading.file_report import FileReport, report_on_file
 from fastguard.checkpoints.reading.inspect_file import sha256_of_open
 from fastguard.checkpoints.sharded import read_write as sharded
 from fastguard.checkpoints.sharded import shard_report
@@ -39,20 +39,20 @@ def write(path: Path, payload: Mapping[str, Any], peers: Peers) -> Path:
     return files.write_temporary(path, lambda sink: torch.save(payload, sink))  # type: ignore[arg-type]
 
 
-def look(path: Path, peers: Peers, *, crc32: bool = True) -> FileReport:
+def report_on(path: Path, peers: Peers, *, crc32: bool = True) -> FileReport:
     """Reads a whole checkpoint and checks every tensor and checksum.
 
     Args:
         path: The file or folder.
         peers: The ranks that share the work; each reads a part of a folder.
-        crc32: See `look_at_file`.
+        crc32: See `report_on_file`.
 
     Raises:
-        DamagedFile, UnsafeFile, OSError: See `look_at_file`.
+        DamagedFile, UnsafeFile, OSError: See `report_on_file`.
     """
     if path.suffix == names.FOLDER:
-        return shard_report.look(path, peers, crc32=crc32)
-    return peers.first(lambda: look_at_file(path, crc32=crc32))
+        return shard_report.report_on(path, peers, crc32=crc32)
+    return peers.first(lambda: report_on_file(path, crc32=crc32))
 
 
 def read(path: Path, sha256: str, objects: Mapping[str, Any], peers: Peers) -> dict[str, Any]:

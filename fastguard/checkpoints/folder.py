@@ -128,7 +128,7 @@ class Folder:
         path = self.path / entry.file
         temporary = archive.write(path, payload, self.peers)
         try:
-            entry = self._with_report(entry, archive.look(temporary, self.peers))
+            entry = self._with_report(entry, archive.report_on(temporary, self.peers))
             self.peers.first(lambda: files.commit(temporary, path))
             entries = staying((*self._manifest.entries, entry))
             self._change(replace(self._manifest, entries=entries, next_serial=entry.serial + 1))
@@ -170,7 +170,7 @@ class Folder:
             size = self.peers.first(lambda: _size_of_file(path))
             if size is not None and size < entry.size:
                 return f"{path} is truncated: {size} of {entry.size} bytes", None
-            found = archive.look(path, self.peers, crc32=False)
+            found = archive.report_on(path, self.peers, crc32=False)
         except FileNotFoundError:
             return f"{path} is missing", None
         except (CheckpointError, OSError) as error:
@@ -331,7 +331,7 @@ class Folder:
     def _with_found(self, found: Manifest, serial: int, name: str) -> Manifest:
         """Returns the manifest with a checkpoint added that was found on disk but not listed."""
         try:
-            seen = archive.look(self.path / name, Peers())
+            seen = archive.report_on(self.path / name, Peers())
             entry = from_json({**(seen.header or {}), "serial": serial, "file": name})
         except (CheckpointError, OSError, TypeError, ValueError) as error:
             self._not_adopted.add(name)

@@ -108,7 +108,7 @@ def grad_dtype_of(p: Tensor) -> torch.dtype:
 
 
 def root_mesh_of(mesh: DeviceMesh) -> DeviceMesh:
-    """Returns the mesh that a mesh was sliced from, or the mesh itself if it is no slice.
+    """Returns the mesh that a mesh was sliced from, or the mesh itself.
 
     torch before 2.10 keeps a table of roots; later versions store the root in the mesh. The table
     can be removed when 2.10 is the oldest supported torch.

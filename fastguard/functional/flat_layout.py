@@ -101,7 +101,7 @@ def check_flat(parameters: Sequence[Tensor], names: Sequence[str] | None) -> Non
 
 
 def has_slot(p: Tensor) -> bool:
-    """Whether a parameter has or requires a gradient, and is not lazy, without a shape so far."""
+    """Whether a parameter has or requires a gradient, and is not lazy (a lazy one has no shape)."""
     return not is_lazy(p) and (p.requires_grad or p.grad is not None)
 
 

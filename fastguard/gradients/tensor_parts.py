@@ -154,7 +154,7 @@ def copies_for_deepcopy(state: Any) -> dict[int, Any]:
     """
     memo: dict[int, Any] = {}
 
-    def look(value: Any) -> None:
+    def visit(value: Any) -> None:
         if isinstance(value, Tensor):
             if not has_numbers(value):
                 memo[id(value)] = cloned(value)
@@ -164,13 +164,13 @@ def copies_for_deepcopy(state: Any) -> dict[int, Any]:
                 memo[id(value)] = cloned(value)
         elif isinstance(value, Mapping):
             for item in value.values():
-                look(item)
+                visit(item)
         elif isinstance(value, list | tuple):
             for item in value:
-                look(item)
+                visit(item)
         elif is_dataclass(value):
             for each in fields(value):
-                look(getattr(value, each.name))
+                visit(getattr(value, each.name))
 
-    look(state)
+    visit(state)
     return memo

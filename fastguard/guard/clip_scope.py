@@ -71,7 +71,7 @@ def limits(
 ) -> tuple[Limit, ...]:
     """Returns one limit per param group for scope `"group"`, otherwise a single limit.
 
-    A `max_norm` in a param group, a number, overrides the argument.
+    A number as `max_norm` of a param group overrides the argument.
 
     Raises:
         TypeError, ValueError: A group's `max_norm` is not a valid limit, or is not allowed by the

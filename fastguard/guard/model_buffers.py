@@ -49,7 +49,7 @@ def protect_buffers(
 
     Args:
         model: The model; its buffers are copied once, on their devices.
-        optimizer: The guarded optimizer that trains it; if there are several, call it for each.
+        optimizer: The guarded optimizer that trains it; with several optimizers, call it for each.
         also: Further tensors that a forward pass changes in place, such as the amax histories of an
             fp8 recipe. Default: none.
 
@@ -151,7 +151,7 @@ class ModelBuffers:
 
     @property
     def mended(self) -> int:
-        """Number of elements restored after applied steps, being NaN or Inf. Waits for a GPU."""
+        """Number of NaN and Inf elements restored after applied steps. Waits for a GPU."""
         return sum(int(batch.mended) for batch in self._batches)
 
     def _after_load(self, optimizer: GuardedOptimizer) -> None:

@@ -297,7 +297,7 @@ class ReportingOptimizer(OptimizerWrapper):
         return self._stepper
 
     def describe(self) -> str:
-        """Returns a line that tells what is guarded, with which settings."""
+        """Returns one line that describes the guarded tensors and the settings."""
         parameters = self._gradients.layout.parameters
         elements = sum(p.numel() for p in parameters if not is_lazy(p))
         n_lazy = sum(map(is_lazy, parameters))

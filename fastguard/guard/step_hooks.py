@@ -83,7 +83,7 @@ def run_global_pre_hooks(optimizer: Optimizer) -> None:
 
 
 def run_global_post_hooks(optimizer: Optimizer) -> None:
-    """Runs the global post-hooks, as `run_global_pre_hooks`."""
+    """Runs the global post-hooks for a step without `optimizer.step`, which would run them."""
     for hook in [*_global_optimizer_post_hooks.values()]:
         hook(optimizer, (optimizer,), {})
 

@@ -1,4 +1,4 @@
-"""The header of a file of records: one line that says what wrote the records after it.
+"""The header of a file of records: one line that describes the program that wrote the records.
 
     {"kind": "header", "fastguard": "0.1.0", "name": "gpt-small", "time": 1764540000.0,
      "python": "3.11.2", "torch": "2.13.0", "triton": "3.4.0", "host": "node7",

@@ -29,18 +29,20 @@ def rule_table_of(
     rules: tuple[Rule, ...], signals: tuple[str, ...], device: torch.device
 ) -> RuleTable:
     """Returns the table of these rules, cached and therefore read-only."""
-    return _made_table(rules, signals, device) if watched() else _kept_table(rules, signals, device)
+    return (
+        _new_table(rules, signals, device) if watched() else _cached_table(rules, signals, device)
+    )
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_table(
+def _cached_table(
     rules: tuple[Rule, ...], signals: tuple[str, ...], device: torch.device
 ) -> RuleTable:
     with lasting():
-        return _made_table(rules, signals, device)
+        return _new_table(rules, signals, device)
 
 
-def _made_table(
+def _new_table(
     rules: tuple[Rule, ...], signals: tuple[str, ...], device: torch.device
 ) -> RuleTable:
     def column(values: list[float], dtype: torch.dtype = torch.float64) -> Tensor:

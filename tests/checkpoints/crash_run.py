@@ -1,7 +1,7 @@
 """A process that is killed: `python crash_run.py random|exhaustive|file FOLDER`.
 
 Each trial forks a child that works on one store and dies by SIGKILL, either at a random moment or
-just before its k-th operation on the disk; then the parent opens the store and looks. Forking
+just before its k-th operation on the disk; then the parent opens the store and checks it. Forking
 spares importing torch for each. Run by test_crashes.py.
 """
 

@@ -121,7 +121,7 @@ def pickle_bomb(path, size=0):
 
 def test_a_pickle_bomb_is_an_error_and_not_executed(saved):
     folder, expected = saved
-    planted = folder / "step-000000009.000099.pt"  # like one that a crash left: opening looks at it
+    planted = folder / "step-000000009.000099.pt"  # like a leftover of a crash
     pickle_bomb(planted)
     raw = pickle.dumps(Bomb(folder / "canary"))
     with CheckpointStore(folder) as store:
@@ -182,7 +182,7 @@ def test_a_failed_save_is_logged_and_the_run_continues(saved, caplog, monkeypatc
             patch.setattr(os, "fsync", fail)
             assert run.save(store) is None
             with pytest.raises(TypeError):
-                store.save(f=len, step=1)  # wrong use is no fault of the disk
+                store.save(f=len, step=1)  # misuse is not a disk error
         assert (
             "step 6 was NOT saved: [Errno 5] Input/output error; training continues" in caplog.text
         )

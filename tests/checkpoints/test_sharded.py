@@ -17,7 +17,7 @@ from fastguard import CheckpointStore
 from fastguard.checkpoints import CheckpointError, DamagedFile, UnsafeFile
 from fastguard.checkpoints.sharded.metadata import read_metadata
 from fastguard.checkpoints.sharded.read_write import read
-from fastguard.checkpoints.sharded.shard_report import look
+from fastguard.checkpoints.sharded.shard_report import report_on
 from fastguard.ranks.lockstep import Peers
 from guardtest.gloo_groups import group_of_one
 
@@ -239,7 +239,7 @@ def test_verify_reads_every_file_of_a_folder_once(mesh, tmp_path, monkeypatch):
     size, read = inspection._read_into, []
     monkeypatch.setattr(inspection, "_read_into", lambda *a: (n := size(*a), read.append(n))[0])
     monkeypatch.setattr(inspection, "sha256_of", None)
-    assert look(folder, Peers()).size == sum(read)
+    assert report_on(folder, Peers()).size == sum(read)
 
 
 @pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
@@ -253,7 +253,7 @@ def test_a_checkpoint_is_read_by_every_python_version(module, mesh, tmp_path):
     names = re.compile(rb"cpathlib(\._local)?\n")
     assert names.search(raw)
     path.write_bytes(names.sub(f"c{module}\n".encode(), raw))
-    assert look(folder, Peers()).bad == ()
+    assert report_on(folder, Peers()).bad == ()
     found = read(folder, {}, Peers())["objects"]["model"]
     assert torch.equal(found["0.weight"], model[0].weight.full_tensor())
 
@@ -280,17 +280,17 @@ def test_metadata_that_points_outside_is_an_error(mesh, tmp_path):
 
     forge(relative_path="../elsewhere")
     with pytest.raises(UnsafeFile, match=r"points to \.\./elsewhere, outside its folder"):
-        look(folder, Peers())
+        report_on(folder, Peers())
     forge(length=10**6)
     with pytest.raises(DamagedFile, match=r"truncated: .*__0_0\.distcp"):
-        look(folder, Peers())
+        report_on(folder, Peers())
     forge(offset=-1)
     with pytest.raises(DamagedFile, match=r"damaged: .*__0_0\.distcp has no shard at byte -1"):
-        look(folder, Peers())
+        report_on(folder, Peers())
     torch.save(Bomb(tmp_path), shards)
     forge(offset=0, length=shards.stat().st_size)
     with pytest.raises(UnsafeFile, match=r"__0_0\.distcp: the file asks to call posix\.mkdir"):
-        look(folder, Peers())
+        report_on(folder, Peers())
     assert not (tmp_path / "executed").exists()
     torch.load(shards, weights_only=False)
     assert (tmp_path / "executed").exists()  # it was live

@@ -147,7 +147,7 @@ def test_a_nan_number_in_a_state_is_found_and_infinite_ones_are_not(store):
     assert store.save(optimizer=optimizer, plateau=plateau, step=0).clean
     optimizer.param_groups[0]["lr"] = NAN
     assert store.save(optimizer=optimizer, step=1).bad[0][0] == "optimizer.param_groups.0.lr"
-    assert store.save(losses=[NAN], step=2).clean  # plain data is the caller's own
+    assert store.save(losses=[NAN], step=2).clean  # plain data is not checked
 
 
 def test_tensors_nonfinite_by_design_can_be_ignored(tmp_path):
@@ -161,7 +161,7 @@ def test_tensors_nonfinite_by_design_can_be_ignored(tmp_path):
 
 def test_incidents_count_from_the_last_clean_checkpoint(store):
     assert save(store, 0, incidents=3).incidents == 3
-    assert save(store, 1, NAN, incidents=2).incidents == 2  # step 0 was clean: from there
+    assert save(store, 1, NAN, incidents=2).incidents == 2  # counted since step 0, which was clean
     assert save(store, 2, NAN, incidents=1).incidents == 3
     assert save(store, 3, incidents=["a", "b"]).incidents == 5
     assert save(store, 4).incidents == 0
@@ -193,7 +193,7 @@ def test_rollback_makes_an_earlier_checkpoint_the_last(store):
     (aside,) = store.replaced()
     assert (store.directory / f"{aside.file}.replaced").exists()
     assert not (store.directory / aside.file).exists()
-    again = save(store, 20, epoch=2)  # the steps are redone under their own numbers
+    again = save(store, 20, epoch=2)  # repeated steps have the same numbers
     assert steps(store)[-2:] == [10, 20]
     assert again.file != aside.file
     assert store.load(20).state["weights"]["w"].tolist() == [1.0] * 3
@@ -209,7 +209,7 @@ def test_only_the_backup_of_the_latest_rollback_is_kept(store):
     assert [p.name for p in store.directory.glob("*.replaced")] == [
         f"{store.replaced()[0].file}.replaced"
     ]
-    assert store.rollback().step == 0  # nothing to do, and the backup stays
+    assert store.rollback().step == 0  # nothing to do, and the backup is kept
     assert len(store.replaced()) == 1
 
 

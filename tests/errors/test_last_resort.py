@@ -11,7 +11,7 @@ GUARD = """
 import torch, fastguard
 p = torch.nn.Parameter(torch.zeros(2))
 inner = torch.optim.SGD([p], lr=0.1)
-for _ in range(2):  # the second guard of the same optimizer says nothing more
+for _ in range(2):  # the second guard of an optimizer prints nothing
     opt = fastguard.GuardedOptimizer(inner, max_norm=2.5)
 p.grad = torch.tensor([float("nan"), 1.0])
 opt.step(tag="x" * 300)
@@ -73,7 +73,7 @@ def on_a_terminal(**environment: str) -> str:
     try:
         while part := os.read(leader, 4096):
             text += part
-    except OSError:  # Linux says so at the end
+    except OSError:  # Linux raises at the end
         pass
     os.close(leader)
     return text.decode()

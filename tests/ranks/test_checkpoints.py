@@ -86,7 +86,7 @@ def test_every_rank_resumes_bit_for_bit(two: Ranks, tmp_path: Path, sharded: boo
     assert first == first_expected and second == second_expected
     assert first != second  # shards, batch statistics and random streams of their own
     assert len(list(tmp_path.glob("*/rest*.pt"))) == 2
-    with CheckpointStore(tmp_path, read_only=True) as store:  # one process can look at it
+    with CheckpointStore(tmp_path, read_only=True) as store:  # one process can read it
         (check,) = store.verify()
         assert check.ok
         state = store.load().state["model"]
@@ -159,7 +159,7 @@ def said_differently(folder: Path) -> list[Any]:
     if rank == 0:
         (folder / "manifest.json").unlink()
     dist.barrier()
-    with store_of(folder) as store:  # built again from what the checkpoint says of itself
+    with store_of(folder) as store:  # rebuilt from the header of the checkpoint
         found = store.list()
     return [(e.epoch, e.metric, e.tag, e.incidents, e.time) for e in (saved, *found)]
 

@@ -145,6 +145,6 @@ def where_the_host_may_not_look(bad: Sequence[Sequence[float]]) -> list[float]:
 
 
 def test_without_host_communication_each_rank_counts_its_own() -> None:
-    with Ranks(4) as ranks:  # of its own: what the ranks do is changed for good
+    with Ranks(4) as ranks:  # new ranks, since their code is changed permanently
         found = ranks.run(where_the_host_may_not_look, BAD["of different numbers"])
     assert found == [[12, 0, 0], [5, 0, 0], [5, 0, 0], [5, 0, 0]]  # a mean of 17/4

@@ -77,7 +77,7 @@ def without_a_group(strategy: str, use_orig_params: bool, nested: bool) -> list[
                 lambda: fastguard.clip_grad_norm_(params, 1.0),
                 lambda: fastguard.measure_grads(model.named_parameters()),
                 lambda: fastguard.sanitize_grads_(params),
-                lambda: fastguard.clip_grad_norm_(params, 1.0),  # asked again, said again
+                lambda: fastguard.clip_grad_norm_(params, 1.0),  # a second call raises again
                 lambda: fastguard.clip_grad_norm_(params, 1.0, group=world),
             ),
         ),

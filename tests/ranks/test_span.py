@@ -227,7 +227,7 @@ def new_groups(world_is_bound: bool) -> list[tuple[bool, float, list[int]]]:
 
 @pytest.mark.parametrize("world_is_bound", [False, True], ids=["", "bound-to-a-device"])
 def test_a_new_group_needs_only_its_members(world_is_bound: bool) -> None:
-    with Ranks(4) as ranks:  # of its own: groups are kept
+    with Ranks(4) as ranks:  # new ranks, since groups are cached
         results = ranks.run(new_groups, world_is_bound, timeout=30.0)
     first, second, third = (True, 8.0, [0, 2, 3]), (True, 3.0, [0, 1]), (True, 6.0, [1, 3])
     fourth = (True, 7.0, [0, 1, 3])

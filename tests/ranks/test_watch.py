@@ -284,7 +284,7 @@ def partly_optimized(way: str) -> Any:
     )
     if way == "fsdp":
         RankWatch(opt, model)
-    else:  # DDP takes one hook for good, so a model of its own
+    else:  # DDP accepts one hook permanently, so use a new model
         model = DistributedDataParallel(net, gradient_as_bucket_view=True)
         RankWatch(opt, model)
     return step(model, opt, {1: NAN}).culprit_rank

@@ -282,7 +282,7 @@ def sharded_noise() -> list[float | None]:
     model = nn.Sequential(nn.Linear(64, 1, bias=False))
     nn.init.zeros_(model[0].weight)
     mesh = init_device_mesh("cpu", (4,))
-    # this dtype: see `fastguard.versions.FSDP_MEANS_ON_CPU`
+    # this dtype: see `fastguard.errors.versions.FSDP_MEANS_ON_CPU`
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float64))
     opt = GuardedOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.0),

@@ -295,7 +295,7 @@ def test_a_file_deleted_or_truncated_by_hand_is_restarted(path: Path) -> None:
     sink(record(3))
     assert steps(path) == [3]
     os.truncate(path, 0)
-    for step in (4, 5, 6):  # the size is the file's own: this is no reason to rotate
+    for step in (4, 5, 6):  # the size of the open file counts, so it is not rotated
         sink(record(step))
     assert steps(path) == [4, 5, 6] and rotated_files(path)[:1] == []
     sink.close()

@@ -22,7 +22,7 @@ NAN, INF = math.nan, math.inf
 RULES = {"grad_norm": SpikeRule(window=4, warmup=2, sigma=3.0), "ce": Threshold(max=5.0)}
 
 
-# What they say.
+# Contents of records.
 
 
 @pytest.mark.parametrize("action", ["applied", "clipped", "sanitized", "skipped"])
@@ -143,7 +143,7 @@ def test_a_nan_coefficient_is_not_reported_as_applied():
     assert "clip_coef nan" in str(record)
 
 
-# How they come.
+# Delivery of records.
 
 
 def test_records_are_handed_out_once():
@@ -161,7 +161,7 @@ def test_the_history_can_be_read_repeatedly():
     for n in (1, 2, 3):
         opt.step()
         assert [r.step for r in opt.history] == list(range(1, n + 1))
-    opt.history.clear()  # a list of its own
+    opt.history.clear()  # a copy
     assert [r.step for r in opt.records()] == [1, 2, 3]
     assert opt.records() == []
     opt.step()
@@ -198,7 +198,7 @@ def test_a_record_holds_no_tensor():
     assert all(plain(getattr(record, name)) for name in StepRecord.__slots__)
 
 
-# Steps in which nothing happens are written down later, together.
+# Records of steps without an incident are made later, in batches.
 
 
 def test_records_come_in_order_whenever_they_are_fetched():
@@ -248,7 +248,7 @@ def test_few_records_wait_to_be_made():
         assert len(opt._recorder._pending) < ROWS
 
 
-# The same record through the ring by which it leaves a GPU.
+# Records sent through the ring, as on a GPU.
 
 
 def outcomes(counts, mode="skip", steps=3, **options):

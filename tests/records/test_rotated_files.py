@@ -52,7 +52,7 @@ def test_a_listing_that_misses_a_file_is_repeated(
         return real(name)
 
     monkeypatch.setattr(listing, "rotated_files", rotated_files)
-    assert read(path) == [1, 2, 3, 4]  # all there was when it looked
+    assert read(path) == [1, 2, 3, 4]  # all records at the time of the listing
 
 
 def test_a_file_deleted_by_hand_does_not_stop_reading(path: Path) -> None:

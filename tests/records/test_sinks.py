@@ -251,7 +251,7 @@ def test_any_logger_of_dicts_gets_the_scalars_under_its_prefix() -> None:
         2,
     )
     values, step = seen[1]
-    assert math.isnan(values.pop("critic/grad_norm"))  # as torch says, and no dip
+    assert math.isnan(values.pop("critic/grad_norm"))  # NaN as in torch, not a dip
     assert (values, step) == ({"critic/lr": 1e-3, "critic/skipped": 1.0}, 7)  # else finite ones
 
 

@@ -35,7 +35,7 @@ def test_a_file_is_filled_to_its_last_byte_and_never_empty(tmp_path: Path) -> No
     with JsonLinesSink(sink.path, max_bytes=size) as sink:
         for _ in range(40):
             sink(record(1))
-        sink(record(2, tag="x" * 30 * line))  # larger than a file may be: one of its own
+        sink(record(2, tag="x" * 30 * line))  # larger than max_bytes: gets its own file
     assert [p.stat().st_size for p in rotated_files(sink.path)] == [size, size]
     assert steps(sink.path) == [1] * 40 + [2]
     with JsonLinesSink(tmp_path / "new.jsonl", max_bytes=1024) as sink:
@@ -126,7 +126,7 @@ def test_a_truncated_line_loses_no_other_record(
 
 def test_a_file_that_cannot_be_opened_is_not_left_open(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
-    path.write_bytes(b'{"step": 9' * 10)  # cut short, and there is no room to end the line
+    path.write_bytes(b'{"step": 9' * 10)  # truncated, with no room to end the line
     before = n_open()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, limits[1]))

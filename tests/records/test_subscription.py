@@ -132,7 +132,7 @@ def test_expected_records_arrive_with_the_next_delivery():
     inbox = recorder.subscribe()
     inbox.expect([StepRecord(3, 1.0, 1.0, "applied")])
     assert [r.step for r in inbox.coming()] == [3] and list(inbox) == []
-    recorder.forget_last()  # the optimizer may be loaded after those who act on its records
+    recorder.forget_last()  # the optimizer may be loaded after its subscribers
     a_record_on_its_way(recorder, 4)
     assert [r.step for r in inbox.coming()] == [3, 4]
     recorder.deliver()

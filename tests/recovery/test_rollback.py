@@ -329,7 +329,7 @@ def test_bad_snapshots_do_not_displace_a_good_one() -> None:
     run.ema.weight.data.fill_(math.nan)
     for i in range(4, 12):
         run.batch(i)
-    assert run.rollback.snapshots == [2, 12]  # nobody has looked at the one of step 4
+    assert run.rollback.snapshots == [2, 12]  # the snapshot of step 4 was never checked
     run.rollback.trigger()
     assert same(run.state(), at_two)
     assert run.ema.weight.isfinite().all()

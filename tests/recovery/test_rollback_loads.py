@@ -50,7 +50,7 @@ def test_a_state_loaded_between_a_step_and_its_rollback_step(n_before: int) -> N
     run.opt.load_state_dict(start)
     assert run.rollback.step("loaded") is None
     run.step(math.nan)
-    assert run.rollback.step("bad 1") is None  # not the second in a row: the state is another one
+    assert run.rollback.step("bad 1") is None  # not the second: a load came between
     rewind = None
     for i in (2, 3, 4):
         run.step(math.nan)

@@ -250,6 +250,6 @@ def test_tensors_on_a_gpu_are_checked_there(monkeypatch: pytest.MonkeyPatch) -> 
     assert slot.nonfinite() == ["x.value.host", "x.value.n"]
     values["gpu"][1, 1] = INF
     slot.take({"x": Holder(values)}, 2, None)
-    values["gpu"][1, 1] = 1.0  # was looked at when it was copied
+    values["gpu"][1, 1] = 1.0  # was checked during the copy
     slot._states["x"]["value"]["gpu"].zero_()
     assert slot.nonfinite() == ["x.value.gpu", "x.value.host", "x.value.n"]

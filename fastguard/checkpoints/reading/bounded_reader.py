@@ -14,12 +14,12 @@ from fastguard.checkpoints.errors import DamagedFile
 from fastguard.checkpoints.reading.inert_values import LongBytes, LongText
 
 BUDGET = 1_200_000_000
-"""Approximate bytes that the contents of one pickle may take, with work counted as bytes too: about
-12 million opcodes, or 200,000 tensors. A large pickle gets another 16 per byte, up to twice as
-much in total."""
+"""Approximate bytes of memory that the contents of one pickle may take; work counts as bytes too.
+It is enough for about 12 million opcodes, or 200,000 tensors. A pickle gets 16 bytes more per byte
+of its size, up to twice the budget in total."""
 SHORT, LONG, KEPT = 4096, 16 << 20, 64 << 20
-"""Text and bytes (numpy arrays are pickled as such) stay in the file if longer than 16 MB, or
-longer than 4 kB once 64 MB have been kept."""
+"""Text and bytes (such as the data of numpy arrays) of up to 4 kB are kept in memory. Longer ones
+are left in the file if they are over 16 MB, or if more than 64 MB would be kept in total."""
 _LINE = 1 << 20  # bytes; the longest argument of a protocol 0 opcode
 _DIGITS = 5000
 

@@ -1,7 +1,7 @@
 """Locates the tensors of a checkpoint file: torch zip, torch legacy, or safetensors.
 
-Tensor data are not read here. A `Span` gives the bytes that hold a tensor's elements, so that a
-single pass over the file, in file order and in small pieces, can check all tensors.
+Tensor data is not read here. A `Span` gives the position of a tensor's elements in the file, so
+that a single pass over the file, in small pieces, can check all tensors.
 """
 
 from __future__ import annotations
@@ -97,8 +97,8 @@ def read_shards(file: BinaryIO, path: Path, places: Sequence[tuple[int, int]]) -
         if start + length > size:
             raise DamagedFile(f"truncated: {path}")
         try:
-            stretch = io.BufferedReader(_Stretch(file, start, length))
-            shard = _read_zip(stretch, length, start)
+            part = io.BufferedReader(_FileRange(file, start, length))
+            shard = _read_zip(part, length, start)
         except CheckpointError as error:
             raise type(error)(f"{path}: {error}") from None
         for span in shard.spans:
@@ -113,7 +113,7 @@ def read_shards(file: BinaryIO, path: Path, places: Sequence[tuple[int, int]]) -
     )
 
 
-class _Stretch(io.RawIOBase):
+class _FileRange(io.RawIOBase):
     """A range of bytes of an open file, presented as a file."""
 
     def __init__(self, file: BinaryIO, start: int, size: int) -> None:
@@ -162,7 +162,7 @@ def _read_zip(file: BinaryIO, size: int, origin: int = 0) -> Contents:
     pickled = records["data.pkl"]
     names: list[str] = []
     tree = load_inert(
-        io.BufferedReader(_Stretch(file, pickled.start, pickled.end - pickled.start)),
+        io.BufferedReader(_FileRange(file, pickled.start, pickled.end - pickled.start)),
         origin + pickled.start,
         names,
     )

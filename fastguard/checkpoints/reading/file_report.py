@@ -37,7 +37,7 @@ class FileReport:
     bad: tuple[Culprit, ...]
 
 
-def look_at_file(path: Path, *, crc32: bool = True) -> FileReport:
+def report_on_file(path: Path, *, crc32: bool = True) -> FileReport:
     """Reads a `torch.save` file and checks every tensor and checksum; follows no links.
 
     Args:

@@ -1,11 +1,11 @@
 """Checks a checkpoint file in one pass: finds tensors with NaN or Inf, and verifies checksums.
 
 The file is read in pieces of 4 MB, in file order. One thread hashes a piece while another sums it:
-**the sum is the finiteness flag**, as everywhere in fastguard. Only a piece with a non-finite sum
-is examined again (`nonfinite_spans`). Memory use is two pieces, for any file size.
+**if the sum is finite, so are all elements**. Only a piece with a non-finite sum is examined again
+(`nonfinite_spans`). Memory use is two pieces, for any file size.
 
-Tried and dropped: the measuring stage on every piece (bf16 at a sixth of the speed of the sum),
-`mmap` (resident memory grows with the file), hashing and summing in one thread (1.4x).
+Rejected alternatives: measuring every piece (for bf16, a sixth of the speed of the sum), `mmap`
+(resident memory grows with the file), and hashing and summing on one thread (1.4 times the time).
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def read_through(file: BinaryIO, contents: Contents, *, sha256: bool, crc32: boo
         search = SpanSearch(contents.spans, file, counts)
         file.seek(0)
         for buffer, start, end in _pieces(file, digests):
-            search.look_at(buffer, start, end)
+            search.check_piece(buffer, start, end)
         size = os.fstat(file.fileno()).st_size
         for name, array in contents.arrays:
             for tensor in array.pieces(_left_in(file)):
@@ -168,7 +168,7 @@ class _Digests:
     def damaged(self) -> tuple[str, ...]:
         """Returns the records whose checksum differs from the stated one.
 
-        If no record matches, torch was told not to compute checksums, and nothing can be concluded.
+        If no record matches, torch did not compute checksums, and nothing can be concluded.
         """
         wrong = [r.name for r, crc in zip(self._records, self._crcs, strict=True) if crc != r.crc32]
         return () if len(wrong) == len(self._records) else tuple(wrong)

@@ -1,12 +1,13 @@
 """Decides which infinities in a checkpoint are intended, such as an initial best loss or a mask.
 
-NaN is never intended, nor is Inf in a parameter or in optimizer state. The rest is decided first by
-the position in the file and the values, and last by the name:
+NaN is never intended, nor is Inf in a parameter or in optimizer state. Everything else is decided
+by position in the file, values and name:
 
 * **Bookkeeping**: a number stored beside the weights, not among them, such as the `best_score` of
   early stopping or the `kth_value` of a checkpoint callback.
-* **Nothing observed yet**: a minimum that is +Inf throughout or a maximum that is -Inf throughout,
-  as in the observers of a model to be quantized; also bounds: `low` at -Inf, `high` at +Inf.
+* **Nothing observed yet**: a minimum whose elements are all +Inf, or a maximum whose elements are
+  all -Inf, as in the observers of a model to be quantized; also bounds, `low` at -Inf or `high` at
+  +Inf.
 * **A mask**: -Inf in a triangle or in bands, which no optimizer step produces, or any pattern of
   -Inf and 0 in a tensor whose name says mask.
 
@@ -57,7 +58,7 @@ class _Place:
         words: Words in the last part of its name, in lower case.
         is_trained: Whether it is a parameter or belongs to an optimizer.
         among_weights: Whether it is in a state dict or a module.
-        is_kept: Whether numbers and text are beside it, and no weights.
+        is_kept: Whether its container has numbers and text, but no weights.
     """
 
     name: str

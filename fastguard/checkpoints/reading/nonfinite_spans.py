@@ -1,11 +1,11 @@
 """Finds NaN and Inf in the tensors of a file while the file is read in pieces.
 
-**The sum is the finiteness flag**: only a piece whose sum is not finite (NaN, Inf, or overflow of
-large values) is passed to the measuring stage, which counts NaN, +Inf and -Inf per tensor.
+Only a piece whose sum is not finite (because of NaN, Inf, or an overflow of large values) is passed
+to the measuring stage, which counts NaN, +Inf and -Inf per tensor.
 
-The exception is a tensor with gaps between its first and last element, such as a column of a
-matrix: if something non-finite lies in that range, the range is read once more, in blocks, to
-decide whether it belongs to the tensor.
+A tensor with gaps between its elements, such as a column of a matrix, needs more: if there is a
+non-finite value between its first and last element, that range is read once more, in blocks, to
+decide whether the value belongs to the tensor.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class SpanSearch:
         self._counts = counts
         self._budget = WORK * os.fstat(file.fileno()).st_size + LEAST_WORK
 
-    def look_at(self, buffer: Tensor, start: int, end: int) -> None:
+    def check_piece(self, buffer: Tensor, start: int, end: int) -> None:
         """Checks the elements that end in bytes `[start, end)` of the file."""
         while self._coming and self._coming[-1].start < end:
             self._open.append(self._coming.pop())

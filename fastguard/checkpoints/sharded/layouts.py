@@ -1,4 +1,4 @@
-"""Chooses how loaded shards are laid out in this process."""
+"""Chooses mesh and placements of loaded tensors in this process."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from fastguard.checkpoints.sharded.shared_tensors import is_shard, tensors
 
 
 class Layouts:
-    """The layout of loaded shards in this process.
+    """The mesh and the placements of each loaded tensor in this process.
 
-    A shard is laid out like the tensor of the same name in the objects to restore. Optimizer state
-    that does not exist yet is laid out like a parameter of the same shape, or else as it was saved,
-    on the mesh of that shape or the only mesh with as many dimensions. If nothing matches, the
-    shard is loaded whole, as a plain tensor.
+    They are those of the tensor with the same name in the objects to restore. Optimizer state that
+    does not exist yet gets those of a parameter with the same shape and placements. Otherwise the
+    saved placements are used, on the mesh with the saved shape, or on the only mesh with as many
+    dimensions. If there is no such mesh, the whole tensor is loaded as a plain tensor.
 
     Args:
         objects: The objects to restore, by name.
@@ -29,7 +29,8 @@ class Layouts:
             if callable(getattr(value, "state_dict", None)):
                 found = tensors(value.state_dict(), name)
                 self._known |= {path: t for path, t in found if is_shard(t)}
-        # FSDP with tensor parallelism shards one dimension twice, in its own order.
+        # The existing tensor is kept, since FSDP with tensor parallelism shards one dimension
+        # twice, in an order that the saved placements do not contain.
         self._alike = {(tuple(t.shape), _sharded(t.placements)): t for t in self._known.values()}
         self._meshes = {tuple(t.device_mesh.shape): t.device_mesh for t in self._known.values()}
 

@@ -1,4 +1,4 @@
-"""`OpenFiles`: keeps the files of a folder open, so that the loaded data are the hashed data."""
+"""`OpenFiles`: keeps the files of a folder open, so that exactly the hashed data is loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Identity = tuple[int, int, int]
 
 
 class OpenFiles:
-    """The files of a folder; reopening one returns the same unchanged file or raises.
+    """The files of a folder. Opening one again returns the same unchanged file, or raises.
 
     Up to 200 files stay open; the others are compared by inode, size and modification time.
 

@@ -1,4 +1,4 @@
-"""Saves several ranks or sharded models as a folder, using `torch.distributed.checkpoint`.
+"""Saves the checkpoint of several ranks, or of a sharded model, as a folder.
 
     step-.../rest.pt        everything except the shards, as in an unsharded checkpoint
     step-.../rest-1.pt      the same for rank 1: its random states, data position, own tensors
@@ -9,8 +9,8 @@ Tensors with the same bytes on every rank are stored once, with the shards. Only
 `torch.distributed.checkpoint`, which would pickle other values and load them with
 `weights_only=False`.
 
-Every function here is collective. It succeeds on all ranks or fails on all with the same error; if
-a rank dies, torch raises on the others.
+Every function here is collective: it succeeds on all ranks, or raises the same error on all. If a
+rank dies, torch raises on the others.
 """
 
 from __future__ import annotations
@@ -214,7 +214,8 @@ def _metadata(opened: OpenFiles) -> Any:
 
 
 def _rest(opened: OpenFiles, peers: Peers, *, strict: bool) -> dict[str, Any]:
-    """Loads what this rank does not share; from rank 0 if the number of ranks differs."""
+    """Loads the values of this rank that are not shared; those of rank 0 if the number of ranks
+    differs."""
 
     def load(rank: int) -> dict[str, Any]:
         with opened.open(rest_name(rank)) as file:

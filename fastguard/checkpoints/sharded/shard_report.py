@@ -13,7 +13,7 @@ from typing import Any
 
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile, UnsafeFile
 from fastguard.checkpoints.reading.contents import read_shards
-from fastguard.checkpoints.reading.file_report import FileReport, look_at_file, own_name
+from fastguard.checkpoints.reading.file_report import FileReport, own_name, report_on_file
 from fastguard.checkpoints.reading.inspect_file import read_through, sha256_of_open
 from fastguard.checkpoints.sharded import metadata as shard_metadata
 from fastguard.checkpoints.sharded.metadata import read_metadata
@@ -23,17 +23,17 @@ from fastguard.records.regular_files import open_regular
 
 
 def rest_name(rank: int) -> str:
-    """Returns the file name for what a rank does not share with the others."""
+    """Returns the name of the file with the values that a rank does not share with others."""
     return f"rest-{rank}.pt" if rank else "rest.pt"
 
 
-def look(folder: Path, peers: Peers, *, crc32: bool = True) -> FileReport:
+def report_on(folder: Path, peers: Peers, *, crc32: bool = True) -> FileReport:
     """Reads a folder once; each rank reads a part of its files.
 
     Args:
         folder: The folder.
         peers: The ranks.
-        crc32: See `look_at_file`.
+        crc32: See `report_on_file`.
 
     Raises:
         DamagedFile: A file is missing or incomplete.
@@ -41,18 +41,18 @@ def look(folder: Path, peers: Peers, *, crc32: bool = True) -> FileReport:
     """
     names = peers.first(lambda: _names(folder))
     share = names[peers.rank :: peers.size]
-    mine = peers.together(lambda: _look_at_share(folder, names, share, crc32))
-    looks = {name: seen for seen_by_one in peers.gather(mine) for name, seen in seen_by_one.items()}
+    mine = peers.together(lambda: _report_on_share(folder, names, share, crc32))
+    reports = {name: report for part in peers.gather(mine) for name, report in part.items()}
     bad: dict[str, list[int]] = {}
     for name in names:
-        for culprit, *counts in looks[name].bad:
+        for culprit, *counts in reports[name].bad:
             so_far = bad.get(culprit, [0, 0, 0])
             bad[culprit] = [a + b for a, b in zip(so_far, counts, strict=True)]
     return FileReport(
-        header=looks[rest_name(0)].header,
-        sha256=_digest({name: seen.sha256 for name, seen in looks.items()}),
-        size=sum(seen.size for seen in looks.values()),
-        tensors=frozenset().union(*(seen.tensors for seen in looks.values())),
+        header=reports[rest_name(0)].header,
+        sha256=_digest({name: report.sha256 for name, report in reports.items()}),
+        size=sum(report.size for report in reports.values()),
+        tensors=frozenset().union(*(report.tensors for report in reports.values())),
         bad=tuple((name, *counts) for name, counts in bad.items()),  # type: ignore[misc]
     )
 
@@ -64,7 +64,7 @@ def _names(folder: Path) -> list[str]:
     return sorted(os.listdir(folder))
 
 
-def _look_at_share(
+def _report_on_share(
     folder: Path, names: Sequence[str], share: Sequence[str], crc32: bool
 ) -> dict[str, FileReport]:
     try:
@@ -73,14 +73,14 @@ def _look_at_share(
         wanted = {rest_name(0), *(_file_of(folder, place) for _, place in places)}
         for missing in sorted(wanted - set(names)):
             raise DamagedFile(f"{folder / missing} is missing")
-        looks = {}
+        reports = {}
         for name in share:
             if name.startswith("rest"):
-                looks[name] = look_at_file(folder / name, crc32=crc32)
+                reports[name] = report_on_file(folder / name, crc32=crc32)
             else:
                 shards = [(index, place) for index, place in places if place.relative_path == name]
-                looks[name] = _look_at_shards(folder / name, shards, crc32)
-        return looks
+                reports[name] = _report_on_shards(folder / name, shards, crc32)
+        return reports
     except FileNotFoundError as error:
         raise DamagedFile(f"{error.filename} is missing") from None
     except (CheckpointError, OSError):
@@ -89,7 +89,7 @@ def _look_at_share(
         raise DamagedFile(f"{folder} is damaged ({error})") from None
 
 
-def _look_at_shards(path: Path, shards: Sequence[tuple[Any, Any]], crc32: bool) -> FileReport:
+def _report_on_shards(path: Path, shards: Sequence[tuple[Any, Any]], crc32: bool) -> FileReport:
     """Reads a file with any number of shards, in pieces."""
     with open_regular(path, follow_links=False) as file:
         contents = read_shards(file, path, [(place.offset, place.length) for _, place in shards])
@@ -116,7 +116,7 @@ def _file_of(folder: Path, place: Any) -> str:
 def listing(files: OpenFiles, peers: Peers) -> str:
     """Returns the SHA-256 of the output of `sha256sum * .metadata` in a folder.
 
-    From then on, `files` only opens the files that were hashed, on any rank.
+    Afterwards, `files` on every rank opens only the hashed files.
     """
     names = peers.first(lambda: _names(files.folder))
 
@@ -129,7 +129,7 @@ def listing(files: OpenFiles, peers: Peers) -> str:
 
     mine = peers.together(hashed)
     everyone = peers.gather({n: (sha256, files.identity(n)) for n, sha256 in mine.items()})
-    found = {name: seen for share in everyone for name, seen in share.items()}
+    found = {name: hashes for share in everyone for name, hashes in share.items()}
     files.expect({name: identity for name, (_, identity) in found.items()})
     return _digest({name: sha256 for name, (sha256, _) in found.items()})
 

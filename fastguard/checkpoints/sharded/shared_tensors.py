@@ -1,4 +1,4 @@
-"""Decides which tensors of a checkpoint all ranks share, and under which names they are stored.
+"""Finds the tensors that all ranks share, and the names under which a checkpoint stores them.
 
 A DTensor belongs to all ranks of its mesh. A plain tensor with the same bytes on every rank (DDP)
 is stored once; otherwise (pipeline stages, experts, batch statistics) each rank stores its own. No
@@ -62,7 +62,7 @@ def names_of_shared(tree: Any, peers: Peers) -> dict[str, str]:
         return {path: path for path in shards}
     mine = {path: _identity(t) for path, t in tensors(tree)}
     summary = hashlib.sha256(repr(sorted(mine.items())).encode()).hexdigest()
-    # usual for FSDP and DDP: all ranks share the same tensors
+    # The usual case of FSDP and DDP: all ranks have the same tensors.
     if len(set(peers.gather(summary))) == 1:
         return {path: path for path, (kind, _) in mine.items() if kind != "own"}
     everyone = peers.gather(mine)
