@@ -18,6 +18,8 @@ from fastguard.ranks.dtensors import is_dtensor
 from fastguard.ranks.plain_shards import is_managed
 
 DEVICES = ("cpu", "cuda")
+FROM_LR = (torch.optim.ASGD, torch.optim.Rprop)
+"""Optimizers whose initial state depends on the learning rate of the first step."""
 
 
 def check_compiled_optimizer(optimizer: Optimizer, flat_parameters: bool) -> None:
@@ -120,7 +122,8 @@ class StateForUpdate:
             owners: The param group number of each.
 
         Raises:
-            CreatesState: The first step uses another formula, so there are no initial values.
+            CreatesState: The first step uses another formula or depends on settings, so there are
+                no initial values.
         """
         if steps_as_torch(self.optimizer):
             for number in dict.fromkeys(owners):
@@ -138,6 +141,10 @@ class StateForUpdate:
         if create is None:
             return
         live = [p for p in group["params"] if p.grad is not None]
+        if isinstance(optimizer, FROM_LR) and any(not optimizer.state.get(p) for p in live):
+            # The learning rate may differ between a skipped first step and the next one.
+            name = type(optimizer).__name__
+            raise CreatesState(f"{name} starts with state that depends on the learning rate")
         on_gpu = any(p.device.type != "cpu" for p in live)
         form = {"capturable": on_gpu, "fused": False}
         settings = {**group, **{k: v for k, v in form.items() if k in group}}

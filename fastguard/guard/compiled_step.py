@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,7 +81,8 @@ class CompiledStep(ReadsFirstIfNeeded):
     In three cases, the verdict is read first and the optimizer is called without compilation:
 
     - The step creates state without a known initial value: for optimizers that are not torch's,
-      and for SGD with momentum and dampening, whose first step uses another formula.
+      for SGD with momentum and dampening, whose first step uses another formula, and for ASGD and
+      Rprop, whose state starts from the learning rate.
     - The optimizer has step hooks, which must run only when it steps.
     - `MOST_GRAPHS` updates have been compiled.
 
@@ -100,7 +102,7 @@ class CompiledStep(ReadsFirstIfNeeded):
         self._moving: set[Place] = set()  # numbers that have changed between steps
         self._fixed: set[Place] = set()  # numbers that cannot be tensors in the step
         self._numbers: dict[Place, tuple[float, Tensor]] = {}
-        self._n_creating = 0
+        self._n_creating = Counter[tuple[int, ...]]()  # by parameters with a gradient
         self._warned = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -123,7 +125,7 @@ class CompiledStep(ReadsFirstIfNeeded):
         self._graphs = [
             g for g in self._graphs if g.layout is layout and not g.members.has_constants
         ]
-        self._n_creating = 0
+        self._n_creating.clear()
         if not self._graphs:
             self._n_compiled = 0
 
@@ -135,7 +137,7 @@ class CompiledStep(ReadsFirstIfNeeded):
                 optimizer; nothing was changed.
         """
         _refuse_arguments(self.optimizer, call)
-        graph = inputs = None
+        graph, inputs, live = None, None, ()
         if not has_step_hooks(self.optimizer) and has_numbers(verdict.found_inf):
             live = tuple(
                 i for i, p in enumerate(self._gradients.layout.parameters) if p.grad is not None
@@ -144,7 +146,7 @@ class CompiledStep(ReadsFirstIfNeeded):
                 graph, inputs = self._graph_for(live)
         if graph is None or inputs is None:
             self._read_first.step(buckets, verdict, call, changes)
-            self._n_creating += not says_skip(verdict)
+            self._n_creating[live] += not says_skip(verdict)
             return
         n_segments = self._gradients.layout.n_segments
         multiplier = verdict.multiplier.expand(n_segments)
@@ -236,7 +238,7 @@ class CompiledStep(ReadsFirstIfNeeded):
             return self._traced(layout, live, params, owners, segments)
         except CreatesState as error:
             undo()
-            if self._n_creating > 2:
+            if self._n_creating[live] > 2:
                 raise TypeError(self._refusal(f"{error} in every step")) from None
             return None
         except NotTraceable as error:

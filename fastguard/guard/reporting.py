@@ -285,7 +285,7 @@ class ReportingOptimizer(OptimizerWrapper):
         True on a CPU, where there is nothing to wait for. On a GPU, True for fused optimizers and
         compiled updates if the wrapped optimizer has no step hooks, and False in raise mode. Even
         then, one step waits: the step that creates the momentum buffers of SGD, or with
-        `compile_step` the state of an optimizer that is not torch's.
+        `compile_step` the state of an optimizer that is not torch's, of ASGD, or of Rprop.
         """
         on_cpu = self._device.type == "cpu"
         return on_cpu or not (self._fitting_stepper().waits or self.nonfinite == "raise")

@@ -338,3 +338,30 @@ def test_dampened_momentum_starts_with_torchs_first_step():
     assert opt._stepper._n_compiled == 1
     for p, q in zip(params, others, strict=True):
         torch.testing.assert_close(p, q, rtol=COMPILED_RTOL, atol=1e-6)
+
+
+def test_gradients_that_appear_one_by_one_are_no_reason_to_refuse():
+    params, others = (parameters([(3,)] * 6) for _ in range(2))
+    options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+    opt = compiled(torch.optim.SGD(params, **options))
+    plain = GuardedOptimizer(torch.optim.SGD(others, **options), max_norm=1.0)
+    for n in range(1, 8):
+        for some, o in ((params, opt), (others, plain)):
+            give(some[:n], n)
+            o.step()
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q, rtol=COMPILED_RTOL, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.ASGD, torch.optim.Rprop])
+def test_state_starts_from_the_learning_rate_of_the_first_applied_step(kind):
+    params, others = parameters(), parameters()
+    opt = compiled(kind(params, lr=0.5))
+    plain = GuardedOptimizer(kind(others, lr=0.5), max_norm=1.0)
+    for seed, value in enumerate((NAN, None, None)):
+        for some, o in ((params, opt), (others, plain)):
+            o.param_groups[0]["lr"] = 0.5 if seed == 0 else 0.01
+            give(some, seed, value)
+            o.step()
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q, rtol=COMPILED_RTOL, atol=1e-6)
