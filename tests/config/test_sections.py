@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import math
 from pathlib import Path
 
@@ -495,3 +496,15 @@ def test_an_invalid_rule_is_an_error(settings, text):
     with pytest.raises(ValueError, match="max_norm") as caught:
         GuardConfig.from_dict({"guard": {"max_norm": settings}})
     assert text in str(caught.value)
+
+
+def test_the_header_of_the_records_is_configured(tmp_path):
+    path = tmp_path / "records.jsonl"
+    settings = {"jsonl": str(path), "name": "gpt-small", "host": False}
+    model = torch.nn.Linear(2, 1)
+    config = GuardConfig.from_dict({"records": settings})
+    opt = config.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    model(torch.ones(1, 2)).sum().backward()
+    opt.step()
+    header = json.loads(path.read_text().splitlines()[0])
+    assert (header["name"], header["host"]) == ("gpt-small", None)
