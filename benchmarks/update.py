@@ -39,7 +39,7 @@ def update_of(device: torch.device, n: int, case: str) -> Update:
     dtype = CASES[case][0] or torch.bfloat16
     state = dtype if case != "remainder" else torch.float32
     master = "remainder" if case == "remainder" else None
-    hyper = [[LR, *BETAS, EPS, DECAY, 0.0, 0.0, 1.0, 0.0]]
+    hyper = [[LR, *BETAS, EPS, DECAY, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]]
 
     def several(kind: torch.dtype) -> list[Tensor]:
         return [torch.randn(n, device=device).to(kind) for _ in range(N_TENSORS)]

@@ -259,6 +259,7 @@ def advance_steps(
         stochastic: Whether to compute noise keys.
         spike_aware, update_clipping: Whether to compute the columns that these need.
     """
+    assert hyper.shape[1] == HYPER_COLUMNS.value, hyper.shape
     n = coefficients.shape[0]
     switches = (algorithm, has_steps, stochastic, spike_aware, update_clipping)
     launch = _variant(hyper.device, *switches)

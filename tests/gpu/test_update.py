@@ -26,14 +26,15 @@ def made(device, algorithm="adamw", dtypes=(F32, F32, F32), **options):
     masters = {None: list, "float32": lambda: several(F32)}.get(
         master, lambda: [torch.randint(-(2**15), 2**15, (s,), dtype=torch.int16) for s in SIZES]
     )()
-    hyper = [[1e-3, 0.9, 0.999, 1e-8, 1e-2, 0.9, 0.1, 1.0, 5.0]]
-    hyper += [[3e-2, 0.8, 0.95, 1e-6, 0.0, 0.5, 0.0, -1.0, 11.0]]
+    # The last three: threshold of spikes, steps between resets, warm-up.
+    hyper = [[1e-3, 0.9, 0.999, 1e-8, 1e-2, 0.9, 0.1, 1.0, 5.0, 0.5, 4.0, 2.0]]
+    hyper += [[3e-2, 0.8, 0.95, 1e-6, 0.0, 0.5, 0.0, -1.0, 11.0, 3.0, 0.0, 0.0]]
     return Update(
         algorithm=algorithm,
         parameters=several(weight),
         grads=several(gradient),
         states={name: several(state, 1e-2) for name in names},
-        steps=[torch.tensor(float(i), device=device) for i in range(n)],
+        steps=[torch.tensor(float(9 * i), device=device) for i in range(n)],
         hyper=torch.tensor(hyper, dtype=torch.float64, device=device),
         group_ids=[i % 2 for i in range(n)],
         multiplier=torch.tensor([0.37, 1.0], dtype=torch.float64, device=device),
@@ -67,6 +68,18 @@ def test_reproducible_updates_have_the_bits_of_the_cpu(algorithm, dtypes, option
     here, there = (
         made(device, algorithm, dtypes, reproducible=True, **options) for device in ("cuda", "cpu")
     )
+    for _ in range(3):
+        triton_optim.update(here)
+        reference.update(there)
+    for ours, theirs in zip(written(here), written(there), strict=True):
+        assert torch.equal(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, BF16, BF16)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("update_clipping", [False, True])
+def test_spikes_resets_and_update_clipping_have_the_bits_of_the_cpu(update_clipping, dtypes):
+    options = {"spike_aware": True, "update_clipping": update_clipping, "reproducible": True}
+    here, there = (made(device, dtypes=dtypes, **options) for device in ("cuda", "cpu"))
     for _ in range(3):
         triton_optim.update(here)
         reference.update(there)
