@@ -124,7 +124,7 @@ def sanitize_grads_(
     present = _present(grads)
     if len(present) == 0:
         return stats
-    if any(fill.values()):
+    if any(not isinstance(value, (int, float)) or value for value in fill.values()):
         on_host = torch.empty(0, device="cpu")
         values = torch.cat([limit_like(value, on_host) for value in fill.values()])
         torch.ops.fastguard.sanitize(present, values)

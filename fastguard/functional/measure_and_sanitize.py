@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from fastguard.errors.checked_numbers import finite_number_of
 from fastguard.functional import compiled
@@ -14,6 +16,8 @@ from fastguard.stages.contract import Signals
 from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.measure import measure, norm_type_of
 from fastguard.stages.reduce import reduce
+
+_NUMPY = (np.ndarray, np.generic)
 
 
 @torch.no_grad()
@@ -52,7 +56,9 @@ def sanitize_grads_(
     """
     fill = {"nan": nan, "posinf": posinf, "neginf": neginf}
     for name, value in fill.items():
-        fill[name] = finite_number_of(name, value, "it replaces non-finite elements")
+        # Compiled code reads the value of a tensor or a numpy number only when it runs.
+        if not (torch.compiler.is_compiling() and isinstance(value, (Tensor, *_NUMPY))):
+            fill[name] = finite_number_of(name, value, "it replaces non-finite elements")
     parameters = listed(parameters)
     if torch.compiler.is_compiling():
         if compiled.spans_ranks(parameters, group):

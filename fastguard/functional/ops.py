@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastguard.errors.checked_numbers import finite_number_of
 from fastguard.functional.arguments import warn_of_zero
 from fastguard.gradients.buckets import bucketize
 from fastguard.gradients.elementwise import check_fill, check_real, clamp_, fill_nonfinite_
@@ -161,6 +162,8 @@ def _sanitize(grads: list[Tensor], values: Tensor) -> None:
     buckets = bucketize(grads)
     nan, posinf, neginf = values.tolist()
     fill = {"nan": nan, "posinf": posinf, "neginf": neginf}
+    for name, value in fill.items():
+        finite_number_of(name, value, "it replaces non-finite elements")
     check_fill(buckets, fill)
     fill_nonfinite_(buckets, fill)
 

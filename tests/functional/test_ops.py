@@ -334,13 +334,20 @@ def test_limits_may_be_numpy_numbers(function, kind):
     assert compiled.graphs <= 2
 
 
-def test_changing_fill_values_cause_one_recompilation():
-    compiled = Inductor(lambda ps, x: fastguard.sanitize_grads_(ps, nan=x, neginf=-x).counts)
+@pytest.mark.parametrize(
+    ("as_given", "graphs"), [(float, 2), (torch.tensor, 1), (np.float32, 1), (np.float64, 2)]
+)
+def test_changing_fill_values_cause_one_recompilation_and_tensors_none(as_given, graphs):
+    compiled = Inductor(lambda ps, x, y: fastguard.sanitize_grads_(ps, nan=x, neginf=y).counts)
     for fill in (1.0, 2.0, 3.0, 0.5, 7.25, 100.0):
         params = parameters(torch.tensor([NAN, 1.0]), torch.tensor([-INF]))
-        assert compiled(params, fill).tolist() == [[1, 0], [0, 0], [0, 1]]
+        given = as_given(fill), as_given(-fill)
+        assert compiled(params, *given).tolist() == [[1, 0], [0, 0], [0, 1]]
         assert [g.tolist() for g in grads_of(params)] == [[fill, 1.0], [-fill]]
-    assert compiled.graphs == 2
+    assert compiled.graphs == graphs
+    if as_given is torch.tensor:
+        with pytest.raises(ValueError, match="nan=nan must be a finite number"):
+            compiled(parameters(torch.ones(2), torch.ones(1)), torch.tensor(NAN), torch.tensor(1.0))
 
 
 def test_changing_gradients_cause_no_recompilation_and_a_new_pattern_of_none_causes_one():
