@@ -154,7 +154,7 @@ class ModelBuffers:
         """Number of NaN and Inf elements restored after applied steps. Waits for a GPU."""
         return sum(int(batch.mended) for batch in self._batches)
 
-    def _after_load(self, optimizer: GuardedOptimizer) -> None:
+    def _after_load(self, optimizer: Any) -> None:  # torch types the argument of hooks as Optimizer
         self.keep()
         self._settled[optimizer] = optimizer.steps_taken
 
@@ -185,7 +185,7 @@ class ModelBuffers:
             else:
                 self._keep_odd()
 
-    def _after_error(self, optimizer: GuardedOptimizer, error: BaseException) -> None:
+    def _after_error(self, optimizer: Any, error: BaseException) -> None:
         if optimizer.steps_taken != self._settled.get(optimizer):  # raised after a complete step
             self._after_step(optimizer)
         # Not after an interrupt or out of memory: the step may be tried again.
