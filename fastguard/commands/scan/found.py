@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from fastguard.commands.scan.budget import Counted
 from fastguard.commands.scan.lines import Line
-from fastguard.commands.scan.reading import Place, Where
+from fastguard.commands.scan.reading import Place, Where, whole_epoch
 from fastguard.commands.scan.series import Growth, Series
 from fastguard.commands.scan.shapes import Shape
 from fastguard.commands.scan.values import Value
@@ -106,7 +106,7 @@ class Run:
         self.furthest: tuple[Where, bytes] = self.last
         self._shape = shape
         self._named = _named(shape.where)
-        self._epoch = _whole_epoch(shape.where, line)
+        self._epoch = whole_epoch(shape.where, line)
         self._batch = shape.where.batch
         self._most = int(line[slice(*self._batch)]) if self._batch else 0
 
@@ -118,7 +118,7 @@ class Run:
             if not same or _named(where) != self._named:
                 return False
             self._shape, self._batch = shape, where.batch
-        if where.epoch and _whole_epoch(where, line) != self._epoch:
+        if where.epoch and whole_epoch(where, line) != self._epoch:
             return False
         self.n += 1
         self.bad[shape.bad] += 1
@@ -129,12 +129,33 @@ class Run:
             self._most, self.furthest = batch, self.last
         return True
 
+    def extend(self, number: int, lines: bytes, stride: int, shape: Shape) -> int:
+        """Adds lines that differ from the last one only in digits, not in the epoch.
+
+        Args:
+            number: Line number of the last of them.
+            lines: The lines, with line feeds.
+            stride: Length of each.
+            shape: Their shape, that of the last line.
+
+        Returns:
+            Their number.
+        """
+        n = len(lines) // stride
+        self.n += n
+        self.bad[shape.bad] += n
+        self.number, self.last = number, (shape.where, lines[-stride:-1])
+        if self._batch is None:
+            self.furthest = self.last
+            return n
+        begin, end = self._batch
+        batches = [lines[i + begin : i + end] for i in range(0, len(lines), stride)]
+        if int(most := max(batches)) >= self._most:
+            at = stride * (n - 1 - batches[::-1].index(most))
+            self._most, self.furthest = int(most), (shape.where, lines[at : at + stride - 1])
+        return n
+
 
 def _named(where: Where) -> list[bool]:
     """Which parts of its place a line names."""
     return [span is None for span in where]
-
-
-def _whole_epoch(where: Where, line: bytes) -> bytes:
-    """The epoch that a line names, without its fraction; b"" if none."""
-    return line[slice(*where.epoch)].partition(b".")[0] if where.epoch else b""

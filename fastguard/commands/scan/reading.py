@@ -85,6 +85,11 @@ class Where(NamedTuple):
 _NO_SPANS = Where()
 
 
+def whole_epoch(where: Where, line: bytes) -> bytes:
+    """The epoch that a line names, without its fraction; b"" if it names none."""
+    return line[slice(*where.epoch)].partition(b".")[0] if where.epoch else b""
+
+
 def _bytes(text: str) -> int:
     return len(text.encode(errors="surrogatepass"))
 

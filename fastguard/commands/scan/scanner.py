@@ -14,7 +14,7 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any, BinaryIO
 
-from fastguard.commands.scan import documents, json_lines
+from fastguard.commands.scan import documents, json_lines, shapes
 from fastguard.commands.scan.bare import bare_lines
 from fastguard.commands.scan.budget import IN_RUN, KNOWN, NEW, ROW, Budget, n_lines
 from fastguard.commands.scan.cursor import Cursor
@@ -27,7 +27,7 @@ from fastguard.commands.scan.json_lines import JsonLines
 from fastguard.commands.scan.lines import Block, read_blocks, text_of
 from fastguard.commands.scan.objects import rows_of
 from fastguard.commands.scan.reading import Place, Reading
-from fastguard.commands.scan.shapes import Shapes
+from fastguard.commands.scan.shapes import Shape, Shapes
 from fastguard.commands.scan.suspects import BAR, ENDS
 from fastguard.commands.scan.table import Table
 from fastguard.commands.scan.values import Value
@@ -195,18 +195,36 @@ class _Scanner:
 
     def _take_run(self, cursor: Cursor, run: Run) -> int:
         """Reads the lines that continue a run of bad lines; returns how many there were."""
-        n, plain = 0, not self._table.waits
-        for line, at, number in cursor.rest():
-            if n and plain and bare_lines(cursor.lines, at) is not None:
+        single, together, plain = 0, 0, not self._table.waits
+        wait = shapes.TOGETHER  # lines read one by one before the next try to read many
+        while not cursor.done:
+            before = single
+            line, shape = b"", None
+            for line, at, number in islice(cursor.rest(), wait):
+                if single and plain and bare_lines(cursor.lines, at) is not None:
+                    break
+                shape = self._shapes.known(line)
+                if shape is None or not run.goes_on(number, line, shape):
+                    break
+                single += 1
+                cursor.at = at + len(line) + 1
+            if single < before + wait or shape is None:
                 break
-            shape = self._shapes.known(line)
-            if shape is None or not run.goes_on(number, line, shape):
-                break
-            n += 1
-            cursor.at = at + len(line) + 1
-        self._budget.spend(n // IN_RUN)
-        self._findings.found.n_lines += n
-        return n
+            taken = self._take_alike(cursor, run, line, shape)
+            together += taken
+            wait = shapes.TOGETHER if taken else min(2 * wait, 4096)
+        self._budget.spend(single // IN_RUN)
+        self._findings.found.n_lines += single + together
+        return single + together
+
+    def _take_alike(self, cursor: Cursor, run: Run, line: bytes, shape: Shape) -> int:
+        """Reads the lines that differ from the last one only in digits; returns their number."""
+        lines = shapes.alike(cursor.lines, cursor.at, line, shape.where)
+        if not lines:
+            return 0
+        last = cursor.number_at(cursor.at + len(lines) - len(line) - 1)
+        cursor.at += len(lines)
+        return run.extend(last, lines, len(line) + 1, shape)
 
     def _take_rows(self, cursor: Cursor, *, json: bool) -> bool:
         """Reads the next structured lines together; returns whether there were any."""

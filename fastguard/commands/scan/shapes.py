@@ -10,6 +10,7 @@ key.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fastguard.commands.scan.budget import ROW, Budget, units_of
@@ -18,7 +19,7 @@ from fastguard.commands.scan.lightning import Lightning
 from fastguard.commands.scan.lines import text_of
 from fastguard.commands.scan.places import names_settings, where_in, without_launcher
 from fastguard.commands.scan.plain import Plain, may_measure
-from fastguard.commands.scan.reading import Span, Where
+from fastguard.commands.scan.reading import Span, Where, whole_epoch
 from fastguard.commands.scan.spellings import may_have
 from fastguard.commands.scan.ultralytics import Ultralytics
 from fastguard.commands.scan.values import Value, nonfinite_values
@@ -52,6 +53,9 @@ KEPT = 4096
 
 LONG = 600
 """Lines of at least this many bytes are cached when their shape occurs for the second time."""
+
+TOGETHER = 16
+"""Minimum number of lines that are compared with a line at once."""
 
 MEANT = 12
 """Maximum number of numbers in names and counts of a cached line."""
@@ -181,6 +185,34 @@ def _digits_with_a_meaning(line: bytes) -> tuple[Span, ...]:
     ]
     counts = [match.span(match.lastindex or 0) for match in _OF_COUNTS.finditer(line, 0, LONG)]
     return (*names, *counts)
+
+
+def alike(lines: bytes, at: int, line: bytes, where: Where) -> bytes:
+    """The lines from `at` on that differ from a line only in digits, not in names or the epoch.
+
+    Returns:
+        1, 2, 4, ... times `TOGETHER` lines, each with its line feed; b"" if there are fewer.
+    """
+    stride = len(line) + 1
+    shape = line.translate(SHAPE) + b"\n"
+    end, n = at, TOGETHER
+    fixed: Sequence[Span] | None = None
+    while lines[end : end + n * stride].translate(SHAPE) == shape * n:
+        text = lines[end : end + n * stride]
+        fixed = _fixed_digits(line, where) if fixed is None else fixed
+        if any(text[i::stride].count(line[i]) != n for span in fixed for i in range(*span)):
+            break
+        end += n * stride
+        n = (end - at) // stride
+    return lines[at:end]
+
+
+def _fixed_digits(line: bytes, where: Where) -> list[Span]:
+    """The spans of digits that are the same in all lines of a run: names, counts and the epoch."""
+    fixed = [*_digits_with_a_meaning(line)]
+    if where.epoch is not None:
+        fixed.append((where.epoch[0], where.epoch[0] + len(whole_epoch(where, line))))
+    return fixed
 
 
 def shortened(line: bytes) -> tuple[bytes, int]:

@@ -1,4 +1,4 @@
-"""Lines that differ in digits alone are read once; each says its own place, name and count."""
+"""Lines that differ only in digits are parsed once; each keeps its own place, name and count."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import random
 
 import pytest
 
+from fastguard.commands.scan import shapes
 from fastguard.commands.scan.budget import Budget
 from fastguard.commands.scan.found import LogScan
+from fastguard.commands.scan.output import as_dict
 from fastguard.commands.scan.reading import Place
 from fastguard.commands.scan.scanner import scan_log
 from fastguard.commands.scan.shapes import KEPT, Shapes, shortened
@@ -21,7 +23,7 @@ def scan(text: str) -> LogScan:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """The lines that are really read."""
+    """The lines that are parsed."""
     lines: list[bytes] = []
     read = Shapes._read
 
@@ -100,3 +102,43 @@ def test_shortened_array_has_the_same_values() -> None:
 )
 def test_lines_without_an_array_are_not_shortened(line: bytes) -> None:
     assert shortened(line) == (line, len(line))
+
+
+FORMS = [
+    "step {i} loss nan",
+    "epoch {e} batch {i} loss nan {j}",
+    "epoch {e}.{j} loss inf",
+    "loss_{e} nan at {i}",
+    "nan iterations: {e}",
+    "\r {p}%|##  | {i}/900 [00:01<00:02, 1{j}it/s, loss=nan]",
+    "[{i}/900] loss: nan",
+    "{{'loss': nan, 'epoch': {e}.{j}}}",
+    "g {i} [nan, 0.{i}, inf]",
+]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["lf", "crlf", "cr"])
+def test_lines_read_together_give_the_results_of_single_lines(end: str, monkeypatch) -> None:
+    rng = random.Random(5)
+    logs = []
+    for _ in range(60):
+        lines = []
+        for form in rng.choices(FORMS, k=6):
+            i, e = rng.randint(0, 3000), rng.randint(0, 12)
+            for _ in range(rng.choice([3, 20, 60, 200])):
+                i, e = max(0, i + rng.choice([1, 1, 1, 7, -3])), e + (rng.random() < 0.01)
+                lines.append(form.format(i=i, e=e, j=rng.randint(0, 9), p=i % 90 + 10))
+        logs.append(end.join([*lines, ""]).encode())
+    together = [as_dict("", scan_log(io.BytesIO(log))) for log in logs]
+    monkeypatch.setattr(shapes, "TOGETHER", 1 << 20)
+    assert together == [as_dict("", scan_log(io.BytesIO(log))) for log in logs]
+
+
+def test_lines_that_differ_in_digits_are_not_looked_up(monkeypatch) -> None:
+    looked = []
+    known = Shapes.known
+    monkeypatch.setattr(Shapes, "known", lambda *given: looked.append(1) or known(*given))
+    log = "".join(f"step {i} loss nan\n" for i in range(10_000, 60_000))
+    found = scan_log(io.BytesIO(log.encode()))
+    assert found.n_bad == 50_000 and found.stretches[0].last.step == 59_999
+    assert len(looked) < 2000
