@@ -85,7 +85,7 @@ class Guarded(Bare):
             named_parameters=model.named_parameters(),
             spike={"grad_norm": settings.spike_rule},
         )
-        self.settings = self.guard.describe()
+        self.settings: str = self.guard.describe()
         self.optimizer: torch.optim.Optimizer = self.guard
 
     def step(self, loss: Tensor, batch: int) -> float:
