@@ -71,14 +71,16 @@ class OptimizerCopy(NamedTuple):
 
 
 def _with_inner(optimizer: Optimizer, seen: set[int]) -> Iterator[Optimizer]:
-    """Yields an optimizer and the optimizers in its attributes, such as the base of SAM."""
+    """Yields an optimizer and the optimizers in its attributes, also in containers (SAM's base)."""
     if id(optimizer) in seen:
         return
     seen.add(id(optimizer))
     yield optimizer
     for value in [*vars(optimizer).values()]:
-        if isinstance(value, Optimizer):
-            yield from _with_inner(value, seen)
+        items = value.values() if isinstance(value, dict) else value
+        for item in items if isinstance(value, dict | list | tuple) else (value,):
+            if isinstance(item, Optimizer):
+                yield from _with_inner(item, seen)
 
 
 def _copied(setting: Any) -> Any:

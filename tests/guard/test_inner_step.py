@@ -519,6 +519,20 @@ class MovesData(torch.optim.SGD):
         return loss
 
 
+class TwoBases(Clears):
+    """Like `Clears`, with an optimizer per parameter, in a list."""
+
+    def __init__(self, ps):
+        super().__init__(ps, lr=0.1)
+        self.bases = [torch.optim.Adam([p], lr=0.1) for p in ps]
+
+    def step(self, closure):
+        loss = super().step(closure)
+        for base in self.bases:
+            base.step()
+        return loss
+
+
 class LineSearch(torch.optim.Optimizer):
     """Halves the rate until the loss falls, which it evaluates without a backward pass."""
 
@@ -555,6 +569,7 @@ NEEDY = {
     "clears": lambda ps: Clears(ps, lr=0.1, momentum=0.9),
     "moves data": lambda ps: MovesData(ps, lr=0.1, momentum=0.9),
     "line search": LineSearch,
+    "bases in a list": TwoBases,
 }
 EVALUATE_FIRST = {
     "AliG": AliG,
@@ -589,6 +604,8 @@ def everything(inner):
     base = getattr(inner, "base_optimizer", None)
     groups = [{k: v for k, v in g.items() if k != "params"} for g in inner.param_groups]
     more = {} if base is None else {f"base.{k}": v for k, v in snapshot(base).items()}
+    for i, each in enumerate(getattr(inner, "bases", ())):
+        more |= {f"bases[{i}].{k}": v for k, v in snapshot(each).items()}
     return {**snapshot(inner), **more, "groups": groups, "n": getattr(inner, "n_steps", None)}
 
 
