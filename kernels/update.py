@@ -5,6 +5,8 @@
 
     AdamW, Adam, SGD, Lion: the formulas of `fastguard.optim.reference`, operation by operation
 
+Update clipping lowers the learning rates before: see `update_clipping`.
+
 I/O per element, AdamW: 28 bytes in float32; 14 in bfloat16; 28 with bfloat16 weights and gradients
 and a float32 master and moments, 26 with a remainder in place of the master. The gradient is never
 written. A skipped step reads one scalar per program and writes nothing.
@@ -30,8 +32,10 @@ AdamW through the same compiler takes 60 instructions per element in fp32, 65 in
 |-----------------------------|-----------|---------------------------------|--------------|
 | fp32                        | 53        | 4 + 3                           | 27.0         |
 | fp32, reproducible          | 60        | 4 + 3                           | 51.8         |
+| fp32, spike-aware           | 55        | 4 + 3                           | 36.0         |
 | bf16                        | 72        | 4 + 3                           | 29.6         |
 | bf16, stochastic            | 80        | 4 + 3                           | 57.0         |
+| fp16, stochastic, fp32 m, v | 60        | 2 (2) + 2 (1)                   | 54.5         |
 | bf16, fp32 master, m, v     | 56        | 3 (1) + 3 (1)                   | 28.7         |
 | bf16, remainder, fp32 m, v  | 56        | 2 (3) + 2 (2)                   | 35.0         |
 
