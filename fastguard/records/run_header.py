@@ -170,6 +170,6 @@ def _triton() -> str | None:
     for name in _TRITON:
         try:
             return metadata.version(name)
-        except metadata.PackageNotFoundError:
+        except (metadata.PackageNotFoundError, OSError):  # no descriptor is free, for one
             continue
     return None

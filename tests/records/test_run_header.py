@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
+import resource
 import time
 from pathlib import Path
 
@@ -206,3 +208,19 @@ def test_a_pickled_sink_keeps_its_name(tmp_path: Path) -> None:
     with copied:
         copied(record(1))
     assert (lines_of(sink.path)[0]["name"], lines_of(sink.path)[0]["host"]) == ("mine", None)
+
+
+def test_a_header_needs_no_free_descriptor(tmp_path: Path) -> None:
+    """The version of triton is read from a file."""
+    sink = JsonLinesSink(tmp_path / "r.jsonl")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        sink(record(1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    sink.close()
+    assert sink.lost == 0
+    assert [is_header(line) for line in lines_of(sink.path)] == [True, False]
