@@ -143,7 +143,9 @@ VALUES = {
     ],
     "errors": [ValueError("x"), FileNotFoundError(2, "no")],
     "iterators": [
-        iter([1]), zip([1], [2], strict=True), map(int, ["1"]), itertools.count(3), enumerate("a"),
+        iter([1]), zip([1], [2], strict=True), map(int, ["1"]), enumerate("a"),
+        # Since Python 3.14 the iterators of itertools cannot be pickled.
+        *([itertools.count(3)] if "__reduce__" in vars(itertools.count) else []),
     ],
     "callables": [operator.itemgetter(1), operator.methodcaller("x"), operator.attrgetter("a.b")],
     "random": [random.Random(3), np.random.default_rng(3), np.random.RandomState(3)],
