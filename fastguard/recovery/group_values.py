@@ -42,6 +42,7 @@ class GroupValues:
         self.scheduled: list[Any] = []
         self._written: list[float | None] = []
         self._to_write: list[float | None] = []  # differs from `_written` only after an interrupt
+        self._known: list[tuple[Group, Any]] = []  # each group with its first parameter
 
     def join(self, groups: Sequence[Group]) -> None:
         """Adds new groups; their current values become the scheduled ones.
@@ -52,7 +53,24 @@ class GroupValues:
         joining = [self._setting.read(group) for group in groups[before:]]
         self._written[before:] = joining
         self._to_write[before:] = joining
+        self._known[before:] = [(group, _first_parameter(group)) for group in groups[before:]]
         self.scheduled += joining
+
+    def check_same(self, groups: Sequence[Group]) -> None:
+        """Raises a ValueError if a group was removed and another one has its place.
+
+        A group may be another dict with the same parameters, as after `load_state_dict`, or the
+        same dict with other parameters.
+        """
+        for i, (group, (known, parameter)) in enumerate(zip(groups, self._known, strict=False)):
+            if group is known:
+                continue
+            if _first_parameter(group) is not parameter:
+                raise ValueError(
+                    f"param group {i} of the optimizer is another one than before; after removing "
+                    "a param group, create a new GuardedLR"
+                )
+            self._known[i] = group, parameter
 
     def write(self, groups: Sequence[Group], values: Sequence[float | None]) -> None:
         """Writes values to the groups; None leaves a group unchanged."""
@@ -87,6 +105,10 @@ class GroupValues:
             own = (self._written[i], self._to_write[i])
             if not isinstance(group["lr"], Tensor) and self._setting.read(group) not in own:
                 values[i] = None
+
+
+def _first_parameter(group: Group) -> Any:
+    return next(iter(group["params"]), None)
 
 
 def _read_lr(group: Group) -> float:

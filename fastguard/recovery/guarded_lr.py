@@ -353,13 +353,14 @@ class GuardedLR(LRScheduler):
         """Registers param groups that were added since the last call."""
         groups = self._groups
         n, before = len(groups), len(self._lr.scheduled)
-        if n == before:
-            return
         if n < before:
             raise ValueError(
                 f"the optimizer has {n} param groups, but GuardedLR has {before}; after removing "
                 "a param group, create a new GuardedLR"
             )
+        self._lr.check_same(groups)
+        if n == before:
+            return
         # Assigned to the end of each list, and `_lr` last, so that it can be repeated after an
         # interrupt.
         self.floor[before:] = one_each("floor", self._given_floor, before, n)

@@ -393,6 +393,28 @@ def test_a_removed_param_group_is_an_error() -> None:
         lr.step()
 
 
+def test_a_removed_param_group_is_an_error_although_another_one_has_its_place() -> None:
+    opt = guarded(n_groups=2)
+    lr = GuardedLR(opt)
+    del opt.param_groups[0]
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.5})
+    rates = [g["lr"] for g in opt.param_groups]
+    with pytest.raises(ValueError, match=r"param group 0 .* another one.*create a new GuardedLR"):
+        lr.step()
+    assert [g["lr"] for g in opt.param_groups] == rates
+
+
+def test_param_groups_may_be_copied_or_get_other_parameters() -> None:
+    opt = guarded(n_groups=2)
+    lr = GuardedLR(opt, backoff=0.5)
+    opt.load_state_dict(opt.state_dict())  # other dicts
+    play(opt, lr, [GOOD])
+    opt.param_groups[0]["params"][0] = torch.nn.Parameter(torch.zeros(1))
+    before = [g["lr"] for g in opt.param_groups]
+    play(opt, lr, [BAD])
+    assert [g["lr"] for g in opt.param_groups] == [rate / 2 for rate in before]
+
+
 def test_a_state_with_other_groups_changes_nothing() -> None:
     two = guarded(n_groups=2)
     saved = GuardedLR(two).state_dict()
