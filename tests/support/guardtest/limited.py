@@ -125,9 +125,10 @@ def verified(
 _VERIFY = """
 from fastguard.checkpoints.reading import bounded_reader, nonfinite_spans
 
-whole = CPU_SECONDS, MEMORY, bounded_reader.BUDGET, nonfinite_spans.LEAST_WORK
+seconds, whole = CPU_SECONDS, (MEMORY, bounded_reader.BUDGET, nonfinite_spans.LEAST_WORK)
 for over, path in zip(map(int, sys.argv[1::2]), sys.argv[2::2]):
-    CPU_SECONDS, memory, bounded_reader.BUDGET, nonfinite_spans.LEAST_WORK = (
+    CPU_SECONDS = seconds / over
+    memory, bounded_reader.BUDGET, nonfinite_spans.LEAST_WORK = (
         number // over for number in whole
     )
     resource.setrlimit(resource.RLIMIT_AS, (size + memory, -1))
