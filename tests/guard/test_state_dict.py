@@ -5,6 +5,7 @@ What the state of one optimizer does to another is in test_foreign_states.
 
 import copy
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,7 +60,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(fused, flat):
     norms(second, range(7, 14))
 
     assert_same_bits(snapshot(second), snapshot(straight))
-    assert repr(second.records()) == repr(straight.records()[7:])
+    resumed, expected = (
+        [replace(record, time=0.0) for record in records]
+        for records in (second.records(), straight.records()[7:])
+    )
+    assert repr(resumed) == repr(expected)
     for key, value in straight.state_dict()["fastguard"].items():
         other = second.state_dict()["fastguard"][key]
         assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
