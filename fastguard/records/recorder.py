@@ -237,11 +237,11 @@ class Recorder:
         A sink that was interrupted is called a second time, but not a third, since the sink itself
         may be what raises the interrupt.
         """
-        while True:
-            called, k, tries = self._called
-            k, tries = (k, tries) if called is record else (0, 0)
-            if k >= len(self.sinks):
-                return
+        if self._called[0] is not record:
+            self._called = (record, 0, 0)
+        # Another record: a sink has asked for records, which called the other sinks and went on.
+        while self._called[0] is record and (k := self._called[1]) < len(self.sinks):
+            tries = self._called[2]
             try:
                 # Set before the call, in case the sink asks for the records.
                 self._called = (record, k + 1, 0)
@@ -249,7 +249,8 @@ class Recorder:
             except Exception as error:  # a sink can fail in any way; the run continues
                 self._warn_once(self.sinks[k], error)
             except BaseException:
-                self._called = (record, k + 1 if tries else k, tries + 1)
+                if self._called[0] is record:
+                    self._called = (record, k + 1 if tries else k, tries + 1)
                 raise
 
     def _warn_once(self, sink: Callable[[StepRecord], object], error: Exception) -> None:

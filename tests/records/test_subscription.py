@@ -55,6 +55,23 @@ def test_a_sink_may_ask_for_the_records():
     assert [*seen, *(r.step for r in opt.records())] == [1, 2, 3]
 
 
+def test_each_sink_gets_each_record_once_if_one_asks_while_several_have_arrived():
+    recorder = Recorder()
+    told = []
+
+    def asks(record):
+        told.append(record.step)
+        recorder.wait()
+
+    for sink in (asks, lambda r: told.append(-r.step)):
+        recorder.add_sink(sink)
+    for step in (1, 2, 3):
+        a_record_on_its_way(recorder, step)
+    recorder.wait()
+    assert told == [1, -1, 2, -2, 3, -3]
+    assert [r.step for r in recorder.drain()] == [1, 2, 3]
+
+
 def test_an_interrupted_sink_is_called_once_more():
     _, opt = guard()
     told = []
