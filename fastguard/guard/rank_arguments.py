@@ -88,7 +88,10 @@ def _sums_of_replicas(
     replicas = [
         p
         for p, c in zip(parameters, classes, strict=True)
-        if sharing.weights[c] * team.size == 1.0 and has_numbers(p)
+        if sharing.weights[c] * team.size == 1.0
+        and has_numbers(p)
+        # Sparse gradients have no words to add; the step refuses them with a clear error.
+        and (p if p.grad is None else p.grad).layout is torch.strided
     ]
     if not replicas:
         return sums

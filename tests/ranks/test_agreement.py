@@ -315,6 +315,25 @@ def test_replicas_that_differ_are_in_order(two: Ranks, options: dict) -> None:
         assert message == "" and len(coefficients) == 3
 
 
+def sparse_without_names() -> str:
+    p = nn.Parameter(torch.zeros(3, 2))
+    p.grad = torch.ones(3, 2).to_sparse()
+    opt = GuardedOptimizer(
+        torch.optim.SGD([p], lr=1.0),
+        max_norm=1.0,
+        clip_scope="tensor",
+        group=fastguard.Replicated(dist.group.WORLD),
+    )
+    with pytest.raises(TypeError) as error:
+        opt.step()
+    return str(error.value)
+
+
+def test_sparse_gradients_without_names_get_their_own_error(two: Ranks) -> None:
+    for message in two.run(sparse_without_names):
+        assert "sparse" in message
+
+
 IN_PLACE = {
     "the same order": (("abcd", "abcd"), BOTH, "tensor"),
     "the same order, names on one rank": (("abcd", "abcd"), (False, True), "tensor"),
