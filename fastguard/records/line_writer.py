@@ -115,9 +115,10 @@ class LineWriter:
         """
         with self.lock:
             if self._is_at_work:
-                if self._stat() is None:
+                found = self._stat()
+                if found is None:
                     raise OSError("a signal arrived while the file was being opened")
-                self._write(line)
+                self._write(header + line if begins or not found.st_size else line)
                 return
             try:
                 self._is_at_work = True

@@ -397,6 +397,8 @@ def test_a_record_written_by_a_signal_handler_during_a_write_is_kept(
     assert n_extra > 40
     assert [found[step] for step in range(1, 9)] == [6] * 8 and sink.lost == 0
     assert sum(found.values()) == 48 + n_extra
+    for file in (path, *rotated_files(path)):
+        assert file.read_bytes().startswith(b'{"kind": "header"')
 
 
 def test_a_full_file_that_cannot_be_deleted_loses_no_record(
