@@ -8,6 +8,7 @@ found by comparing the copy with what it was.
 from __future__ import annotations
 
 import copy
+import operator
 from collections import deque
 from typing import Any
 
@@ -41,10 +42,14 @@ def copied(value: Any, objects: bool = True, known: dict[int, Any] | None = None
         return known[id(value)]
     if isinstance(value, tuple):
         items = [copied(item, objects, known) for item in value]
+        if all(map(operator.is_, items, value)):  # so that a torch.Size remains one
+            return value
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if not is_container(value) and not (objects and is_object(value)):
         return value
     new = known[id(value)] = copy.copy(value)
+    if new is value:  # such as a logger, of which there is one per name
+        return value
     if isinstance(value, dict):
         for key, item in value.items():
             dict.__setitem__(new, key, copied(item, objects, known))
