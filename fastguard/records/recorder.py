@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -61,6 +62,8 @@ class Recorder:
         undelivered: Finished records not yet delivered to the subscribers.
     """
 
+    _all: ClassVar[weakref.WeakSet[Recorder]] = weakref.WeakSet()
+
     def __init__(self) -> None:
         self.finished: deque[StepRecord] = deque(maxlen=KEPT)
         self.history: deque[StepRecord] = deque(maxlen=KEPT)
@@ -80,6 +83,7 @@ class Recorder:
         self.undelivered: list[StepRecord] = []
         # Reentrant: a sink may ask for records, and a thread that was interrupted may go on.
         self._finishing = threading.RLock()
+        self._all.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # Sinks and subscribers belong to the run, not to a copy of its optimizer.
@@ -89,6 +93,12 @@ class Recorder:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
         self.__dict__.update(state)
+
+    @classmethod
+    def release_all(cls) -> None:
+        """Releases in a forked child the locks that other threads of its parent held."""
+        for recorder in list(cls._all):
+            recorder._finishing = threading.RLock()
 
     def add(self, outcome: Outcome) -> None:
         """Adds the outcome of a step. Blocks only if the device is `ROWS` steps behind.
@@ -262,6 +272,10 @@ class Recorder:
                 shown(error, 200),
                 exc_info=error,
             )
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=Recorder.release_all)
 
 
 def _newest(records: Sequence[T]) -> T | None:

@@ -1,6 +1,8 @@
 """Threads that read the records of a run while another thread trains, such as a dashboard's."""
 
 import logging
+import os
+import signal
 import sys
 import threading
 
@@ -93,3 +95,30 @@ def test_a_sink_may_wait_for_a_thread_that_reads_the_history():
         p.grad = torch.ones_like(p)
         opt.step()
     assert lengths == [1, 2, 3]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_child_forked_while_a_thread_reads_has_the_records():
+    p = torch.nn.Parameter(torch.zeros(3))
+    p.grad = torch.ones(3)
+    opt = fastguard.GuardedOptimizer(torch.optim.SGD([p], lr=0.1))
+    opt.step()
+    reads, may_end = threading.Event(), threading.Event()
+
+    def read():
+        with opt._recorder._finishing:
+            reads.set()
+            may_end.wait()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    reads.wait()
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(20)
+        os._exit(0 if len(opt.history) == 1 and opt._recorder.wait() is not None else 1)
+    status = os.waitpid(child, 0)[1]
+    may_end.set()
+    reader.join()
+    assert status == 0
