@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,6 +26,9 @@ import fastguard.optim
 from guardtest.ranks import Ranks
 
 BF16 = torch.bfloat16
+# For this dtype `fully_shard` divides by itself; old versions of torch leave the mean to gloo,
+# which takes the sum.
+MEANS = MixedPrecisionPolicy(reduce_dtype=torch.float64)
 KINDS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "master": dict(dtype=BF16, master="float32"),
@@ -52,7 +55,7 @@ def build(wrap: str, dtype: torch.dtype = torch.float32, **options: Any) -> tupl
     model = a_model(dtype)
     if wrap == "fsdp":
         for layer in (model[0], model[2], model):
-            fully_shard(layer)
+            fully_shard(layer, mp_policy=MEANS)
     elif wrap == "ddp":
         model = DistributedDataParallel(model)
     inner = fastguard.optim.AdamW(model.parameters(), lr=1e-2, reproducible=True, **options)
