@@ -62,16 +62,10 @@ from fastguard.kernels.columns import (
     KEY_COLUMN,
     MASTER,
     RESET_COLUMN,
-    SEGMENT_COLUMN,
-    SIGN_COLUMN,
     SPIKE_COLUMN,
     STATE,
     TENSOR_COLUMNS,
-    UPDATE_ALIGNED,
     UPDATE_COLUMNS,
-    UPDATE_ELEMENTS,
-    UPDATE_FIRST,
-    UPDATE_TENSOR,
     WEIGHT,
 )
 from fastguard.kernels.elements import TRITON_DTYPES, array_at, as_arithmetic
@@ -79,12 +73,10 @@ from fastguard.kernels.formulas import advance_steps, coefficients_at, new_value
 from fastguard.kernels.launch import INTERPRETED, WARP, Launcher, Variant
 from fastguard.kernels.rounding import noise_at, stored, weight_and_remainder, weight_of_parts
 from fastguard.kernels.tuning import n_programs
+from fastguard.kernels.update_chunks import SLOW_SIZE, THREADS, chunk_at, factors_at, scaled
 from fastguard.kernels.update_clipping import lower_rates
 from fastguard.kernels.update_table import Arrays, update_table_of
 
-THREADS = 256  # per program; each thread processes one vector of each array
-SLOW_SIZE = tl.constexpr(256)  # elements per block outside of whole vectors
-SMALLEST_FACTOR = tl.constexpr(2.0**-100)  # smaller ones are subnormal in float32: two products
 NO_MASTER, FLOAT32_MASTER, REMAINDER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 MASTERS: dict[str | None, int] = {None: 0, "float32": 1, "remainder": 2}
 
@@ -116,9 +108,7 @@ def update_elements(
         b = as_arithmetic(tl.load(b_ptr + at, mask=mask, other=0.0), ARITHMETIC)
     if N_STATES > 2:
         c = as_arithmetic(tl.load(c_ptr + at, mask=mask, other=0.0), ARITHMETIC)
-    if clean:
-        g = tl.where(tl.abs(g) < float("inf"), g, 0.0)  # False for NaN
-    g = (g * scale) * factor
+    g = scaled(g, clean, scale, factor)
     if SPIKES:
         a = tl.where(reset, 0.0, a)
         b = tl.where(reset, 0.0, b)
@@ -189,10 +179,7 @@ def update_kernel(
     while k < n_chunks:
         # Backwards, since the gradients that measure read last are still in L2.
         row_ptr = chunks_ptr + UPDATE_COLUMNS * (n_chunks - 1 - k)
-        tensor = tl.load(row_ptr + UPDATE_TENSOR)
-        first = tl.load(row_ptr + UPDATE_FIRST)
-        n = tl.load(row_ptr + UPDATE_ELEMENTS).to(tl.int32)
-        n_vec = tl.where(tl.load(row_ptr + UPDATE_ALIGNED) > 0, n // VEC * VEC, 0)
+        tensor, first, n, n_vec = chunk_at(row_ptr, VEC)
         address_ptr = addresses_ptr + ADDRESS_COLUMNS * tensor
         p_at = array_at(address_ptr, WEIGHT, first, PARAM)
         g_at = array_at(address_ptr, GRADIENT, first, GRAD)
@@ -200,7 +187,6 @@ def update_kernel(
         b_at = array_at(address_ptr, STATE + 1, first, B)
         c_at = array_at(address_ptr, STATE + 2, first, C)
         x_at = array_at(address_ptr, MASTER, first, X)
-        segment = tl.load(tensors_ptr + TENSOR_COLUMNS * tensor + SEGMENT_COLUMN)
         counter = tl.load(tensors_ptr + TENSOR_COLUMNS * tensor + COUNTER_COLUMN) + first
         counter = counter.to(tl.uint32)
         coef_ptr = coefficients_ptr + COEFFICIENT_COLUMNS * tensor
@@ -208,11 +194,7 @@ def update_kernel(
         c0, c1, c2, c3, c4, c5, c6, c7 = coefficients_at(coef_ptr, ARITHMETIC)
         threshold = tl.load(coef_ptr + SPIKE_COLUMN).to(ARITHMETIC) if SPIKES else c0
         reset = tl.load(coef_ptr + RESET_COLUMN) != 0.0 if SPIKES else clean
-        multiplier = tl.load(multiplier_ptr + segment)
-        tiny = tl.abs(multiplier) < SMALLEST_FACTOR  # False for NaN, which makes the result NaN
-        scale = tl.where(tiny, SMALLEST_FACTOR, 1.0).to(ARITHMETIC)
-        factor = tl.where(tiny, multiplier / SMALLEST_FACTOR, multiplier).to(ARITHMETIC)
-        factor = factor * tl.load(coef_ptr + SIGN_COLUMN).to(ARITHMETIC)
+        scale, factor = factors_at(tensors_ptr, multiplier_ptr, coef_ptr, tensor, ARITHMETIC)
 
         # These hints hold only for whole vectors. Inside a function they would be lost by inlining.
         p_ptr = tl.multiple_of(p_at.to(tl.pointer_type(PARAM)), VEC * PARAM.primitive_bitwidth // 8)

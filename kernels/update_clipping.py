@@ -30,27 +30,18 @@ from fastguard.kernels.columns import (
     COEFFICIENT_COLUMNS,
     GRADIENT,
     RESET_COLUMN,
-    SEGMENT_COLUMN,
-    SIGN_COLUMN,
     SIZE_COLUMN,
     SPIKE_COLUMN,
     STATE,
     SUM_SCALE_COLUMN,
     TENSOR_COLUMNS,
-    UPDATE_ALIGNED,
     UPDATE_COLUMNS,
-    UPDATE_ELEMENTS,
-    UPDATE_FIRST,
-    UPDATE_TENSOR,
 )
 from fastguard.kernels.elements import TRITON_DTYPES, array_at, as_arithmetic
 from fastguard.kernels.formulas import ADVANCE_SIZE, root_of, without_spikes
 from fastguard.kernels.launch import WARP, Launcher, Variant
+from fastguard.kernels.update_chunks import SLOW_SIZE, THREADS, chunk_at, factors_at, scaled
 from fastguard.kernels.update_table import Arrays, UpdateTable
-
-THREADS = 256  # per program
-SLOW_SIZE = tl.constexpr(256)  # elements per block outside of whole vectors
-SMALLEST_FACTOR = tl.constexpr(2.0**-100)  # as in `update`
 
 
 @triton.jit
@@ -62,9 +53,7 @@ def terms_of(
     """Returns the terms of the elements `at`, int64."""
     g = as_arithmetic(tl.load(g_ptr + at, mask=mask, other=0.0), ARITHMETIC)
     v = as_arithmetic(tl.load(b_ptr + at, mask=mask, other=0.0), ARITHMETIC)
-    if clean:
-        g = tl.where(tl.abs(g) < float("inf"), g, 0.0)  # False for NaN
-    g = (g * scale) * factor
+    g = scaled(g, clean, scale, factor)
     if SPIKES:
         v = tl.where(reset, 0.0, v)
         g = without_spikes(g, v, threshold, REPRODUCIBLE, ARITHMETIC)
@@ -118,10 +107,7 @@ def ratio_kernel(
     k = tl.program_id(0)
     while k < n_chunks:
         row_ptr = chunks_ptr + UPDATE_COLUMNS * k
-        tensor = tl.load(row_ptr + UPDATE_TENSOR)
-        first = tl.load(row_ptr + UPDATE_FIRST)
-        n = tl.load(row_ptr + UPDATE_ELEMENTS).to(tl.int32)
-        n_vec = tl.where(tl.load(row_ptr + UPDATE_ALIGNED) > 0, n // VEC * VEC, 0)
+        tensor, first, n, n_vec = chunk_at(row_ptr, VEC)
         address_ptr = addresses_ptr + ADDRESS_COLUMNS * tensor
         g_at = array_at(address_ptr, GRADIENT, first, GRAD)
         b_at = array_at(address_ptr, STATE + 1, first, B)
@@ -134,12 +120,7 @@ def ratio_kernel(
         sum_scale = tl.load(coef_ptr + SUM_SCALE_COLUMN).to(ARITHMETIC)
         threshold = tl.load(coef_ptr + SPIKE_COLUMN).to(ARITHMETIC) if SPIKES else c2
         reset = tl.load(coef_ptr + RESET_COLUMN) != 0.0 if SPIKES else clean
-        segment = tl.load(tensors_ptr + TENSOR_COLUMNS * tensor + SEGMENT_COLUMN)
-        multiplier = tl.load(multiplier_ptr + segment)
-        tiny = tl.abs(multiplier) < SMALLEST_FACTOR  # False for NaN, which makes the result NaN
-        scale = tl.where(tiny, SMALLEST_FACTOR, 1.0).to(ARITHMETIC)
-        factor = tl.where(tiny, multiplier / SMALLEST_FACTOR, multiplier).to(ARITHMETIC)
-        factor = factor * tl.load(coef_ptr + SIGN_COLUMN).to(ARITHMETIC)
+        scale, factor = factors_at(tensors_ptr, multiplier_ptr, coef_ptr, tensor, ARITHMETIC)
 
         g_ptr = tl.multiple_of(g_at.to(tl.pointer_type(GRAD)), VEC * GRAD.primitive_bitwidth // 8)
         b_ptr = tl.multiple_of(b_at.to(tl.pointer_type(B)), VEC * B.primitive_bitwidth // 8)

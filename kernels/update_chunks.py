@@ -1,0 +1,59 @@
+"""What the kernels of an update share: a row of the chunk table, and the factor of its gradients.
+
+Everything is inlined into the kernels.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastguard.kernels.apply import SMALLEST_FACTOR
+from fastguard.kernels.columns import (
+    SEGMENT_COLUMN,
+    SIGN_COLUMN,
+    TENSOR_COLUMNS,
+    UPDATE_ALIGNED,
+    UPDATE_ELEMENTS,
+    UPDATE_FIRST,
+    UPDATE_TENSOR,
+)
+
+THREADS = 256  # per program; each thread processes one vector of each array
+SLOW_SIZE = tl.constexpr(256)  # elements per block outside of whole vectors
+
+
+@triton.jit
+def chunk_at(row_ptr, VEC: tl.constexpr):
+    """Reads a row of the table.
+
+    Returns the tensor, its first element in the chunk, and the numbers of elements and of those in
+    whole aligned vectors.
+    """
+    tensor = tl.load(row_ptr + UPDATE_TENSOR)
+    first = tl.load(row_ptr + UPDATE_FIRST)
+    n = tl.load(row_ptr + UPDATE_ELEMENTS).to(tl.int32)
+    n_vec = tl.where(tl.load(row_ptr + UPDATE_ALIGNED) > 0, n // VEC * VEC, 0)
+    return tensor, first, n, n_vec
+
+
+@triton.jit
+def factors_at(tensors_ptr, multiplier_ptr, coef_ptr, tensor, ARITHMETIC: tl.constexpr):
+    """Returns two factors of the gradient of a tensor; their product is its signed multiplier.
+
+    A multiplier that would be subnormal in float32 is split, to keep its precision.
+    """
+    segment = tl.load(tensors_ptr + TENSOR_COLUMNS * tensor + SEGMENT_COLUMN)
+    multiplier = tl.load(multiplier_ptr + segment)
+    tiny = tl.abs(multiplier) < SMALLEST_FACTOR  # False for NaN, which makes the result NaN
+    scale = tl.where(tiny, SMALLEST_FACTOR, 1.0).to(ARITHMETIC)
+    factor = tl.where(tiny, multiplier / SMALLEST_FACTOR, multiplier).to(ARITHMETIC)
+    return scale, factor * tl.load(coef_ptr + SIGN_COLUMN).to(ARITHMETIC)
+
+
+@triton.jit
+def scaled(g, clean, scale, factor):
+    """Scales gradient elements by both factors; `clean` first sets NaN and Inf to 0."""
+    if clean:
+        g = tl.where(tl.abs(g) < float("inf"), g, 0.0)  # False for NaN
+    return (g * scale) * factor
