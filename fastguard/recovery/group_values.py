@@ -1,4 +1,4 @@
-"""`GroupValues`: keeps apart the scheduled and the actual values of a hyper-parameter."""
+"""What `GuardedLR` knows of param groups: which they are, their scheduled and actual values."""
 
 from __future__ import annotations
 
@@ -26,6 +26,32 @@ class Setting(NamedTuple):
     write: Callable[[Group, float], float]
 
 
+class KnownGroups:
+    """The param groups that have been registered, each with its first parameter."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Group, Any]] = []
+
+    def join(self, groups: Sequence[Group], before: int) -> None:
+        """Adds the groups from index `before` on. May be repeated."""
+        self._known[before:] = [(group, _first_parameter(group)) for group in groups[before:]]
+
+    def check_same(self, groups: Sequence[Group]) -> None:
+        """Raises a ValueError if a group was removed and another one has its place.
+
+        A group may be another dict with the same parameters, as after `load_state_dict`, or the
+        same dict with other parameters.
+        """
+        for i, (group, (known, parameter)) in enumerate(zip(groups, self._known, strict=False)):
+            first = _first_parameter(group)
+            if group is not known and first is not parameter:
+                raise ValueError(
+                    f"param group {i} of the optimizer is another one than before; after removing "
+                    "a param group, create a new GuardedLR"
+                )
+            self._known[i] = group, first
+
+
 class GroupValues:
     """The values of one hyper-parameter in all param groups.
 
@@ -42,7 +68,6 @@ class GroupValues:
         self.scheduled: list[Any] = []
         self._written: list[float | None] = []
         self._to_write: list[float | None] = []  # differs from `_written` only after an interrupt
-        self._known: list[tuple[Group, Any]] = []  # each group with its first parameter
 
     def join(self, groups: Sequence[Group]) -> None:
         """Adds new groups; their current values become the scheduled ones.
@@ -53,24 +78,7 @@ class GroupValues:
         joining = [self._setting.read(group) for group in groups[before:]]
         self._written[before:] = joining
         self._to_write[before:] = joining
-        self._known[before:] = [(group, _first_parameter(group)) for group in groups[before:]]
         self.scheduled += joining
-
-    def check_same(self, groups: Sequence[Group]) -> None:
-        """Raises a ValueError if a group was removed and another one has its place.
-
-        A group may be another dict with the same parameters, as after `load_state_dict`, or the
-        same dict with other parameters.
-        """
-        for i, (group, (known, parameter)) in enumerate(zip(groups, self._known, strict=False)):
-            if group is known:
-                continue
-            if _first_parameter(group) is not parameter:
-                raise ValueError(
-                    f"param group {i} of the optimizer is another one than before; after removing "
-                    "a param group, create a new GuardedLR"
-                )
-            self._known[i] = group, parameter
 
     def write(self, groups: Sequence[Group], values: Sequence[float | None]) -> None:
         """Writes values to the groups; None leaves a group unchanged."""

@@ -26,7 +26,7 @@ from fastguard.errors.checked_numbers import number_of
 from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.guard.weak_hooks import hook_weakly
 from fastguard.records.step_record import StepRecord
-from fastguard.recovery.group_values import LR, MOMENTUM, GroupValues, one_each
+from fastguard.recovery.group_values import LR, MOMENTUM, GroupValues, KnownGroups, one_each
 from fastguard.recovery.schedule_arguments import (
     check_back_off,
     guarded_of,
@@ -121,6 +121,7 @@ class GuardedLR(LRScheduler):
         # Whether a trainer writes the learning rates: between two blocks of `in_force`.
         self._is_trainers_turn = False
         self._inbox = self.optimizer.subscribe()
+        self._known = KnownGroups()
         self._lr, self._momentum = GroupValues(LR), GroupValues(MOMENTUM)
         self._start_lr: list[float] = []
         self._start_momentum: list[float] = []
@@ -358,7 +359,7 @@ class GuardedLR(LRScheduler):
                 f"the optimizer has {n} param groups, but GuardedLR has {before}; after removing "
                 "a param group, create a new GuardedLR"
             )
-        self._lr.check_same(groups)
+        self._known.check_same(groups)
         if n == before:
             return
         # Assigned to the end of each list, and `_lr` last, so that it can be repeated after an
@@ -370,6 +371,7 @@ class GuardedLR(LRScheduler):
                 starts = one_each("Warmup momentum", self.warmup.momentum, before, n)
                 self._start_momentum[before:] = starts
         self._have_joined, self._is_behind = before > 0, True
+        self._known.join(groups, before)
         self._momentum.join(groups)
         self._lr.join(groups)
         if self._have_joined:

@@ -413,6 +413,9 @@ def test_param_groups_may_be_copied_or_get_other_parameters() -> None:
     before = [g["lr"] for g in opt.param_groups]
     play(opt, lr, [BAD])
     assert [g["lr"] for g in opt.param_groups] == [rate / 2 for rate in before]
+    opt.load_state_dict(opt.state_dict())  # one after the other
+    play(opt, lr, [BAD])
+    assert [g["lr"] for g in opt.param_groups] == [rate / 4 for rate in before]
 
 
 def test_a_state_with_other_groups_changes_nothing() -> None:
