@@ -193,7 +193,8 @@ def _through_float32(
     step = update.steps[members[0]] if update.steps else None
     count = torch.ones(1, dtype=torch.float64) if step is None else step.double().reshape(1)
     row = update.hyper[group : group + 1]
-    exact = _coefficients(update, members, row, count)
+    # Those of the first tensor serve all, unless update clipping computes them piece by piece.
+    exact = _coefficients(update, members[:1], row, count)
     if update.spike_aware and exact[0, RESET] != 0.0:
         for name in names:
             torch._foreach_zero_([update.states[name][i] for i in members])
@@ -234,8 +235,8 @@ def _through_float32(
 
 def _coefficients(update: Update, members: list[int], row: Tensor, count: Tensor) -> Tensor:
     """Returns the coefficients of tensors of one param group and step count, float64 `(k, 13)`."""
-    n = len(members) if update.update_clipping else 1
-    elements = [float(update.parameters[i].numel()) for i in members[:n]]
+    n = len(members)
+    elements = [float(update.parameters[i].numel()) for i in members]
     return reference.coefficients(
         update, row.expand(n, -1), count.expand(n), torch.tensor(elements, dtype=torch.float64)
     )

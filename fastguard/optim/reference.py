@@ -50,9 +50,7 @@ from fastguard.optim.contract import (
     Update,
 )
 from fastguard.optim.options import SPIKE_GRACE
-
-SMALLEST_FACTOR = 2.0**-100
-"""Smaller multipliers are applied as two products, since they would be subnormal in float32."""
+from fastguard.stages.formulas import SMALLEST_FACTOR
 
 
 def update(update: Update) -> None:

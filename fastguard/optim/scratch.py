@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastguard.optim import bits, reference
+from fastguard.optim import bits
+from fastguard.stages.formulas import SMALLEST_FACTOR
 
 
 class Scratch:
@@ -58,9 +59,9 @@ def scale(g: Tensor, multiplier: float, clean: bool, out: Tensor) -> None:
     """Cleans and scales like `reference.scaled`, but leaves the sign to the formula."""
     if clean:
         g = torch.nan_to_num(g.to(out.dtype), nan=0.0, posinf=0.0, neginf=0.0)
-    if abs(multiplier) < reference.SMALLEST_FACTOR:
-        g = g.to(out.dtype) * reference.SMALLEST_FACTOR
-        multiplier /= reference.SMALLEST_FACTOR
+    if abs(multiplier) < SMALLEST_FACTOR:
+        g = g.to(out.dtype) * SMALLEST_FACTOR
+        multiplier /= SMALLEST_FACTOR
     if multiplier == 1.0:
         out.copy_(g)
     elif g.dtype is out.dtype:
