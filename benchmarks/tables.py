@@ -20,7 +20,7 @@ from fastguard.commands.bench.results import Result, find, load
 from fastguard.commands.bench.steps import FLAT_PARAMETERS, TRUSTED_PARAMETERS
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULT = ROOT / "benchmarks/results/cpu-amd-epyc-2-cores.json"
+RESULT = ROOT / "benchmarks/results/cpu-intel-xeon-processor-2-60ghz-2-cores.json"
 PAGES = (ROOT / "README.md", ROOT / "docs/benchmarks.md")
 BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 

@@ -180,7 +180,8 @@ def _cpu_model() -> str:
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
         found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    name = found[1] if found else platform.processor() or platform.machine()
+    return " ".join(re.sub(r"\((R|TM)\)", "", name).split())
 
 
 def _driver() -> str:
