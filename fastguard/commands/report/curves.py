@@ -93,7 +93,7 @@ def _add_lines(summary: Summary, plot: _Plot, figure: go.Figure, i: int) -> None
         }
         figure.add_scatter(
             x=x,
-            y=y,
+            y=_short(y),
             row=i,
             col=1,
             line={"color": line.color, "width": 1 if coarse else 1.4, "dash": line.dash},
@@ -106,7 +106,7 @@ def _add_lines(summary: Summary, plot: _Plot, figure: go.Figure, i: int) -> None
         if alone.any() and len(x) > 1:  # a line does not show a point between two gaps
             figure.add_scatter(
                 x=x[alone],
-                y=y[alone],
+                y=_short(y[alone]),
                 row=i,
                 col=1,
                 marker={"color": line.color, "size": 4},
@@ -117,7 +117,7 @@ def _add_lines(summary: Summary, plot: _Plot, figure: go.Figure, i: int) -> None
         if coarse:
             figure.add_scatter(
                 x=curve.middle,
-                y=curve.mean,
+                y=_short(curve.mean),
                 row=i,
                 col=1,
                 line={"color": line.color, "width": 1.8},
@@ -130,6 +130,14 @@ def _add_lines(summary: Summary, plot: _Plot, figure: go.Figure, i: int) -> None
         figure.update_yaxes(type="log", dtick=1, tickformat="~g", row=i, col=1)
     elif (shown := _range(summary, plot)) is not None:
         figure.update_yaxes(range=shown, row=i, col=1)
+
+
+def _short(y: np.ndarray) -> np.ndarray:
+    """The values as float32 unless one is beyond its range; 7 digits are more than a plot shows."""
+    size = np.abs(y[np.isfinite(y) & (y != 0)])
+    limits = np.finfo(np.float32)
+    fits = ((size >= limits.tiny) & (size <= limits.max)).all()
+    return y.astype(np.float32) if fits else y
 
 
 def _isolated(y: np.ndarray) -> np.ndarray:

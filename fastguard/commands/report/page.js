@@ -1,19 +1,11 @@
-"use strict";
-
-// The plotting library is embedded compressed, at less than half its size.
-async function load(packed) {
-  const bytes = Uint8Array.from(atob(packed), (character) => character.charCodeAt(0));
-  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-  const script = document.createElement("script");
-  script.textContent = await new Response(stream).text();
-  document.head.append(script);
-}
-
 (async () => {
   const plot = document.getElementById("plot");
   if (!plot) return;
-  await load(document.getElementById("library").textContent);
-  const { data, layout, config } = JSON.parse(document.getElementById("figure").textContent);
+  await new Promise((done) => setTimeout(done));  // lets the browser show the text of the page first
+  const script = document.createElement("script");
+  script.textContent = unpacked(document.getElementById("library"));
+  document.head.append(script);
+  const { data, layout, config } = JSON.parse(unpacked(document.getElementById("figure")));
   await Plotly.newPlot(plot, data, layout, config);
   const meta = plot.layout.meta;
   const whole = plot.layout.xaxis.range.slice();

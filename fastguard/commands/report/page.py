@@ -1,15 +1,13 @@
 """Renders the page around the plots: one self-contained HTML file, for desktop and phone.
 
-The plotting library is embedded in compressed form. A Content-Security-Policy forbids all requests,
-so the file cannot fetch anything. `page.html` is the template; jinja2 escapes every text that this
-module passes to it.
+The plotting library and the figure are embedded in compressed form. A Content-Security-Policy
+forbids all requests, so the file cannot fetch anything. `page.html` is the template; jinja2 escapes
+every text that this module passes to it.
 """
 
 from __future__ import annotations
 
-import base64
 import functools
-import gzip
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from fastguard.commands.report.about import about
 from fastguard.commands.report.evidence import tag_text
 from fastguard.commands.report.figure import draw
 from fastguard.commands.report.incidents import Row
+from fastguard.commands.report.packing import pack
 from fastguard.commands.report.style import ACTIONS
 from fastguard.commands.report.summary import REACH, Jump, Summary
 from fastguard.commands.report.verdict import Verdict, plural
@@ -86,7 +85,7 @@ def render(name: str, summary: Summary, verdict: Verdict) -> str:
     return _TEMPLATES.get_template("page.html").render(
         name=name,
         style=_file("page.css"),
-        script=_file("page.js"),
+        script=_file("unpack.js") + _file("page.js"),
         tone=_tone(summary),
         verdict=verdict,
         facts=_facts(summary),
@@ -118,7 +117,7 @@ def _facts(summary: Summary) -> str:
 
 
 def _plot(figure: go.Figure) -> Markup:
-    """The figure as JSON and the compressed library, drawn by the page's script."""
+    """The figure as JSON and the library, both packed; the page's script unpacks and draws them."""
     if not figure.data:
         return Markup()
     config = {
@@ -129,19 +128,19 @@ def _plot(figure: go.Figure) -> Markup:
     }
     drawn = json.loads(str(plotly.io.to_json(figure, validate=False)))
     data = json.dumps({"data": drawn["data"], "layout": drawn["layout"], "config": config})
-    data = data.replace("<", "\\u003c")  # prevents closing the element early
-    return Markup(
-        f'<div id="{PLOT_ID}"></div>\n'
-        f'<script type="application/json" id="figure">{data}</script>\n'
-        f'<script type="text/plain" id="library">{_library()}</script>'
-    )
+    return Markup(f'<div id="{PLOT_ID}"></div>\n') + _packed("figure", data.encode()) + _library()
 
 
 @functools.cache
-def _library() -> str:
-    """plotly.js as gzip in base64: 2.0 MB instead of 4.8. The page names its license."""
-    packed = gzip.compress(plotly.offline.get_plotlyjs().encode(), mtime=0)
-    return base64.b64encode(packed).decode()
+def _library() -> Markup:
+    """plotly.js. The page names its license."""
+    return _packed("library", plotly.offline.get_plotlyjs().encode())
+
+
+def _packed(name: str, data: bytes) -> Markup:
+    return Markup('<script type="text/plain" id="{}" data-size="{}">{}</script>\n').format(
+        name, len(data), Markup(pack(data))
+    )
 
 
 def _rows(summary: Summary) -> list[_TableRow]:

@@ -2,6 +2,7 @@
 
 import math
 import platform
+import random
 import re
 from pathlib import Path
 
@@ -283,12 +284,38 @@ def test_the_page_tells_what_wrote_the_records(browser, page):
     assert platform.node() in header
 
 
-def test_a_page_of_a_thousand_steps_is_small(tmp_path):
+def test_a_page_of_a_thousand_steps_with_all_plots_is_small(browser, tmp_path):
+    rng = random.Random(0)
+    layers = [f"transformer.h.{i}.mlp.c_proj.weight" for i in range(24)]
     with JsonLinesSink(tmp_path / "records.jsonl") as sink:
         for step in range(1, 1001):
-            sink(StepRecord(step, 1 + math.sin(step), 1.0, "applied", losses={"loss": 1 / step}))
+            bad = rng.random() < 0.02
+            sink(
+                StepRecord(
+                    step,
+                    total_norm=rng.lognormvariate(0, 1),
+                    clip_coef=rng.random(),
+                    action="skipped" if bad else "clipped",
+                    reason="nonfinite_grad" if bad else None,
+                    culprits=((rng.choice(layers), 1, 0, 0),) if bad else (),
+                    n_culprits=int(bad),
+                    losses={"loss": rng.random(), "aux": rng.random()},
+                    thresholds={name: rng.random() for name in ("grad_norm", "loss", "aux")},
+                    lr=rng.random(),
+                    tag={"epoch": step // 100, "batch": step % 100},
+                    time=START + step + rng.random(),
+                    watch={
+                        name: {layer: rng.lognormvariate(0, 1) for layer in layers}
+                        for name in ("tensor_norms", "update_ratio")
+                    },
+                )
+            )
     assert main(["report", str(tmp_path)]) == 0
-    assert (tmp_path / "records.html").stat().st_size < 2.2e6
+    assert (tmp_path / "records.html").stat().st_size < 1.5e6
+    opened(browser, tmp_path / "records.html", *DESK)
+    titles = [t.text for t in browser.find_elements("css selector", ".annotation-text")]
+    assert len(titles) == 8
+    assert browser.get_log("browser") == []
 
 
 def test_a_link_to_an_incident_selects_it(browser, page):
