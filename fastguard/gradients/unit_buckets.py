@@ -51,6 +51,14 @@ def n_units(weight: Tensor) -> int:
     return weight.shape[0] if weight.dim() > 1 else 1
 
 
+def has_rows(weight: Tensor) -> bool:
+    """Whether the units of a weight follow one another in memory, as in a dense copy of it."""
+    if weight.is_contiguous() or weight.dim() < 2 or len(weight) < 2:
+        return True
+    inner = zip(weight.stride()[1:], weight.shape[1:], strict=True)
+    return weight.stride(0) > max((stride for stride, size in inner if size > 1), default=0)
+
+
 def unit_buckets(
     grads: Sequence[Tensor | None],
     weights: Sequence[Tensor],

@@ -299,9 +299,8 @@ class GuardedOptimizer(SavableOptimizer):
         flight.keep(self._state)
         verdict = decide(stats, signals, self._state, policy)
         if self._units is not None:
-            propagates = policy.nonfinite == "propagate"
-            layout = self._gradients.layout
-            verdict = self._units.clip(layout, verdict, signals, self.norm_type, propagates)
+            propagates, layout = policy.nonfinite == "propagate", self._gradients.layout
+            verdict = self._units.clip(layout, verdict, signals, propagates, self._stepper)
         flight.outcome = Outcome(
             stats,
             signals,
@@ -403,7 +402,8 @@ class GuardedOptimizer(SavableOptimizer):
             if hasattr(self, "_policy"):  # False in the constructor
                 guard_state.fit(self._state, self._policy, policy, self._device)
             layout = self._gradients.layout
-            self._units = None if policy.agc is None else UnitClipping(policy.agc, layout)
+            agc = policy.agc
+            self._units = None if agc is None else UnitClipping(agc, layout, self.norm_type)
             self._policy, self._limits = policy, now
         return self._policy
 

@@ -1,7 +1,8 @@
 """`InUpdate`: the optimizers of `fastguard.optim` apply the verdict within their update.
 
-The update clips, unscales and cleans the gradients as it reads them; `.grad` is not changed. On a
-CPU the verdict is read first, which costs nothing; elsewhere the update itself skips.
+The update clips, unscales and cleans the gradients as it reads them; `.grad` is not changed. This
+includes the limits of units, see `unit_clipping`. On a CPU the verdict is read first, which costs
+nothing; elsewhere the update itself skips.
 """
 
 from __future__ import annotations
@@ -63,4 +64,4 @@ def _orders(buckets: GradBuckets, verdict: Verdict) -> Orders:
         for bucket in buckets.buckets:
             for tensor, segment in zip(bucket.tensor_ids, bucket.segment_ids, strict=True):
                 segments[tensor] = segment % n
-    return Orders(verdict.multiplier, verdict.found_inf, verdict.clean, segments)
+    return Orders(verdict.multiplier, verdict.found_inf, verdict.clean, segments, verdict.units)

@@ -238,9 +238,10 @@ class ReportingOptimizer(OptimizerWrapper):
             return
         taken = flight.is_taken
         if taken and flight.outcome is not None:
-            self.last = flight.outcome.verdict
+            outcome = flight.concluded(flight.outcome)
+            self.last = outcome.verdict
             self._steps_taken = flight.number
-            self._recorder.add(flight.outcome)
+            self._recorder.add(outcome)
         else:
             flight.take_back()
         self._stepper.conclude(taken)

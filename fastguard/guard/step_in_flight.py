@@ -9,6 +9,7 @@ The step counts, in full, once the wrapped optimizer has returned.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -17,6 +18,7 @@ from fastguard.guard.inner_step import StepCall
 from fastguard.records.device_row import Outcome
 from fastguard.records.losses import ObservedLosses
 from fastguard.stages.contract import GuardState
+from fastguard.stages.units import concluded
 
 
 class StepInFlight:
@@ -55,6 +57,12 @@ class StepInFlight:
     def use_up_losses(self) -> None:
         """Drops the losses instead of restoring them, when the guard itself refuses the step."""
         self._losses = []
+
+    def concluded(self, outcome: Outcome) -> Outcome:
+        """Returns the outcome of a taken step, with what the update added to its verdict."""
+        if outcome.verdict.units is not None:
+            outcome = self.outcome = replace(outcome, verdict=concluded(outcome.verdict))
+        return outcome
 
     @torch.no_grad()
     def take_back(self) -> None:

@@ -18,6 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastguard.stages.agc import UnitLimits
+
 Algorithm = Literal["adamw", "adam", "sgd", "lion"]
 Master = Literal["float32", "remainder"] | None
 Rounding = Literal["nearest", "stochastic"]
@@ -115,7 +117,12 @@ class Update:
             so that every device gives the same bits. Otherwise, a backend may be a few ulps off.
         spike_aware: Use the columns `spike_threshold` and `momentum_reset` of `hyper` (AdamW).
         update_clipping: Divide the learning rate of a tensor by the root mean square of its update
-            if that is above 1 (AdamW).
+            if that is above 1 (AdamW). Not together with `units`.
+        units: Limits of the units of the gradients; None: no such limits. The norm is that of
+            `parameters`, not of the masters.
+        unit_counts: T numbers of units, or rows, of each tensor; 0: not limited. The rows of a
+            limited parameter are contiguous and follow one another in memory. Empty without
+            `units`.
     """
 
     algorithm: Algorithm
@@ -138,6 +145,8 @@ class Update:
     reproducible: bool = False
     spike_aware: bool = False
     update_clipping: bool = False
+    units: UnitLimits | None = None
+    unit_counts: Sequence[int] = ()
 
     @property
     def device(self) -> torch.device:

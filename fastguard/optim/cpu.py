@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,38 +23,70 @@ from torch import Tensor
 from fastguard.gradients.tensor_kinds import lasting
 from fastguard.optim import bits, cpu_clipping, reference
 from fastguard.optim.contract import HYPER, KEY, RESET, STATES, Update
+from fastguard.optim.cpu_units import load_gradient, unit_factors
 from fastguard.optim.pieces import Piece, fits, pieces
-from fastguard.optim.scratch import Scratch, joined, scale, scatter, split
+from fastguard.optim.scratch import Scratch, joined, scatter, split
 
 HALF = (torch.bfloat16, torch.float16)
 
 
-def update(update: Update) -> None:
-    """Takes the step of one bucket, or changes nothing if the step is skipped."""
+def update(update: Update) -> Tensor | None:
+    """Takes the step of one bucket, or changes nothing if the step is skipped.
+
+    Returns:
+        See `reference.update`; None for a skipped step too.
+    """
     if not update.found_inf.item() == 0.0:  # skips if NaN
-        return
+        return None
     if update.steps:
         torch._foreach_add_(list(update.steps), _ONE)
     names = [name for name in STATES[update.algorithm] if name in update.states]
     rows, multipliers = update.hyper.tolist(), update.multiplier.tolist()
     clean = update.clean.item() != 0.0
-    for (group, multiplier, _, _), members in _by_coefficients(update, multipliers).items():
+    of_units, smallest = unit_factors(update, multipliers)
+    for key, members in _by_coefficients(update, multipliers, of_units).items():
+        group = key.group
+        factors = _Factors(key.multiplier, clean, of_units if key.clips_units else ())
         hyper = dict(zip(HYPER, rows[group], strict=True))
-        if _fused_is_equivalent(update, names) and not _rounds_twice(update, multiplier):
+        if _fused_is_equivalent(update, names) and not _rounds_twice(update, factors):
             fused = _Fused(update, hyper, update.steps and update.steps[members[0]])
-            _directly(update, members, names, fused, multiplier, clean)
+            _directly(update, members, names, fused, factors)
         else:
-            _through_float32(update, members, names, hyper, group, multiplier, clean)
+            _through_float32(update, members, names, hyper, group, factors)
+    return smallest
 
 
 with lasting():
     _ONE = torch.tensor(1.0, device="cpu")
 
 
+class _Key(NamedTuple):
+    """The common properties of tensors that are updated together."""
+
+    group: int
+    multiplier: float
+    step: float
+    clips_units: bool  # whether some of its units are clipped
+    alone: int
+
+
+class _Factors(NamedTuple):
+    """How the gradients of some tensors are scaled: see `cpu_units.load_gradient`."""
+
+    multiplier: float
+    clean: bool
+    of_units: Sequence[Tensor | None]  # see `pieces`
+
+    @property
+    def keep_gradients(self) -> bool:
+        """Whether gradients are used as they are."""
+        return self.multiplier == 1.0 and not self.clean and not self.of_units
+
+
 def _by_coefficients(
-    update: Update, multipliers: Sequence[float]
-) -> dict[tuple[int, float, float, int], list[int]]:
-    """Groups positions of tensors by param group, multiplier and step count.
+    update: Update, multipliers: Sequence[float], of_units: Sequence[Tensor | None]
+) -> dict[_Key, list[int]]:
+    """Groups positions of tensors by param group, multiplier, step count and clipping of units.
 
     The tensors of a group have equal coefficients, up to the learning rate that update clipping
     lowers; it needs a tensor that does not fit in a piece to be alone.
@@ -62,13 +94,14 @@ def _by_coefficients(
     """
     counted = update.steps and not _fused_serves_several_steps(update)
     steps = torch.stack(list(update.steps)).tolist() if counted else [0.0] * len(update.parameters)
-    found: dict[tuple[int, float, float, int], list[int]] = {}
+    found: dict[_Key, list[int]] = {}
     keys = zip(update.group_ids, update.segment_ids, steps, strict=True)
     for i, (group, segment, step) in enumerate(keys):
         multiplier = multipliers[segment] if len(multipliers) > 1 else multipliers[0]
         is_long = update.update_clipping and not fits(update.parameters[i])
         alone = i if is_long else -1
-        found.setdefault((group, multiplier, step, alone), []).append(i)
+        key = _Key(group, multiplier, step, of_units[i] is not None, alone)
+        found.setdefault(key, []).append(i)
     return found
 
 
@@ -94,9 +127,10 @@ def _fused_is_equivalent(update: Update, names: Sequence[str]) -> bool:
     )
 
 
-def _rounds_twice(update: Update, multiplier: float) -> bool:
+def _rounds_twice(update: Update, factors: _Factors) -> bool:
     """Whether a 16-bit copy of the scaled gradient would add a rounding."""
-    return multiplier != 1.0 and update.parameters[0].dtype in HALF
+    scales = factors.multiplier != 1.0 or len(factors.of_units) > 0
+    return scales and update.parameters[0].dtype in HALF
 
 
 class _Fused:
@@ -146,11 +180,10 @@ def _directly(
     members: list[int],
     names: Sequence[str],
     fused: _Fused,
-    multiplier: float,
-    clean: bool,
+    factors: _Factors,
 ) -> None:
     p = update.parameters[0]
-    as_they_are = multiplier == 1.0 and not clean and update.grads[0].dtype is p.dtype
+    as_they_are = factors.keep_gradients and update.grads[0].dtype is p.dtype
     if as_they_are and _all_contiguous(update, names):
         every = len(members) == len(update.parameters)
 
@@ -162,11 +195,11 @@ def _directly(
         fused(selected(update.parameters), selected(update.grads), states, steps)
         return
     scratch = Scratch(p.dtype)
-    for piece in pieces(update, members, names):
+    for piece in pieces(update, members, names, factors.of_units):
         grads = piece.grads
         if not as_they_are:
             line = scratch.line("g", piece.n)
-            scale(joined(grads), multiplier, clean, line)
+            load_gradient(piece, factors.multiplier, factors.clean, line)
             grads = split(line, grads)
         fused(piece.parameters, grads, piece.states, piece.steps)
         piece.write_back()
@@ -186,8 +219,7 @@ def _through_float32(
     names: Sequence[str],
     hyper: dict[str, float],
     group: int,
-    multiplier: float,
-    clean: bool,
+    factors: _Factors,
 ) -> None:
     scratch = Scratch(update.dtype)
     step = update.steps[members[0]] if update.steps else None
@@ -200,14 +232,14 @@ def _through_float32(
             torch._foreach_zero_([update.states[name][i] for i in members])
     is_long = update.update_clipping and not fits(update.parameters[members[0]])
     if is_long:
-        cpu_clipping.clip_long(update, members[0], names, exact, multiplier, clean)
+        cpu_clipping.clip_long(update, members[0], names, exact, factors.multiplier, factors.clean)
     key, c = exact[0, KEY].long(), exact[0].to(update.dtype).tolist()
     by_torch = update.algorithm != "lion" and not update.reproducible
     fused = _fused(update, hyper, step, exact) if by_torch else None
-    for piece in pieces(update, members, names):
+    for piece in pieces(update, members, names, factors.of_units):
         w = _load_weight(update, piece, scratch)
         g = scratch.line("g", piece.n)
-        scale(joined(piece.grads), multiplier, clean, g)
+        load_gradient(piece, factors.multiplier, factors.clean, g)
         if fused is not None and len(piece.members) > 1 and _are_in_place(update, piece):
             fused(split(w, piece.parameters), split(g, piece.parameters), piece.states, piece.steps)
             _store_weight(update, piece, w, None)

@@ -97,7 +97,9 @@ class FusedOptimizer(Optimizer):
         if found_inf.device.type == "cpu" and has_numbers(found_inf) and found_inf.item() != 0.0:
             return loss
         for update in updates_of(self, orders):
-            updater_of(update)(update)
+            smallest = updater_of(update)(update)
+            if orders.units is not None and smallest is not None:
+                orders.units.smallest.append(smallest)
         return loss
 
     @contextmanager

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastguard.stages.agc import UnitLimits
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Orders:
@@ -19,12 +21,14 @@ class Orders:
         clean: float32 `()`; if it is not 0, non-finite gradient elements count as 0.
         segments: Index into `multiplier` of each parameter of the optimizer, in the order of the
             param groups; None: index 0 for all.
+        units: Limits of the units of the gradients; None: no such limits.
     """
 
     multiplier: Tensor
     found_inf: Tensor
     clean: Tensor
     segments: Sequence[int] | None = None
+    units: UnitLimits | None = None
 
     @staticmethod
     def of_scaler(

@@ -38,6 +38,8 @@ class Piece:
         masters: One tensor per parameter; empty without a master.
         steps: The step counters; empty if steps are not counted.
         counters: See `Update.counters`; those of the first elements in this piece.
+        factors: The factors of the units in this piece, see `cpu_units`; one tensor `(k, n, 1)` for
+            each tensor, or empty.
         copies: `(original, copy)` pairs to write back.
         n: Total number of elements.
     """
@@ -49,6 +51,7 @@ class Piece:
     masters: list[Tensor] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)
     counters: list[int] = field(default_factory=list)
+    factors: list[Tensor] = field(default_factory=list)
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     n: int = 0
 
@@ -63,15 +66,21 @@ def fits(tensor: Tensor) -> bool:
     return tensor.numel() <= PIECE
 
 
-def pieces(update: Update, members: Sequence[int], states: Sequence[str]) -> Iterator[Piece]:
+def pieces(
+    update: Update,
+    members: Sequence[int],
+    states: Sequence[str],
+    factors: Sequence[Tensor | None] = (),
+) -> Iterator[Piece]:
     """Yields pieces of some tensors of an update.
 
     Args:
         update: The update.
         members: Positions of tensors with the same coefficients.
         states: Names of the states, in order.
+        factors: The factors of the units of all T tensors, see `cpu_units`. Either all members have
+            some, or none. Their tensors are split between units, or within one unit. Default: none.
     """
-    size = PIECE
     lists = [update.parameters, update.grads, *(update.states[s] for s in states)]
     if update.masters:
         lists.append(update.masters)
@@ -81,6 +90,7 @@ def pieces(update: Update, members: Sequence[int], states: Sequence[str]) -> Ite
         n = tensors[0].numel()
         step = [update.steps[i]] if update.steps else []
         first = update.counters[i] if update.counters else 0
+        own = factors[i] if factors else None
         copies: list[tuple[Tensor, Tensor]] = []
         if not all(map(Tensor.is_contiguous, tensors)):
             tensors, copies = _alike(tensors)
@@ -88,14 +98,16 @@ def pieces(update: Update, members: Sequence[int], states: Sequence[str]) -> Ite
             if joined.n and joined.n + n > JOINED:
                 yield joined
                 joined = _empty(states)
-            _add(joined, i, tensors, step, first, update)
+            _add(joined, i, tensors, step, first, own, update)
             joined.copies += copies
             continue
-        at = 0
-        for views in zip(*(in_memory_order(t).split(size) for t in tensors), strict=True):
+        at, row = 0, n if own is None else n // own.shape[1]
+        for views in zip(*(_parts(in_memory_order(t), row) for t in tensors), strict=True):
             piece = _empty(states)
-            _add(piece, i, list(views), step, first + at, update)
-            at += views[0].numel()
+            end = at + views[0].numel()
+            here = None if own is None else own[:, at // row : -(-end // row)]
+            _add(piece, i, list(views), step, first + at, here, update)
+            at = end
             yield piece
         for original, copy in copies:
             original.copy_(copy)
@@ -103,12 +115,25 @@ def pieces(update: Update, members: Sequence[int], states: Sequence[str]) -> Ite
         yield joined
 
 
+def _parts(flat: Tensor, row: int) -> list[Tensor]:
+    """Splits a vector into pieces of whole rows, or rows that are too long into pieces."""
+    if row <= PIECE:
+        return list(flat.split(PIECE // row * row))
+    return [part for one in flat.split(row) for part in one.split(PIECE)]
+
+
 def _empty(states: Sequence[str]) -> Piece:
     return Piece(states=[[] for _ in states])
 
 
 def _add(
-    piece: Piece, i: int, tensors: list[Tensor], step: list[Tensor], first: int, u: Update
+    piece: Piece,
+    i: int,
+    tensors: list[Tensor],
+    step: list[Tensor],
+    first: int,
+    factors: Tensor | None,
+    u: Update,
 ) -> None:
     n_states = len(piece.states)
     piece.members.append(i)
@@ -118,6 +143,8 @@ def _add(
         of.append(t)
     piece.masters += tensors[2 + n_states :]
     piece.steps += step
+    if factors is not None:
+        piece.factors.append(factors)
     if u.counters:
         piece.counters.append(first)
     piece.n += tensors[0].numel()

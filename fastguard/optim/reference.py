@@ -1,7 +1,7 @@
 """The update in plain PyTorch, operation by operation: the reference for all other backends.
 
     g <- 0 where g is non-finite and the verdict cleans
-    g <- g * multiplier[segment] * sign
+    g <- g * (multiplier[segment] * coef[unit]) * sign        coef: see `stages.agc`; else 1
 
     AdamW  m <- m + (g - m) * (1 - b1)                       Adam: first  g <- g + p * wd
            v <- v * b2 + (g * g) * (1 - b2)
@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from fastguard.gradients.tensor_kinds import has_numbers
+from fastguard.gradients.transfer import moved
 from fastguard.optim.bits import from_remainder, narrowed, noise_key, split, stream, with_noise
 from fastguard.optim.contract import (
     HYPER,
@@ -51,18 +52,45 @@ from fastguard.optim.contract import (
 )
 from fastguard.optim.options import SPIKE_GRACE
 from fastguard.stages.formulas import SMALLEST_FACTOR
+from fastguard.stages.reference_units import tensor_coefs
 
 
-def update(update: Update) -> None:
-    """Takes the step of one bucket, or changes nothing if the step is skipped."""
+def update(update: Update) -> Tensor | None:
+    """Takes the step of one bucket, or changes nothing if the step is skipped.
+
+    Returns:
+        float64 `()`: the smallest coefficient of a unit, 1 for a skipped step; None without limits
+        of units.
+    """
     coefficients = advance(update)
     if update.update_clipping:
         n = len(update.parameters)
         lower_lr(
             coefficients, torch.stack([update_ratio(update, i, coefficients[i]) for i in range(n)])
         )
+    smallest = _smallest(update)
     for i in range(len(update.parameters)):
         _update_tensor(update, i, coefficients[i])
+    return smallest
+
+
+def _smallest(update: Update) -> Tensor | None:
+    if update.units is None:
+        return None
+    limited = [i for i, n in enumerate(update.unit_counts) if n]
+    one = torch.ones(1, dtype=torch.float64, device=update.device)
+    all_coefs = torch.cat([one, *(unit_coefs(update, i) for i in limited)])
+    return torch.where(update.found_inf != 0.0, 1.0, all_coefs.amin())  # NaN if any is NaN
+
+
+def unit_coefs(update: Update, i: int) -> Tensor:
+    """Returns the coefficients of the units of a limited tensor, float64 `(n,)`."""
+    units, n = update.units, update.unit_counts[i]
+    assert units is not None
+    numbers, scale = moved(units.numbers, update.device), units.inv_scale
+    scale = None if scale is None else moved(scale, update.device)
+    grad, weight = update.grads[i], update.parameters[i]
+    return tensor_coefs(grad, weight, n, numbers, 2.0, units.propagates, scale)
 
 
 def advance(update: Update) -> Tensor:
@@ -162,7 +190,12 @@ def _update_tensor(update: Update, i: int, coefficients: Tensor) -> None:
 def gradient_and_states(update: Update, i: int, c: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Returns what the formula reads besides the weight, in the dtype of the arithmetic."""
     dtype = update.dtype
-    g = scaled(update.grads[i].to(dtype), update.multiplier[update.segment_ids[i]], update.clean, c)
+    multiplier = update.multiplier[update.segment_ids[i]]
+    if update.unit_counts and update.unit_counts[i]:
+        n_dims = update.grads[i].dim()
+        per_row = (-1, *[1] * (n_dims - 1)) if n_dims else ()
+        multiplier = multiplier * unit_coefs(update, i).reshape(per_row)
+    g = scaled(update.grads[i].to(dtype), multiplier, update.clean, c)
     names = [name for name in STATES[update.algorithm] if name in update.states]
     states = [update.states[name][i].to(dtype) for name in names]
     if update.spike_aware:
@@ -210,7 +243,7 @@ def scaled(g: Tensor, multiplier: Tensor, clean: Tensor, c: Tensor) -> Tensor:
 
     Args:
         g: The gradient, in the dtype of the arithmetic.
-        multiplier: float64 `()`.
+        multiplier: float64 `()`, or one factor per row.
         clean: float32 `()`.
         c: The coefficients, in the dtype of the arithmetic.
     """

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastguard.gradients.transfer import moved, numbers_on
+from fastguard.gradients.unit_buckets import n_units
 from fastguard.optim.contract import HYPER, Update
 from fastguard.optim.options import is_spike_aware, state_dtype_of
 from fastguard.optim.orders import Orders
@@ -73,6 +74,7 @@ class _Bucket:
     groups: list[int] = field(default_factory=list)
     segments: list[int] = field(default_factory=list)
     counters: list[int] = field(default_factory=list)
+    unit_counts: list[int] = field(default_factory=list)
 
 
 def updates_of(optimizer: FusedOptimizer, orders: Orders) -> Iterator[Update]:
@@ -112,6 +114,8 @@ def updates_of(optimizer: FusedOptimizer, orders: Orders) -> Iterator[Update]:
             bucket.groups.append(g)
             bucket.segments.append(0 if orders.segments is None else orders.segments[at])
             bucket.counters.append(counter)
+            if orders.units is not None:
+                bucket.unit_counts.append(n_units(p) if orders.units.limited[at] else 0)
     rows = _hyper_rows(optimizer)
     for key, bucket in buckets.items():
         yield _update(optimizer, key, bucket, orders, _hyper(rows, key.device))
@@ -171,6 +175,8 @@ def _update(
         key.reproducible,
         key.spike_aware,
         key.update_clipping,
+        orders.units,
+        bucket.unit_counts,
     )
 
 

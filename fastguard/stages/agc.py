@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from torch import Tensor
@@ -63,6 +63,27 @@ class AGC:
                 'modules; pass exclude=("head",)'
             )
         object.__setattr__(self, "exclude", tuple(self.exclude))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UnitLimits:
+    """The limits of `AGC` for an update that clips the units of the gradients as it reads them.
+
+    Attributes:
+        numbers: float64 `(2,)` on the CPU: `clip_factor` and `eps`.
+        limited: Whether each parameter of the optimizer is limited, in the order of the param
+            groups.
+        propagates: See `reference_units.unit_coefs`.
+        inv_scale: float64 `()`: the factor that unscales the gradients; None: 1.
+        smallest: float64 `()` tensors, appended by the update: the smallest coefficient of each of
+            its buckets.
+    """
+
+    numbers: Tensor
+    limited: Sequence[bool]
+    propagates: bool = False
+    inv_scale: Tensor | None = None
+    smallest: list[Tensor] = field(default_factory=list)
 
 
 def limited_positions(

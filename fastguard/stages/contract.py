@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastguard.gradients.tensor_kinds import PLAIN, lasting
-from fastguard.stages.agc import AGC
+from fastguard.stages.agc import AGC, UnitLimits
 from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.limit_rules import AdaptiveLimit, Numbers
 from fastguard.stages.reason import Reason
@@ -263,6 +263,8 @@ class Verdict:
         spikes: bool `(K,)`: which rules detected a spike.
         thresholds: float64 `(K,)`: the threshold of each rule; inf during its warm-up.
         changes: float32 `()`: 0 if no gradient has to be changed; None: not known.
+        units: The limits of units, if the update applies them; their coefficients are not part of
+            `clip_coef` before the step has ended. None: nothing is left to the update.
 
     Example:
         >>> import torch, fastguard
@@ -286,6 +288,7 @@ class Verdict:
     spikes: Tensor
     thresholds: Tensor
     changes: Tensor | None = field(default=None, kw_only=True, compare=False)
+    units: UnitLimits | None = field(default=None, kw_only=True, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

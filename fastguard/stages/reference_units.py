@@ -36,17 +36,39 @@ def unit_coefs(
     Returns:
         float64 `(U,)`: at most 1. A unit with NaN or Inf in its weights is not clipped.
     """
-    clip_factor, eps = moved(limits, units.device).unbind()  # placeholders have no .tolist()
-    parts = []
-    for grad, weight, n in zip(units.bucket.grads, units.weights, units.counts, strict=True):
-        if n:
-            norm = _unit_norms(grad, n, norm_type, propagates)
-            norm = norm if inv_scale is None else norm * inv_scale
-            limit = clip_factor * _unit_norms(weight, n, norm_type, True).clamp(min=eps)
-            parts.append(coefficients(norm, limit))
+    numbers = moved(limits, units.device)
+    parts = [
+        tensor_coefs(grad, weight, n, numbers, norm_type, propagates, inv_scale)
+        for grad, weight, n in zip(units.bucket.grads, units.weights, units.counts, strict=True)
+        if n
+    ]
     if not parts:
         return torch.ones(0, dtype=torch.float64, device=units.device)
     return torch.cat(parts)
+
+
+def tensor_coefs(
+    grad: Tensor,
+    weight: Tensor,
+    n: int,
+    numbers: Tensor,
+    norm_type: float,
+    propagates: bool,
+    inv_scale: Tensor | None,
+) -> Tensor:
+    """Returns the coefficients of the n units of one tensor, float64 `(n,)`.
+
+    Args:
+        grad, weight: Its gradient and weight.
+        n: Number of units.
+        numbers: float64 `(2,)` on the same device: `clip_factor` and `eps`.
+        norm_type, propagates, inv_scale: See `unit_coefs`.
+    """
+    clip_factor, eps = numbers.unbind()  # placeholders have no .tolist()
+    norm = _unit_norms(grad, n, norm_type, propagates)
+    norm = norm if inv_scale is None else norm * inv_scale
+    limit = clip_factor * _unit_norms(weight, n, norm_type, True).clamp(min=eps)
+    return coefficients(norm, limit)
 
 
 def coefficients(norm: Tensor, limit: Tensor) -> Tensor:

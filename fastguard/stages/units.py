@@ -4,7 +4,8 @@
 
 I/O: reads gradients and weights once (2N bytes) and writes 8 bytes per unit; then reads and writes
 the gradients of the clipped units. With `GuardedOptimizer`, this is the second pass over the
-gradients: the first one measures them to decide whether to take the step.
+gradients: the first one measures them to decide whether to take the step. The optimizers of
+`fastguard.optim` do not need it, since their update clips units itself.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def clip_units(
     """
     if isinstance(verdict, HostVerdict) and verdict.known.skipped:
         return None
-    smallest = None
+    smallest: list[Tensor] = []
     for part in units:
         if not part.starts[-1]:
             continue
@@ -61,11 +62,15 @@ def clip_units(
             refuse_wrapped(part.bucket.grads, error)
             raise
         part.bucket.write_back()
-        least = coefs.amin()  # NaN if any coefficient is NaN
-        if smallest is not None:
-            least = torch.minimum(smallest, moved(least, smallest.device))
-        smallest = least
-    return smallest
+        smallest.append(coefs.amin())  # NaN if any coefficient is NaN
+    return smallest_of(smallest)
+
+
+def smallest_of(coefs: Sequence[Tensor]) -> Tensor | None:
+    """Returns the smallest of some float64 `()` coefficients, on the device of the first one."""
+    if len(coefs) < 2:
+        return coefs[0] if coefs else None
+    return torch.stack([moved(coef, coefs[0].device) for coef in coefs]).amin()
 
 
 def with_units(verdict: Verdict, smallest: Tensor | None) -> Verdict:
@@ -77,3 +82,10 @@ def with_units(verdict: Verdict, smallest: Tensor | None) -> Verdict:
         known = verdict.known._replace(clip_coef=coef.amin().item())
         return replace(verdict, clip_coef=coef, known=known)
     return replace(verdict, clip_coef=coef)
+
+
+def concluded(verdict: Verdict) -> Verdict:
+    """Returns the verdict on a finished step, with the coefficients that the update computed."""
+    if verdict.units is None:
+        return verdict
+    return with_units(replace(verdict, units=None), smallest_of(verdict.units.smallest))

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -39,24 +41,48 @@ def unit_coefs(
     inv_scale: Tensor | None = None,
 ) -> Tensor:
     """Computes the coefficient of each unit: see `fastguard.stages.reference_units.unit_coefs`."""
-    clip_factor, eps = limits.tolist()
     scale = 1.0 if inv_scale is None else inv_scale.item()
+    grads, numbers = units.bucket.grads, limits.tolist()
+    return torch.from_numpy(
+        coefs_of(grads, units.weights, units.counts, numbers, norm_type, propagates, scale)
+    )
+
+
+def coefs_of(
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    counts: Sequence[int],
+    numbers: Sequence[float],
+    norm_type: float,
+    propagates: bool,
+    scale: float,
+) -> np.ndarray:
+    """Returns the coefficient of each unit, float64 `(U,)`.
+
+    Args:
+        grads, weights: Gradients of one dtype, and their weights, of one dtype too.
+        counts: Number of units of each; 0 for a tensor that is left out.
+        numbers: `clip_factor` and `eps`.
+        norm_type, propagates: See `fastguard.stages.reference_units.unit_coefs`.
+        scale: The factor that unscales the gradients.
+    """
+    clip_factor, eps = numbers
     watch_small = clip_factor * eps < SMALLEST_LIMIT * max(scale, 1.0)
-    shared = _of_one_length(units)
+    shared = _of_one_length(weights, counts)
     with np.errstate(all="ignore"):  # rows with an overflow or NaN are computed again
-        norms = _all_norms(units, units.bucket.grads, shared, norm_type, propagates, watch_small)
-        weight_norms = _all_norms(units, units.weights, shared, norm_type, True, False)
-        if inv_scale is not None:
+        norms = _all_norms(grads, counts, shared, norm_type, propagates, watch_small)
+        weight_norms = _all_norms(weights, counts, shared, norm_type, True, False)
+        if scale != 1.0:
             norms *= scale
         limit = clip_factor * np.maximum(weight_norms, eps)  # NaN stays NaN
         clips = (norms > limit) | np.isnan(norms)  # False for a NaN limit
-        return torch.from_numpy(np.where(clips, limit / norms, 1.0))
+        return np.where(clips, limit / norms, 1.0)
 
 
-def _of_one_length(units: UnitBucket) -> list[list[int]]:
+def _of_one_length(weights: Sequence[Tensor], counts: Sequence[int]) -> list[list[int]]:
     """Returns groups of positions that are read together: small tensors with equal row lengths."""
     members: dict[int, list[int]] = {}
-    for i, (weight, n) in enumerate(zip(units.weights, units.counts, strict=True)):
+    for i, (weight, n) in enumerate(zip(weights, counts, strict=True)):
         if n:
             size = weight.numel()
             members.setdefault(size // n if size <= SMALL else -1 - i, []).append(i)
@@ -68,15 +94,16 @@ def _of_one_length(units: UnitBucket) -> list[list[int]]:
 
 
 def _all_norms(
-    units: UnitBucket,
-    tensors: list[Tensor],
+    tensors: Sequence[Tensor],
+    counts: Sequence[int],
     shared: list[list[int]],
     norm_type: float,
     propagates: bool,
     watch_small: bool,
 ) -> np.ndarray:
     """Returns the norm of each unit, float64 `(U,)`."""
-    norms, starts, counts = np.empty(units.starts[-1]), units.starts, units.counts
+    starts = list(accumulate(counts, initial=0))
+    norms = np.empty(starts[-1])
     for positions in shared:
         first = positions[0]
         if len(positions) == 1:

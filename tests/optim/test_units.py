@@ -1,0 +1,183 @@
+"""An update that clips units gives the results of gradients that were clipped before."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from fastguard.gradients.unit_buckets import n_units
+from fastguard.optim import cpu, reference
+from fastguard.optim.contract import Update
+from fastguard.stages.agc import UnitLimits
+from guardtest.updates import copied, random_update, same_bits, written
+
+F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+CASES: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "fp64": dict(dtype=F64),
+    "bf16": dict(dtype=BF16),
+    "fp16": dict(dtype=F16),
+    "bf16 gradients": dict(grad_dtype=BF16),
+    "master": dict(dtype=BF16, state_dtype=F32, master="float32"),
+    "remainder": dict(dtype=BF16, state_dtype=F32, master="remainder"),
+    "stochastic": dict(dtype=BF16, rounding="stochastic"),
+    "strided": dict(strided=True),
+    "one multiplier": dict(multiplier=torch.ones(2, dtype=F64)),
+    "tiny multiplier": dict(multiplier=torch.full((2,), 2.0**-120, dtype=F64)),
+    "spikes": dict(spike_aware=True, hyper={"spike_threshold": 0.3}, first_step=20),
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "adamw": dict(algorithm="adamw"),
+    "amsgrad": dict(algorithm="adamw", amsgrad=True),
+    "sgd": dict(algorithm="sgd"),
+    "lion": dict(algorithm="lion"),
+}
+
+
+def limits(clip_factor: float = 0.9, **options: Any) -> UnitLimits:
+    """Limits that about half of the units of a random update exceed."""
+    return UnitLimits(torch.tensor([clip_factor, 1e-3], dtype=F64), (), **options)
+
+
+def with_units(update: Update, **options: Any) -> Update:
+    """Limits all units but those of the last tensor but one."""
+    counts = [n_units(p) for p in update.parameters]
+    counts[-2] = 0
+    return replace(update, units=limits(**options), unit_counts=counts)
+
+
+PAIRS = [("adamw", case) for case in CASES] + [(kind, "fp32") for kind in list(KINDS)[1:]]
+
+
+def unit_update(kind: str, case: str, **options: Any) -> Update:
+    return with_units(random_update(**KINDS[kind], **CASES[case], reproducible=True), **options)
+
+
+def clipped_before(update: Update) -> tuple[Update, float]:
+    """Returns the same update of gradients clipped in float64, and the smallest coefficient."""
+    coefs = {i: reference.unit_coefs(update, i) for i, n in enumerate(update.unit_counts) if n}
+    grads = [g.clone() for g in update.grads]
+    for i, own in coefs.items():
+        g = grads[i].double()
+        product = g * own.reshape(-1, *[1] * (g.dim() - 1)) if g.dim() else g * own[0]
+        grads[i] = product.to(grads[i].dtype)
+    least = min(own.min().item() for own in coefs.values())
+    return replace(update, grads=grads, units=None, unit_counts=()), least
+
+
+def assert_close(ours: Update, theirs: Update, roundings: int = 8) -> None:
+    expected = written(theirs)
+    for name, t in written(ours).items():
+        if t.dtype is torch.int16:
+            continue  # a remainder is meaningless without its weight
+        eps = roundings * torch.finfo(t.dtype).eps
+        torch.testing.assert_close(t, expected[name], rtol=eps, atol=eps)
+
+
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [("sgd", "fp32"), ("adamw", "fp64"), ("adamw", "strided"), ("adamw", "spikes")],
+)
+@pytest.mark.parametrize("backend", [reference, cpu])
+def test_it_equals_an_update_of_clipped_gradients(backend, kind, case):
+    update = unit_update(kind, case)
+    expected, least = clipped_before(copied(update))
+    grads = [g.clone() for g in update.grads]
+    smallest = backend.update(update)
+    reference.update(expected)
+    assert_close(update, expected)
+    assert all(map(same_bits, update.grads, grads))
+    assert 0 < least < 0.9 and smallest.item() == pytest.approx(least, rel=1e-6)
+    untouched = unit_update(kind, case)
+    reference.update(replace(untouched, units=None, unit_counts=()))
+    assert not same_bits(update.parameters[1], untouched.parameters[1])  # it had an effect
+    assert torch.equal(update.parameters[-2], untouched.parameters[-2])  # not limited
+
+
+@pytest.mark.parametrize(("kind", "case"), PAIRS)
+def test_the_cpu_follows_the_reference(kind, case):
+    """Up to roundings: the CPU adds the squares of a unit in float32."""
+    update = unit_update(kind, case)
+    expected = copied(update)
+    ours, theirs = cpu.update(update), reference.update(expected)
+    assert_close(update, expected)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("case", ["fp32", "remainder", "stochastic", "strided"])
+def test_the_size_of_pieces_does_not_change_the_result(case, monkeypatch):
+    """The smallest pieces are shorter than a row, so rows are cut too."""
+    results = []
+    for size in (50, 4096, 2**20):
+        monkeypatch.setattr("fastguard.optim.pieces.PIECE", size)
+        update = unit_update("adamw", case)
+        cpu.update(update)
+        results.append(written(update))
+    for a, b in pairwise(results):
+        assert all(same_bits(t, b[name]) for name, t in a.items())
+
+
+@pytest.mark.parametrize("found_inf", [1.0, math.nan])
+@pytest.mark.parametrize("backend", [reference, cpu])
+def test_a_skip_writes_nothing(backend, found_inf):
+    update = replace(unit_update("adamw", "fp32"), found_inf=torch.tensor(found_inf))
+    before = written(copied(update))
+    smallest = backend.update(update)
+    assert smallest is None or smallest.item() == 1.0
+    assert all(same_bits(t, before[name]) for name, t in written(update).items())
+
+
+@pytest.mark.parametrize("propagates", [False, True])
+@pytest.mark.parametrize("backend", [reference, cpu])
+def test_a_nonfinite_element_affects_only_its_unit(backend, propagates):
+    update = unit_update("sgd", "fp32", propagates=propagates)
+    update.grads[1][3, 5] = math.nan
+    other = unit_update("sgd", "fp32")
+    smallest = backend.update(update)
+    backend.update(other)
+    p, q = update.parameters[1], other.parameters[1]
+    same = torch.arange(33) != 3
+    assert torch.equal(p[same], q[same])
+    assert p[3].isnan().sum() == (65 if propagates else 1)
+    assert smallest.isnan() == propagates
+
+
+@pytest.mark.parametrize("backend", [reference, cpu])
+def test_cleaned_elements_do_not_count(backend):
+    update = replace(unit_update("sgd", "fp32"), clean=torch.ones(()))
+    update.grads[1][3, 5] = math.inf
+    other = unit_update("sgd", "fp32")
+    other.grads[1][3, 5] = 0.0
+    backend.update(update)
+    backend.update(other)
+    assert torch.equal(update.parameters[1], other.parameters[1])
+
+
+@pytest.mark.parametrize("backend", [reference, cpu])
+def test_limits_apply_to_unscaled_gradients(backend):
+    scale = torch.tensor(1 / 1024, dtype=F64)
+    update = replace(
+        unit_update("adamw", "fp32", inv_scale=scale),
+        multiplier=torch.full((2,), 1 / 1024, dtype=F64),
+    )
+    for g in update.grads:
+        g.mul_(1024.0)
+    other = unit_update("adamw", "one multiplier")
+    backend.update(update)
+    backend.update(other)
+    assert all(map(torch.equal, update.parameters, other.parameters))
+
+
+@pytest.mark.parametrize("backend", [reference, cpu])
+def test_nothing_above_its_limit_changes_nothing(backend):
+    update = unit_update("adamw", "fp32", clip_factor=1e9)
+    other = replace(copied(update), units=None, unit_counts=())
+    assert backend.update(update).item() == 1.0
+    backend.update(other)
+    theirs = written(other)
+    assert all(same_bits(t, theirs[name]) for name, t in written(update).items())
