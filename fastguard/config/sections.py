@@ -30,12 +30,11 @@ from fastguard.config.strict import build, parse, refuse_empty_sections
 from fastguard.diagnosis.activations import ActivationGuard
 from fastguard.diagnosis.batch_check import BatchCheck, check_batch, check_order, checked_limits
 from fastguard.errors import nearest
-from fastguard.errors.checked_numbers import count_of
 from fastguard.functional.arguments import limit_of
 from fastguard.guard.arguments import check_budget
 from fastguard.guard.clip_scope import check_units, checked_limit
 from fastguard.guard.guarded import GuardedOptimizer
-from fastguard.guard.watch.watch import WATCH_EVERY, checked_names
+from fastguard.guard.watch.watch import checked_interval, checked_names
 from fastguard.records.json_lines_sink import JsonLinesSink
 from fastguard.records.loggers import TensorBoardSink
 from fastguard.recovery.guarded_lr import GuardedLR
@@ -66,7 +65,7 @@ class GuardSection:
     flat_parameters: Literal[False, True, "trusted"] = False
     compile_step: bool = False
     watch: tuple[str, ...] = ()
-    watch_every: int = WATCH_EVERY
+    watch_every: int | None = None
 
     def __post_init__(self) -> None:
         checked_limit(self.max_norm)
@@ -74,7 +73,7 @@ class GuardSection:
         norm_type_of(self.norm_type)
         check_budget(self.max_consecutive_skips)
         checked_names(self.watch)
-        count_of("watch_every", self.watch_every, 1)
+        checked_interval(self.watch_every)
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ from fastguard.guard.step_hooks import with_own_hooks, without_global_pre_hooks
 from fastguard.guard.step_in_flight import StepInFlight
 from fastguard.guard.stepper import requested_stepper
 from fastguard.guard.unit_clipping import UnitClipping
-from fastguard.guard.watch.watch import WATCH_EVERY, WatchName, check_watchable, read_step, watch_of
+from fastguard.guard.watch.watch import WatchName, check_watchable, read_step, watch_of
 from fastguard.guard.whole_step import WholeStep
 from fastguard.ranks.agreement import check_agreement
 from fastguard.ranks.groups import Group, refuse_several_ranks
@@ -123,7 +123,7 @@ class GuardedOptimizer(SavableOptimizer):
             `"noise_scale"`, `"replica_drift"`, `"underflow"`. See docs/watch.md for their cost.
             Default: none.
         watch_every: Interval in steps at which they are read, >= 1; the first step is included.
-            Default: 100.
+            Default: None: replica drift in every step, the others every 100 steps.
 
     Attributes:
         optimizer: The wrapped optimizer.
@@ -170,7 +170,7 @@ class GuardedOptimizer(SavableOptimizer):
         compile_step: bool = False,
         group: Group = None,
         watch: Iterable[WatchName] = (),
-        watch_every: int = WATCH_EVERY,
+        watch_every: int | None = None,
     ) -> None:
         check_optimizer(optimizer, group)
         check_choice("clip_scope", clip_scope, SCOPES)

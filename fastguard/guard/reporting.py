@@ -25,7 +25,7 @@ from fastguard.guard.param_gradients import Gradients
 from fastguard.guard.state_dict import guard_state
 from fastguard.guard.step_in_flight import StepInFlight
 from fastguard.guard.stepper import Stepper, stepper_for
-from fastguard.guard.watch.watch import WATCH_EVERY, Watch
+from fastguard.guard.watch.watch import Watch
 from fastguard.guard.wrapper import OptimizerWrapper
 from fastguard.ranks.groups import Group
 from fastguard.records.json_lines_sink import sink_of, tell_guard
@@ -169,9 +169,9 @@ class ReportingOptimizer(OptimizerWrapper):
         return () if self._watch is None else self._watch.names
 
     @property
-    def watch_every(self) -> int:
-        """Interval between watched steps, in steps."""
-        return WATCH_EVERY if self._watch is None else self._watch.every
+    def watch_every(self) -> int | None:
+        """Interval in steps at which they are read; None: 1 for replica drift, 100 for others."""
+        return None if self._watch is None else self._watch.every
 
     @property
     def steps_taken(self) -> int:

@@ -109,6 +109,24 @@ def test_drift_persists_so_that_a_later_check_finds_it(four: Ranks) -> None:
     ]
 
 
+def watched_by_default() -> list[set[str]]:
+    """Returns what each step has read without `watch_every`."""
+    model = DistributedDataParallel(net())
+    options = replicated(watch=("replica_drift", "tensor_norms"), watch_every=None)
+    opt = GuardedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.01), **options)
+    for _ in range(3):
+        opt.zero_grad()
+        model(torch.ones(4, 6)).square().mean().backward()
+        opt.step()
+    return [set(record.watch) for record in opt.records()]
+
+
+def test_drift_is_read_in_every_step_by_default_and_norms_in_every_100th(four: Ranks) -> None:
+    drift = {"replica_drift"}
+    norms = {"tensor_norms", "zero_share"}
+    assert same_on_all(four.run(watched_by_default)) == [drift | norms, drift, drift]
+
+
 def different_seeds() -> tuple[str | None, Any, str]:
     """A model that was not broadcast."""
     opt = GuardedOptimizer(

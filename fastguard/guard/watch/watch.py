@@ -51,8 +51,11 @@ QUANTITIES: dict[str, type[Quantity]] = {
     "underflow": Underflow,
 }
 
-WATCH_EVERY = 100
-"""Default interval between watched steps, in steps."""
+EVERY = 100
+"""Default interval between steps in which a quantity is read."""
+
+IN_EVERY_STEP = ("replica_drift",)
+"""Quantities that are read in every step by default: an incident must not wait for 100 steps."""
 
 
 class Watch:
@@ -60,13 +63,15 @@ class Watch:
 
     Args:
         names: Names of the quantities, each once, in the order of `QUANTITIES`.
-        every: Interval between watched steps, in steps.
+        every: Interval between the steps in which they are read; None: 1 for those in
+            `IN_EVERY_STEP`, `EVERY` for the others.
     """
 
-    def __init__(self, names: tuple[str, ...], every: int) -> None:
+    def __init__(self, names: tuple[str, ...], every: int | None) -> None:
         self.names: tuple[str, ...] = names
-        self.every: int = every
+        self.every: int | None = every
         self._quantities = [QUANTITIES[name]() for name in names]
+        self._intervals = [every or (1 if name in IN_EVERY_STEP else EVERY) for name in names]
         self._noise = next((q for q in self._quantities if isinstance(q, NoiseScale)), None)
         self._steps = 0
 
@@ -114,16 +119,20 @@ class Watch:
             self._noise.averages = state
 
     def read(self, step: WatchedGradients) -> WatchedStep | None:
-        """Counts a step, and reads the quantities if it is a watched one. Never waits.
+        """Counts a step, and reads the quantities that are due. Never waits.
+
+        Returns:
+            The values; None if no quantity is due.
 
         Raises:
             ValueError: An input that a quantity needs is missing.
         """
-        due = self._steps % self.every == 0
+        intervals = zip(self._quantities, self._intervals, strict=True)
+        due = [quantity for quantity, every in intervals if self._steps % every == 0]
         self._steps += 1
         if not due or _is_capturing(step.device):
             return None
-        return WatchedStep([quantity.read(step) for quantity in self._quantities])
+        return WatchedStep([quantity.read(step) for quantity in due])
 
 
 class WatchedStep:
@@ -222,7 +231,7 @@ def watch_of(names: object, every: object, team: Team | None, norm_type: float) 
         ValueError: A name is unknown or repeated, `every` is not a number of steps, or the settings
             do not support a quantity.
     """
-    steps = count_of("watch_every", every, 1)
+    interval = checked_interval(every)
     chosen = checked_names(names)
     if "noise_scale" in chosen or "replica_drift" in chosen:
         name = "replica_drift" if "replica_drift" in chosen else "noise_scale"
@@ -246,7 +255,16 @@ def watch_of(names: object, every: object, team: Team | None, norm_type: float) 
             f"watch holds 'noise_scale', which needs L2 norms, but norm_type={norm_type:g}; use "
             "norm_type=2.0, or leave it out"
         )
-    return Watch(chosen, steps) if chosen else None
+    return Watch(chosen, interval) if chosen else None
+
+
+def checked_interval(every: object) -> int | None:
+    """Returns `watch_every`.
+
+    Raises:
+        ValueError: It is neither None nor a number of steps.
+    """
+    return None if every is None else count_of("watch_every", every, 1, optional=True)
 
 
 def checked_names(names: object) -> tuple[str, ...]:
