@@ -39,8 +39,36 @@ def _escaped(character: str) -> str:
     return " " if unicodedata.category(character) == "Zs" else repr(character)[1:-1]
 
 
+def _bounded_repr(value: object, room: int) -> str:
+    """Returns the `repr` of a value, or a beginning of it that is longer than `room`.
+
+    The `repr` of a list that holds another list a thousand times, and so on, has no useful bound: a
+    pickle or a YAML file of a few bytes can describe one.
+    """
+    kind = type(value)
+    form = _BRACKETS.get(kind.__repr__)
+    if form is None or not isinstance(value, list | tuple | dict) or not value:
+        return repr(value[: room + 1] if kind in (str, bytes) else value)  # type: ignore[index]
+    if room < 0:
+        return "…"
+    text, separator = form[0], ""
+    for item in value:
+        text += separator + _bounded_repr(item, room - len(text))
+        if kind.__repr__ is dict.__repr__ and len(text) <= room:
+            text += ": " + _bounded_repr(dict.__getitem__(value, item), room - len(text))  # type: ignore[arg-type, index]
+        if len(text) > room:
+            return text
+        separator = ", "
+    return text + ("," if form[0] == "(" and len(value) == 1 else "") + form[1]
+
+
+_BRACKETS = {list.__repr__: "[]", tuple.__repr__: "()", dict.__repr__: "{}"}
+
+
 def shown(value: object, limit: int = 60, form: Callable[[object], str] = repr) -> str:
     """Returns the `repr` of any object, or another form, printable and shortened. Never raises.
+
+    Of lists, tuples and dicts, at any depth, only the part that is shown is formatted.
 
     Example:
         >>> shown([1, "a"]), shown("x" * 1000, limit=4)
@@ -49,7 +77,7 @@ def shown(value: object, limit: int = 60, form: Callable[[object], str] = repr) 
         'an integer of 16610 bits'
     """
     try:
-        text = form(value)
+        text = _bounded_repr(value, limit) if form is repr else form(value)
     except Exception as error:  # `repr` of any class may raise anything
         if type(value) is int:  # Python refuses to print more than 4300 digits
             return f"an integer of {value.bit_length()} bits"

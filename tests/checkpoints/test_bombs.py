@@ -93,6 +93,18 @@ def copies(function, n=20_000):
     return START + big + b"0](" + (b"c" + function + b"\nh\x00\x85R") * n + b"e" + END
 
 
+def tower_of_numbers(width=10, height=10):
+    """Lists of the same list, `width**height` numbers in all; its memo index is `height`."""
+    made = b"](" + (b"G" + struct.pack(">d", 1.0)) * width + b"eq\x010"
+    for i in range(1, height):
+        made += b"](" + b"h%c" % i * width + b"eq%c0" % (i + 1)
+    return made
+
+
+def array_of_a_tower(function, arguments):
+    return START + tower_of_numbers() + b"carray\n" + function + b"\n(" + arguments + b"tR" + END
+
+
 def arrays_of_the_same_bytes(n):
     """Numpy arrays that share ten million bytes of text."""
     data = "\x00\x00\x80\x7f" * 2_500_000
@@ -140,6 +152,10 @@ PICKLES = {
     ),
     "windows that overlap": views(
         [([500, 500], [1, 1])] + [([400, 400 + i % 200], [1, 1]) for i in range(200)] * 40
+    ),
+    "an array of a tower": array_of_a_tower(b"array", text(b"d") + b"h\x0a"),
+    "an array of a tower, reconstructed": array_of_a_tower(
+        b"_array_reconstructor", b"NNK\x0eh\x0a"
     ),
     "one element a million million times": views([([10**6, 10**6, 10**6], [0, 0, 0])]),
 }  # fmt: skip

@@ -53,6 +53,30 @@ def test_text_is_shortened_to_a_limit() -> None:
     assert len(shown([0] * 10**5)) == 60 and len(shown([0] * 10**5, 200)) == 200
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        [], (), {}, set(), [[]], (1,), ([1, "it's"], {"a": (None, 2.5)}), {1: {2: {3: []}}},
+        [b"x", {4}, torch.Size([1, 2])], "it's",
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_short_values_are_shown_as_their_repr(value: object) -> None:
+    assert shown(value, 200) == repr(value)
+
+
+def test_only_the_beginning_of_a_large_value_is_formatted() -> None:
+    tower: object = 1.5
+    deep: list = []
+    for _ in range(100_000):
+        tower, deep = [tower, (tower,), {"a": tower}], [deep]
+    deep.append(deep)
+    assert shown(tower) == "[" * 59 + "…"
+    assert shown(deep) == "[" * 59 + "…"
+    assert shown([tower] * 3, 4) == "[[[…"
+    assert shown(["x" * 10**6] * 10**6, 8) == "['xxxxx…"
+
+
 class Raises:
     def __str__(self) -> str:
         raise RuntimeError("no")
@@ -60,12 +84,14 @@ class Raises:
     __repr__ = __str__
 
 
+class Deep:
+    def __repr__(self) -> str:
+        return f"<{Deep()!r}>"
+
+
 def test_values_that_cannot_be_shown_are_marked() -> None:
-    deep: list = []
-    for _ in range(200_000):
-        deep = [deep]
     assert shown(Raises()) == "<Raises that cannot be shown: RuntimeError>"
-    assert shown(deep) == "<list that cannot be shown: RecursionError>"
+    assert shown([Deep()]) == "<list that cannot be shown: RecursionError>"
     assert shown(Raises(), form=str) == shown(Raises())
 
 

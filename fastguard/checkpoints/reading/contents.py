@@ -31,6 +31,12 @@ from fastguard.checkpoints.reading.zip_directory import read_directory
 from fastguard.records.regular_files import open_regular
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_VERSION = 1001
+_ALIGNMENT = ".storage_alignment"
+_SMALL_RECORDS = frozenset(
+    ["version", ".data/version", ".data/serialization_id"]
+    + ["byteorder", ".format_version", _ALIGNMENT]
+)
 _SMALL = 1000  # bytes
 
 
@@ -158,6 +164,8 @@ def _read_zip(file: BinaryIO, size: int, origin: int = 0) -> Contents:
     _check_opened_by_torch(file, records)
     if "byteorder" in records and _bytes_of(file, records["byteorder"]) != b"little":
         raise DamagedFile("written on a big-endian machine, which is not supported")
+    if _ALIGNMENT in records and not _bytes_of(file, records[_ALIGNMENT]).isdigit():
+        raise DamagedFile(f"damaged: its record {_ALIGNMENT} is not a number")
 
     pickled = records["data.pkl"]
     names: list[str] = []
@@ -179,10 +187,15 @@ def _check_opened_by_torch(file: BinaryIO, records: Mapping[str, Record]) -> Non
     """Checks that torch's own reader finds the same records at the same offsets.
 
     That reader allocates the stated size of some small records, so their sizes are checked first.
+    It ignores case, so that to torch a record `BYTEORDER` is the byte order.
     """
-    for name in ("version", ".data/version", ".data/serialization_id", "byteorder"):
+    for name in _SMALL_RECORDS:
         if name in records and records[name].end - records[name].start > _SMALL:
             raise DamagedFile(f"record {name} is far too large")
+    for name in records:
+        lower = name.lower()
+        if lower != name and (lower in _SMALL_RECORDS or lower.startswith("data/")):
+            raise DamagedFile(f"damaged: torch reads the record {name:.80} as {lower:.80}")
     file.seek(0)
     try:
         reader = torch._C.PyTorchFileReader(file)
@@ -207,10 +220,11 @@ def _read_legacy(file: IO[bytes], size: int) -> Contents:
     _check_no_tar(file)
     if load_inert(file) != _LEGACY_MAGIC:
         raise DamagedFile("neither a torch checkpoint nor, by its name, a safetensors file")
-    load_inert(file)  # protocol version
+    if load_inert(file) != _LEGACY_VERSION:
+        raise DamagedFile("damaged: it has another version than torch's format before 1.6")
     load_inert(file)  # byte order and type sizes of the machine
     names: list[str] = []
-    tree = load_inert(file, names=names)
+    tree = load_inert(file, names=names, has_views=True)
     keys = load_inert(file)
     if not isinstance(keys, list) or not all(isinstance(key, str | int) for key in keys):
         raise DamagedFile("damaged: it has no list of storages")
@@ -265,7 +279,6 @@ def _contents(
     arrays: list[tuple[str, NumpyArray]] = []
     unread: list[tuple[str, str]] = []
     left_in_file: set[int] = set()
-    storages: dict[str, StorageRef] = {}
     for name, leaf in named_leaves(tree):
         if isinstance(leaf, NumpyArray):
             if leaf.is_readable and leaf.start not in left_in_file:
@@ -277,11 +290,11 @@ def _contents(
         if isinstance(leaf, StorageRef) and leaf.dtype is not None:  # no tensor uses this storage
             leaf = TensorRef(leaf, leaf.dtype, 0, (leaf.n,), (1,))
         elif isinstance(leaf, StorageRef) and leaf.n:
-            _check_storage(leaf, storages, places)
+            _check_storage(leaf, places)
             unread.append((name, "a storage without an element type"))
         if not isinstance(leaf, TensorRef):
             continue
-        _check_storage(leaf.storage, storages, places)
+        _check_storage(leaf.storage, places)
         if 0 not in leaf.size:
             span = _span(name, leaf, leaf.storage, places)
             spans.setdefault((span.start, span.dtype, span.size, span.stride), span)
@@ -289,20 +302,15 @@ def _contents(
     return Contents(form, tree, in_order, records, tuple(arrays), tuple(unread))
 
 
-def _check_storage(
-    ref: StorageRef, seen: dict[str, StorageRef], places: Mapping[str, tuple[int, int]]
-) -> None:
-    """Checks that all uses of a storage agree with its record; torch trusts the first one."""
-    first = seen.setdefault(ref.key, ref)
-    if first.dtype != ref.dtype:
-        raise DamagedFile(f"damaged: storage {ref.key:.80} has two types")
-    if ref.key in places and not ref.start:
+def _check_storage(ref: StorageRef, places: Mapping[str, tuple[int, int]]) -> None:
+    """Checks that the size of a storage is that of its record; torch refuses a longer one too."""
+    if ref.key in places:
         start, end = places[ref.key]
         itemsize = (ref.dtype or torch.uint8).itemsize
-        if ref.n * itemsize != end - start:  # torch refuses a longer record as well
+        if ref.n_stored * itemsize != end - start:
             raise DamagedFile(
-                f"damaged: storage {ref.key:.80} claims {ref.n} elements of {itemsize} bytes but "
-                f"has {end - start} bytes"
+                f"damaged: storage {ref.key:.80} claims {ref.n_stored} elements of {itemsize} "
+                f"bytes but has {end - start} bytes"
             )
 
 

@@ -118,22 +118,48 @@ def _dimensions(values: Any) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> TensorRef:
-    return _tensor_of_dtype(storage, offset, size, stride, None, None, None)
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any) -> TensorRef:
+    return _view(storage, offset, size, stride, None)
 
 
-def _tensor_of_dtype(
-    storage: Any, offset: Any, size: Any, stride: Any, _g: Any, _h: Any, dtype: Any, *_: Any
+def _tensor_v2(
+    storage: Any, offset: Any, size: Any, stride: Any, grad: Any, _hooks: Any, _metadata: Any = None
+) -> TensorRef:
+    return _view(storage, offset, size, stride, None, grad)
+
+
+def _tensor_v3(
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    grad: Any,
+    _hooks: Any,
+    dtype: Any,
+    _metadata: Any = None,
+) -> TensorRef:
+    return _view(storage, offset, size, stride, dtype, grad)
+
+
+def _view(
+    storage: Any, offset: Any, size: Any, stride: Any, dtype: Any, requires_grad: Any = False
 ) -> TensorRef:
     if not isinstance(storage, StorageRef) or type(offset) is not int:
         raise DamagedFile("damaged: a tensor without storage")
     dtype = dtype or storage.dtype or torch.uint8
     if not isinstance(dtype, torch.dtype):
         raise DamagedFile("damaged: a tensor without dtype")
-    return TensorRef(storage, dtype, offset, _dimensions(size), _dimensions(stride))
+    if not isinstance(requires_grad, bool):
+        raise DamagedFile("damaged: a tensor whose requires_grad is not a bool")
+    size, stride = _dimensions(size), _dimensions(stride)
+    if len(size) != len(stride):
+        raise DamagedFile(f"damaged: a tensor with {len(size)} sizes and {len(stride)} strides")
+    return TensorRef(storage, dtype, offset, size, stride)
 
 
-def _quantized(storage: Any, offset: Any, size: Any, stride: Any, quantizer: Any, *_: Any) -> Any:
+def _quantized(
+    storage: Any, offset: Any, size: Any, stride: Any, quantizer: Any, grad: Any, _hooks: Any
+) -> Any:
     """Returns the integers of a quantized tensor and the scale that multiplies them.
 
     A scale of NaN or Inf makes every element non-finite. A per-tensor scale is a Python float; it
@@ -145,7 +171,7 @@ def _quantized(storage: Any, offset: Any, size: Any, stride: Any, quantizer: Any
     if isinstance(scale, int | float):
         scale = python_array("d", (scale,))
     state = {"scale": scale, "zero_point": zero_point}
-    return Attached(_tensor(storage, offset, size, stride), state)
+    return Attached(_view(storage, offset, size, stride, None, grad), state)
 
 
 def _tensor_of_subclass(rebuild: Any, _cls: Any, args: Any, state: Any) -> Attached:
@@ -206,10 +232,10 @@ def _dict(items: Any = (), *_: Any) -> InertDict:
 
 CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor_of_dtype,
+    "torch._utils._rebuild_tensor_v2": _tensor_v2,
+    "torch._utils._rebuild_tensor_v3": _tensor_v3,
     "torch._utils._rebuild_qtensor": _quantized,
-    "torch._utils._rebuild_parameter": _first,
+    "torch._utils._rebuild_parameter": lambda data, _grad, _hooks: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, _g, _h, state: Attached(data, state),
     "torch._utils._rebuild_sparse_tensor": lambda _layout, data: data,
     "torch._utils._rebuild_nested_tensor": lambda *parts: list(parts),

@@ -48,14 +48,17 @@ class InertUnpickler(BoundedReader):
     Args:
         file: Open for reading, at the start of the pickle; left positioned after its end.
         origin: Byte offset of `file` within the whole file, if it is a part of one.
+        has_views: Whether it refers to storages as torch before 1.6 did, which stored views too.
     """
 
-    def __init__(self, file: IO[bytes], origin: int = 0) -> None:
+    def __init__(self, file: IO[bytes], origin: int = 0, *, has_views: bool = False) -> None:
         super().__init__(file, origin)
+        self._has_views = has_views
         self._memo: dict[int, Any] = {}
         self._stack: list[Any] = []
         self._below: list[list[Any]] = []  # the stacks below each mark
         self._names: dict[tuple[str, str], Any] = {}
+        self._storages: dict[str, StorageRef] = {}  # and parts of storages, by their own names
 
     def load(self) -> Any:
         """Returns the tree that the pickle describes."""
@@ -228,15 +231,35 @@ class InertUnpickler(BoundedReader):
             return self._push(pid[1])
         if kind not in ("storage", b"storage"):
             raise DamagedFile("the file refers to something that is not a torch storage")
-        _, storage_type, key, _location, n, *view = pid
+        view: Any = None
+        if self._has_views:
+            *pid, view = pid
+        _, storage_type, key, _location, n_stored = pid
+        name, start, n = (None, 0, n_stored) if view is None else view
         if not isinstance(storage_type, StorageType) or not isinstance(key, str | int):
             raise DamagedFile("the file refers to a storage by an invalid name")
-        start = 0
-        if view and view[0] is not None:
-            _view_key, start, n = view[0]
-        if not all(type(value) is int and 0 <= value < 2**63 for value in (n, start)):
+        if not isinstance(name, str | int | None):
+            raise DamagedFile("the file refers to a part of a storage by an invalid name")
+        if not all(type(value) is int and 0 <= value < 2**63 for value in (n, start, n_stored)):
             raise DamagedFile("the file refers to a storage of impossible size")
-        self._made(StorageRef(str(key), storage_type.dtype, n, start))
+        if start + n > n_stored:
+            raise DamagedFile("the file refers to a part of a storage that extends past its end")
+        name = None if name is None else str(name)
+        self._made(StorageRef(str(key), storage_type.dtype, n, start, n_stored, name))
+        self._check_meaning(self._stack[-1])
+
+    def _check_meaning(self, ref: StorageRef) -> None:
+        """Checks that all uses of a storage, and of a part of one, agree.
+
+        torch trusts the first one, even if the file drops its value later.
+        """
+        self.charge(_OBJECT)
+        first = self._storages.setdefault(ref.key, ref)
+        if first.dtype != ref.dtype or first.n_stored != ref.n_stored:
+            raise DamagedFile(f"damaged: storage {ref.key:.80} has two types or sizes")
+        of_view = ref if ref.view is None else self._storages.setdefault(ref.view, ref)
+        if first.view == ref.key or of_view != ref:
+            raise DamagedFile(f"damaged: a part of storage {ref.key:.80} has two meanings")
 
 
 Handler = Callable[[InertUnpickler], object]
@@ -333,20 +356,27 @@ _HANDLERS: dict[bytes, Handler] = {
 del M
 
 
-def load_inert(file: IO[bytes], origin: int = 0, names: list[str] | None = None) -> Any:
+def load_inert(
+    file: IO[bytes],
+    origin: int = 0,
+    names: list[str] | None = None,
+    *,
+    has_views: bool = False,
+) -> Any:
     """Returns the tree that a pickle describes without executing anything in it.
 
     Args:
         file: Open for reading, at the start of the pickle; left positioned after its end.
         origin: Byte offset of `file` within the whole file, if it is a part of one.
         names: A list to extend with the classes and functions that the pickle names.
+        has_views: See `InertUnpickler`.
 
     Raises:
         UnsafeFile: The pickle calls something that is not a value type.
         DamagedFile: The pickle is incomplete, or exceeds the limits.
     """
     try:
-        machine = InertUnpickler(file, origin)
+        machine = InertUnpickler(file, origin, has_views=has_views)
         tree = machine.load()
     except (CheckpointError, UnsafeFile):
         raise

@@ -12,13 +12,21 @@ import torch
 class StorageRef:
     """A range of the file: `n` elements of `dtype`, from element `start` of record `key`.
 
-    `dtype` is None if only the tensors that use the bytes define it.
+    Attributes:
+        key: The name of the record.
+        dtype: None if only the tensors that use the bytes define it.
+        n: Number of elements.
+        start: First element; not 0 only in files of torch before 1.6.
+        n_stored: Number of elements of the whole record.
+        view: The name of the range, if it is stored as a part of the record; else None.
     """
 
     key: str
     dtype: torch.dtype | None
     n: int
-    start: int = 0
+    start: int
+    n_stored: int
+    view: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -208,6 +208,10 @@ def array_from_buffer(buffer: Any, dtype: Any, shape: Any, _order: Any = "C", *_
     return made
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
 _OF_PYTHON = {"f": "<f4", "d": "<f8", 14: "<f4", 15: ">f4", 16: "<f8", 17: ">f8"}
 """Dtypes of a Python `array`, by its type code and by the `mformat_code` of its pickle."""
 
@@ -224,6 +228,9 @@ def python_array(code: Any, values: Any = ()) -> NumpyArray:
         dtype = NumpyDtype(_OF_PYTHON[code][1:])
         dtype.plain = np.dtype(_OF_PYTHON[code])
         if not isinstance(values, bytes | LongBytes):
+            # Not lists in lists: numpy would copy a list once for each of its occurrences.
+            if not isinstance(values, list | tuple) or not all(map(_is_number, values)):
+                raise DamagedFile("damaged: an array of something other than numbers")
             values = np.array(values, dtype.plain).tobytes()
         shape = (len(values) // dtype.itemsize,)
         made.set_state((1, shape, dtype, False, values), lambda _: None)
