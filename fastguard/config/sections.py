@@ -26,10 +26,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fastguard.checkpoints import CheckpointStore
-from fastguard.config.strict import build, parse, refuse_empty_sections
+from fastguard.config.strict import build, parse, read_text, refuse_empty_sections
 from fastguard.diagnosis.activations import ActivationGuard
 from fastguard.diagnosis.batch_check import BatchCheck, check_batch, check_order, checked_limits
 from fastguard.errors import nearest
+from fastguard.errors.plain_text import shown
 from fastguard.functional.arguments import limit_of
 from fastguard.guard.arguments import check_budget
 from fastguard.guard.clip_scope import check_units, checked_limit
@@ -223,8 +224,9 @@ class GuardConfig:
 
         Raises:
             FileNotFoundError, IsADirectoryError: There is no such file.
-            TypeError, ValueError: The file has another suffix, cannot be parsed, or has an invalid
-                setting.
+            TypeError, ValueError: The file has another suffix, is larger than 128 KiB, cannot be
+                parsed, or has an invalid setting.
+            OSError: The file cannot be read, or is a pipe or a device.
             ImportError: YAML support is not installed.
         """
         path = Path(path)
@@ -232,7 +234,7 @@ class GuardConfig:
             raise IsADirectoryError(
                 f"{str(path)!r} is a folder; name the file in it, such as guard.toml"
             )
-        text = path.read_text()
+        text = read_text(path)
         try:
             settings = parse(text, path.suffix)
             refuse_empty_sections(cls, settings)
@@ -364,5 +366,6 @@ class GuardConfig:
         for pattern in self.groups:
             if pattern not in used:
                 near = nearest(pattern, names.values())
-                raise ValueError(f"groups.{pattern} matches no parameter of the optimizer{near}")
+                name = shown(pattern, 200, str)
+                raise ValueError(f"groups.{name} matches no parameter of the optimizer{near}")
         return split

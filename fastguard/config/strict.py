@@ -12,15 +12,21 @@ import tomllib
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from fastguard.errors import nearest
 from fastguard.errors.checked_numbers import number_of
 from fastguard.errors.plain_text import shown
+from fastguard.records.regular_files import open_regular
 from fastguard.stages.spike_rules import SpikeRule, Threshold
 
 WITH_EXPONENT = re.compile(r"[-+]?[\d.]+e[-+]?\d+", re.IGNORECASE)
 YAML_TEXT = "; YAML reads it as text: write it with a point and a sign, as 1.0e-6"
+
+_LARGEST = 1 << 17  # bytes; PyYAML takes 20 µs for a value of two bytes
+_MOST_DOTS = 1000  # in a line; the time that tomllib takes for `a.a.a = 1` is quadratic in them
+_TOO_DEEP = "it is nested too deeply for a configuration"
 
 T = TypeVar("T")
 
@@ -39,11 +45,30 @@ def parse(text: str, suffix: str) -> Any:
     try:
         return _parse(text, suffix)
     except RecursionError:
-        raise ValueError("it is nested too deeply for a configuration") from None
+        raise ValueError(_TOO_DEEP) from None
+
+
+def read_text(path: Path) -> str:
+    """Returns the text of a configuration file, in UTF-8.
+
+    Raises:
+        ValueError: It is not text in UTF-8, or too large for a configuration.
+        OSError: It cannot be read, or is a pipe or a device.
+    """
+    with open_regular(path) as file:
+        raw = file.read(_LARGEST + 1)
+    if len(raw) > _LARGEST:
+        raise ValueError(f"{path} is larger than {_LARGEST:,} bytes, too large for a configuration")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: byte {error.start} is invalid") from None
 
 
 def _parse(text: str, suffix: str) -> Any:
     if suffix == ".toml":
+        if max(line.count(".") for line in text.split("\n")) > _MOST_DOTS:
+            raise ValueError(_TOO_DEEP)
         return tomllib.loads(text)
     if suffix not in (".yaml", ".yml"):
         raise ValueError(f"a configuration file must end in .toml, .yaml or .yml, not {suffix!r}")
@@ -53,11 +78,26 @@ def _parse(text: str, suffix: str) -> Any:
         raise ImportError(
             "YAML support is not installed; run: pip install 'torch-fastguard[yaml]', or use TOML"
         ) from error
+
+
+    class Loader(yaml.SafeLoader):
+        def flatten_mapping(self, node: Any) -> None:
+            """Merges `<<`, keeping one value of each key.
+
+            PyYAML keeps them all until the mapping is built: merging ten copies of ten copies, and
+            so on, would take any memory.
+            """
+            super().flatten_mapping(node)
+            last = {(k.tag, k.value) if k.id == "scalar" else k: (k, v) for k, v in node.value}
+            node.value = list(last.values())
+
     try:
-        _refuse_repeated_keys(yaml.compose(text, Loader=yaml.SafeLoader))
-        return yaml.safe_load(text) or {}
+        loader = Loader(text)
+        root = loader.get_single_node()
+        _refuse_repeated_keys(root)
+        return loader.construct_document(root) or {} if root is not None else {}
     except yaml.YAMLError as error:
-        raise ValueError(f"not valid YAML: {error}") from None
+        raise ValueError(f"not valid YAML: {shown(error, 500, str)}") from None
 
 
 def _refuse_repeated_keys(root: Any) -> None:
@@ -84,7 +124,7 @@ def _refuse_repeated_keys(root: Any) -> None:
             lines[name] = line
             if first is not None:
                 raise ValueError(
-                    f"{key.value!r} appears twice, in lines {first} and {line}; YAML would keep "
+                    f"{shown(key.value)} appears twice, in lines {first} and {line}; YAML would keep "
                     "only the last one: merge them into one"
                 )
 
@@ -217,4 +257,5 @@ def _container_of(hint: Any) -> type | None:
 
 
 def _join(path: str, key: object) -> str:
-    return f"{path}.{key}" if path else str(key)
+    name = shown(key, 200, str)
+    return f"{path}.{name}" if path else name

@@ -6,6 +6,8 @@ import dataclasses
 import inspect
 import json
 import math
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -508,3 +510,49 @@ def test_the_header_of_the_records_is_configured(tmp_path):
     opt.step()
     header = json.loads(path.read_text().splitlines()[0])
     assert (header["name"], header["host"]) == ("gpt-small", None)
+
+
+BOMBS = {
+    "merges of merges.yaml": "a0: &a0 {k: 1}\n"
+    + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 30)),
+    "lists of lists.yaml": "guard:\n  max_norm: 1.0\nschedule: &a0 [1, 1]\n"
+    + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 30)),
+    "large.yaml": "x: [" + "1," * 100_000 + "1]",
+    "large.toml": "x = [" + "1," * 100_000 + "1]",
+    "dots.toml": ".".join("a" * 20_000) + " = 1",
+    "not utf-8.toml": b'[guard]\nnonfinite = "sk\xef"\n',
+    "escapes.toml": '["gu\\u001b[2Jard\\nok   guard.toml"]\n',
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_file_made_to_be_slow_or_misread_is_an_error(name: str, tmp_path: Path) -> None:
+    require("yaml")
+    raw = BOMBS[name]
+    (tmp_path / name).write_bytes(raw if isinstance(raw, bytes) else raw.encode())
+    begun = time.process_time()
+    with pytest.raises((TypeError, ValueError), match=name) as caught:
+        GuardConfig.from_file(tmp_path / name)
+    assert str(caught.value).isprintable()
+    assert time.process_time() - begun < 5
+
+
+@pytest.mark.parametrize("suffix", ["toml", "yaml"])
+def test_a_pipe_or_a_device_is_an_error(suffix: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / f"pipe.{suffix}")
+    (tmp_path / f"zero.{suffix}").symlink_to("/dev/zero")
+    for name in ("pipe", "zero"):
+        with pytest.raises(OSError, match="not a regular file"):
+            GuardConfig.from_file(tmp_path / f"{name}.{suffix}")
+
+
+def test_merges_keep_their_meaning_and_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
+    yaml = require("yaml")
+    path = tmp_path / "guard.yaml"
+    text = (
+        "spike:\n  loss: &a {window: 9, sigma: 3.0, warmup: 4}\n  a: &b {sigma: 4.0, warmup: 5}\n"
+        "  b: {<<: [*a, *b], window: 8}\n  c: {window: 7, <<: *a}\n"
+    )
+    path.write_text("\ufeff" + text, encoding="utf-8")
+    assert GuardConfig.from_file(path) == GuardConfig.from_dict(yaml.safe_load(text))
+    assert GuardConfig.from_file(path).spike["b"] == SpikeRule(window=8, sigma=3.0, warmup=4)
