@@ -79,7 +79,6 @@ def _parse(text: str, suffix: str) -> Any:
             "YAML support is not installed; run: pip install 'torch-fastguard[yaml]', or use TOML"
         ) from error
 
-
     class Loader(yaml.SafeLoader):
         def flatten_mapping(self, node: Any) -> None:
             """Merges `<<`, keeping one value of each key.
@@ -124,8 +123,8 @@ def _refuse_repeated_keys(root: Any) -> None:
             lines[name] = line
             if first is not None:
                 raise ValueError(
-                    f"{shown(key.value)} appears twice, in lines {first} and {line}; YAML would keep "
-                    "only the last one: merge them into one"
+                    f"{shown(key.value)} appears twice, in lines {first} and {line}; YAML would "
+                    "keep only the last one: merge them into one"
                 )
 
 

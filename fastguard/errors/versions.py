@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def numbers_of(version: str) -> tuple[int, ...]:
     """Returns the first two numbers of a version: `(2, 13)` for "2.13.0+cpu"."""
-    return tuple(int(n) for n in version.split("+")[0].split(".")[:2] if n.isdigit())
+    return tuple(int(n) for n in version.split("+")[0].split(".")[:2] if n.isdecimal())
 
 
 OLDEST_TORCH = (2, 8)

@@ -34,8 +34,7 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
 _ALIGNMENT = ".storage_alignment"
 _SMALL_RECORDS = frozenset(
-    ["version", ".data/version", ".data/serialization_id"]
-    + ["byteorder", ".format_version", _ALIGNMENT]
+    f"version .data/version .data/serialization_id byteorder .format_version {_ALIGNMENT}".split()
 )
 _SMALL = 1000  # bytes
 

@@ -18,6 +18,7 @@ from fastguard.commands.ckpt.answer import Answer
 from fastguard.commands.terminal import say, text_of
 from fastguard.commands.usage import UsageError
 from fastguard.errors.last_resort import PREFIX
+from fastguard.errors.plain_text import shown
 
 log: logging.Logger = logging.getLogger("fastguard")
 
@@ -75,11 +76,12 @@ def run(path: Path, to: str | None, ignore: Sequence[str], answer: Answer) -> in
 def _rollback_store(path: Path, to: str | None, answer: Answer) -> int:
     which: Which = "last-clean"
     if to is not None:
-        if not to.isdecimal() and to not in ("last", "last-clean", "best"):
+        is_step = to.isdecimal() and len(to) <= 18
+        if not is_step and to not in ("last", "last-clean", "best"):
             raise UsageError(
-                f"--to {to!r} is not a checkpoint of a store; use a step, best or last-clean"
+                f"--to {shown(to)} is not a checkpoint of a store; use a step, best or last-clean"
             )
-        which = int(to) if to.isdecimal() else to  # type: ignore[assignment]
+        which = int(to) if is_step else to  # type: ignore[assignment]
     with CheckpointStore(path) as store:
         before = store.list()
         with _rollback_unlogged():

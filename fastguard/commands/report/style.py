@@ -58,8 +58,11 @@ def in_natural_order(names: Sequence[str]) -> list[str]:
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
-    parts = re.split(r"(\d+)", name)
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
+    parts = _NUMBER.split(name)  # every second part is a number
+    return [(i % 2 > 0, int(part) if i % 2 else 0, part) for i, part in enumerate(parts)]
+
+
+_NUMBER = re.compile(r"([0-9]{1,18})")
 
 
 def show_layers(figure: go.Figure, layers: Sequence[str], i: int) -> None:

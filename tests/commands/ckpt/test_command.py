@@ -219,6 +219,7 @@ def test_a_store_in_use_can_be_listed_but_not_rolled_back(store, capsys):
         (["rollback", "empty"], 2, "holds no checkpoints"),
         (["rollback", "."], 2, "holds no checkpoints itself; these subfolders do: run"),
         (["rollback", "run", "--to", "worst"], 2, "--to 'worst' is not a checkpoint of a store"),
+        (["rollback", "run", "--to", "9" * 5000], 2, "999… is not a checkpoint of a store"),
         (["rollback", "run", "--to", "7"], 1, "has no checkpoint 7; its steps are 0, 100, 200"),
         (["rollback", "run", "--to", "200"], 1, "cannot roll back to"),
         (["verify", "run/text.pt"], 1, ""),

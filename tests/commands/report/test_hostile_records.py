@@ -39,7 +39,19 @@ TEXTS = {
     "lines": "a\nfastguard report: fine\r\u2028b",
     "override": "\u202egnihton",
     "no utf-8": "\udce9\udcff",
+    "digits": "a\u00b23.\u2460.\u0663.\u0968",
 }
+
+
+def header(text: str) -> dict[str, Any]:
+    """A header with this text in every text field."""
+    fields = ("fastguard", "name", "python", "torch", "triton", "host", "device")
+    return {
+        "kind": "header",
+        "time": 1.5e9,
+        "guards": [text, f"b {text}"],
+        **dict.fromkeys(fields, text),
+    }
 
 
 def rows(text: str) -> list[dict[str, Any]]:
@@ -61,6 +73,9 @@ def rows(text: str) -> list[dict[str, Any]]:
         if step % 10 == 5:
             row |= {"reason": "nonfinite_loss", "action": "skipped", "tag": {text: [text]}}
             row |= {"losses": {text: "NaN", "c": 1.0}}
+        if step % 10 == 3:
+            layers = {text: 1.0 + step, f"e.{text}.w": 2.0, "e.10.w": 1.0}
+            row |= {"watch": {"tensor_norms": layers, "update_ratio": layers}}
         found.append(row)
     return [*found, *found[:14]]  # the step number goes back
 
@@ -94,7 +109,7 @@ class Page(HTMLParser):
 
 
 def page_of(text: str) -> str:
-    summary = summarise([Block(rows(text), 0, 0)])
+    summary = summarise([Block(rows(text), 0, 0, [header(text)])])
     return render(f"{text}.jsonl", summary, judge(summary))
 
 
@@ -130,8 +145,10 @@ def test_the_output_of_the_command_is_printable(
 ) -> None:
     folder = tmp_path / text.replace("/", "_")
     folder.mkdir()
-    (folder / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(text)))
+    lines = [header(text), *rows(text)]
+    (folder / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert main(["report", str(folder)]) == 0
+    assert main(["monitor", "--once", str(folder)]) == 1
     printed = capsys.readouterr()
     for line in (printed.out + printed.err).split("\n"):
         assert line.isprintable()

@@ -1,4 +1,4 @@
-"""Slightly corrupted stores, archives and manifests, reproducible from a seed."""
+"""Slightly corrupted stores, archives, manifests and text files, reproducible from a seed."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ import torch
 
 from fastguard import CheckpointStore
 from fastguard.checkpoints import manifest
+from guardtest.fuzz_text import (
+    ODD,
+    changed_config,
+    changed_index,
+    changed_json,
+    changed_steps,
+    write_text_bases,
+)
 
-ODD = [
-    "../victim", "/etc/passwd", "", ".", "..", "link", "step-000000001.000001.pt", "\x1b[2J", "a\0",
-    None, True, -1, 0, 1, 2**31, 2**63, 2**64, 10**400, 1.5, float("inf"), float("nan"), [], {},
-    [[[[]]]], {"a": {}}, ["x"] * 1000, "9" * 6000, "nan", b"raw".decode(), "\ud800",
-]  # fmt: skip
 NUMBERS = [0, 1, 2, 7, 8, 255, 256, 0x7FFF, 0xFFFF, 2**31 - 1, 2**32 - 1, 2**40, 2**63, 2**64 - 1]
 NAMES = [
     b"os\nsystem", b"builtins\neval", b"posix\nmkdir", b"subprocess\nPopen", b"torch\nSize",
@@ -64,6 +67,8 @@ def make_bases(folder: Path) -> None:
     torch.save(tree, folder / "zip.pt")
     torch.save(tree, folder / "legacy.pt", _use_new_zipfile_serialization=False)
     torch.save(model.state_dict(), folder / "plain.pt")
+    torch.save(model.state_dict(), folder / "old.pt", _use_new_zipfile_serialization=False)
+    write_text_bases(folder)
     write_safetensors(folder / "x.safetensors", *safetensors_parts())
     with CheckpointStore(folder / "store", keep=5) as store:
         for step in range(1, 5):
@@ -155,16 +160,43 @@ def rewrite(path: Path, records: list[tuple[str, bytes]], method: int = zipfile.
 
 
 def changed_pickle(rng: random.Random, folder: Path) -> Path:
-    """Moves or repeats opcodes of an archive's pickle, or changes their arguments."""
-    path = folder / rng.choice(["zip.pt", "plain.pt"])
-    with zipfile.ZipFile(path) as archive:
-        records = {name: archive.read(name) for name in archive.namelist()}
-    (name,) = [n for n in records if n.endswith("/data.pkl")]
-    places = [at for _, _, at in pickletools.genops(records[name])] + [len(records[name])]
-    steps = [records[name][a:b] for a, b in itertools.pairwise(places)]
+    """Moves or repeats opcodes of a pickle, or changes their arguments."""
+    paths = [folder / name for name in ("zip.pt", "plain.pt", "plain.pt", "old.pt", "old.pt")]
+    paths += [*sorted(folder.rglob(".metadata")), *sorted(folder.rglob("step-*.pt"))]
+    path = rng.choice(paths)
+    raw = path.read_bytes()
+    if raw[:2] != b"PK":
+        path.write_bytes(_changed_opcodes(rng, raw, first=3 if path.name == "old.pt" else 0))
+    else:
+        with zipfile.ZipFile(path) as archive:
+            records = {name: archive.read(name) for name in archive.namelist()}
+        (name,) = [n for n in records if n.endswith("/data.pkl")]
+        records[name] = _changed_opcodes(rng, records[name])
+        rewrite(path, list(records.items()))
+    return _unlisted(rng, path)
+
+
+def _unlisted(rng: random.Random, path: Path) -> Path:
+    """Removes the manifest of a store, which is then built from the changed file as well."""
+    store = path.parent.parent if path.parent.suffix else path.parent
+    if rng.random() < 0.8:
+        (store / "manifest.json").unlink(missing_ok=True)
+    return path
+
+
+def _changed_opcodes(rng: random.Random, raw: bytes, first: int = 0) -> bytes:
+    """Changes a stream of pickles, but not the `first` ones and not what follows them."""
+    begin = io.BytesIO(raw)
+    for _ in range(first):
+        list(pickletools.genops(begin))
+    start = begin.tell()
+    places = [at for _, _, at in pickletools.genops(begin)]
+    end = begin.tell()
+    places = [at - places[0] + start for at in places] + [end]
+    steps = [raw[a:b] for a, b in itertools.pairwise(places)]
     for _ in range(rng.choice([1, 1, 2, 4])):
         i, j = rng.randrange(1, len(steps)), rng.randrange(1, len(steps))
-        kind = rng.randrange(7)
+        kind = rng.randrange(8)
         if kind == 0:
             del steps[i]
         elif kind == 1:
@@ -178,11 +210,28 @@ def changed_pickle(rng: random.Random, folder: Path) -> Path:
         elif kind == 5:
             number = rng.choice(NUMBERS)
             steps[i] = b"\x8a\x09" + number.to_bytes(9, "little")
+        elif kind == 6:
+            steps[i], steps[j] = steps[j], steps[i]
         else:
             steps[i] = rng.choice([b"r" + struct.pack("<I", 2**31), b"R", b"b", b"Q", b"0", b"2"])
-    records[name] = b"".join(steps)
-    rewrite(path, list(records.items()))
-    return path
+    return raw[:start] + b"".join(steps) + raw[end:]
+
+
+def changed_directory(rng: random.Random, folder: Path) -> Path:
+    """Changes numbers in the headers and the directory of an archive."""
+    path = rng.choice(
+        [folder / "plain.pt", *sorted(folder.rglob("step-*.pt")), *sorted(folder.rglob("*.distcp"))]
+    )
+    raw = bytearray(path.read_bytes())
+    marks = [b"PK\1\2", b"PK\3\4", b"PK\5\6", b"PK\6\6", b"PK\6\7", b"PK\7\x08"]
+    places = [i for i in range(len(raw) - 4) if raw[i : i + 4] in marks]
+    for _ in range(rng.choice([1, 1, 2])):
+        at, size = rng.choice(places) + 4 + rng.randrange(48), rng.choice([1, 2, 4, 8])
+        now = int.from_bytes(raw[at : at + size], "little")
+        new = rng.choice([now + 1, now - 1, now * 2, now ^ (1 << rng.randrange(16)), *NUMBERS])
+        raw[at : at + size] = (new % 2 ** (8 * size)).to_bytes(size, "little")
+    path.write_bytes(raw)
+    return _unlisted(rng, path)
 
 
 def planted_call(rng: random.Random, folder: Path) -> Path:
@@ -241,15 +290,7 @@ def changed_header(rng: random.Random, folder: Path) -> Path:
     path = folder / "x.safetensors"
     header, data = safetensors_parts()
     for _ in range(rng.choice([1, 1, 2])):
-        holder: Any = header if rng.random() < 0.3 else rng.choice(list(header.values()))
-        if not isinstance(holder, dict) or not holder:
-            continue
-        key = rng.choice(list(holder))
-        value = holder[key]
-        if isinstance(value, list) and value and rng.random() < 0.7:
-            value[rng.randrange(len(value))] = rng.choice([*NUMBERS, *ODD])
-        else:
-            holder[key] = rng.choice(ODD)
+        header = changed_json(rng, header)
     try:
         write_safetensors(path, header, data + bytes(rng.choice([0, 0, 0, 8])))
     except ValueError:
@@ -281,8 +322,10 @@ def special_file(rng: random.Random, folder: Path) -> Path:
 
 
 CHANGES: list[Change] = [
-    changed_bytes, changed_bytes, changed_records, changed_pickle, changed_pickle, planted_call,
-    changed_manifest, changed_manifest, changed_header, special_file,
+    changed_bytes, changed_bytes, changed_records, changed_directory, changed_directory,
+    changed_pickle, changed_pickle, changed_pickle, planted_call, changed_manifest,
+    changed_manifest, changed_header, changed_header, changed_index, changed_steps, changed_steps,
+    changed_config, special_file,
 ]  # fmt: skip
 
 
@@ -297,6 +340,8 @@ def make_case(seed: int, bases: Path, folder: Path) -> tuple[str, Path]:
     change = rng.choice(CHANGES)
     changed = change(rng, folder)
     kept = {changed.relative_to(folder).parts[0].removeprefix(".tmp-"), "plain.pt"}
+    if changed.suffix == ".json":
+        kept.add("x.safetensors")
     for other in sorted(bases.iterdir()):
         if other.name not in kept and other.is_dir():
             shutil.rmtree(folder / other.name)
