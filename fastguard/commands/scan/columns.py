@@ -22,7 +22,7 @@ KINDS = (_EPOCH, _BATCH, _STEP)
 NAMED_BY = ("key", "metric", "name", "tag", "variable", "metric_name")
 """Columns that contain the name of the metric in the column `value`."""
 
-_INTEGER = re.compile(r"\d{1,15}(?:\.0{0,9})?")
+_INTEGER = re.compile(r"\d{1,15}(?:\.0{0,9})?|\d\.\d{1,20}e\+?0\d")  # 1.20e+02, of numpy
 _NUMBER = re.compile(r"\d{1,15}(?:\.\d{0,20})?")
 
 
@@ -34,6 +34,7 @@ def is_place(name: str) -> bool:
 @lru_cache(1024)
 def kind_of(name: str) -> re.Pattern[str] | None:
     """The pattern in `KINDS` that matches a name, or None."""
+    name = name.strip().replace(" ", "_")
     return next((pattern for pattern in (_EPOCH, _STEP, _BATCH) if pattern.fullmatch(name)), None)
 
 

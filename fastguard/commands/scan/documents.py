@@ -1,8 +1,12 @@
-"""Single-document JSON logs: `trainer_state.json` of Transformers, lists of metrics, histories.
+"""JSON logs that are not one object per line.
+
+`trainer_state.json` of Transformers, lists of metrics, histories, and sequences of objects, which
+may be indented, separated by commas, or in a list that is still being written.
 
 {"log_history": [{"epoch": 0.1, "loss": NaN, "step": 6}, ...], "best_metric": null, ...}
 [{"step": 6, "loss": NaN}, ...]
 {"loss": [2.3, NaN], "val_loss": [2.2, NaN]}
+{"step": 6, "loss": NaN}, {"step": 7, "loss": 0.5}
 """
 
 from __future__ import annotations
@@ -23,10 +27,10 @@ LIMIT = 32 << 20
 LONG = 1 << 16
 """A first line of at least this many bytes is assumed to begin a document."""
 
-_BEGIN = re.compile(rb"\s*(?:\{\s*\"|\[\s*(?:\{|\]))")
+_BEGIN = re.compile(rb"[\s\x1e]*(?:\{\s*\"|\[\s*(?:\{|\]))")
 _DECODER = json.JSONDecoder()
 _LIST = re.compile(r"\s*:\s*\[(?=\s*\{)")  # a list of objects
-_SPACE = re.compile(r"[\s,]*")
+_SPACE = re.compile(r"[\s,\x1e]*")
 TOGETHER, ROWS = 512, 4096
 """Maximum number of objects, and of rows of lists, that are yielded together."""
 
@@ -63,7 +67,7 @@ def may_begin(data: bytes) -> bool:
     if not _BEGIN.match(data):
         return False
     first, _, rest = data.lstrip().partition(b"\n")
-    if first.rstrip().endswith(b"}") and rest.lstrip().startswith(b"{"):
+    if first.startswith(b'{"') and first.rstrip().endswith(b"}") and rest.startswith(b'{"'):
         return False
     if len(first) >= LONG:
         return True
@@ -71,11 +75,15 @@ def may_begin(data: bytes) -> bool:
         whole = json.loads(first)
     except (ValueError, RecursionError):
         return True
-    return isinstance(whole, list) or any(map(_is_list, whole.values()))
+    return isinstance(whole, list) or rest.lstrip()[:1] == b"{" or _holds_lists(whole)
 
 
-def read_document(data: bytes) -> tuple[Iterator[Batch], int]:
-    """Returns the objects in a document, and the offset of its end.
+def read_document(data: bytes, *, whole: bool) -> tuple[Iterator[Batch], int]:
+    """Returns the objects in a document or a sequence of objects, and the offset of its end.
+
+    Args:
+        data: The beginning of the log.
+        whole: Whether it is the whole log; only then is a sequence read.
 
     Raises:
         NoDocumentError: The data is not a document, or is incomplete.
@@ -86,20 +94,52 @@ def read_document(data: bytes) -> tuple[Iterator[Batch], int]:
         raise NoDocumentError(cut_short=error.end >= len(data)) from None
     if (value := parse_finite(data)) is not None:
         return _together(_batches(text.rstrip(), value)), len(data.rstrip())
-    begin = len(text) - len(text.lstrip())
+    begin = _after_space(text, 0)
     try:
         value, end = _DECODER.raw_decode(text, begin)
     except RecursionError:
         raise NoDocumentError(cut_short=False) from None
     except ValueError as error:
         at = getattr(error, "pos", 0)
-        unended = "Unterminated string" in str(error)
-        raise NoDocumentError(cut_short=unended or len(text) - at < 32) from None
+        cut_short = "Unterminated string" in str(error) or len(text) - at < 32
+        if not (whole and cut_short and text.startswith("[", begin)):
+            raise NoDocumentError(cut_short=cut_short) from None
+        return _sequence(text, begin + 1)
+    if isinstance(value, dict) and text.startswith("{", _after_space(text, end)):
+        if not whole:
+            raise NoDocumentError(cut_short=True)
+        return _sequence(text, begin)
     return _together(_batches(text[:end], value)), len(text[:end].encode())
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict | float | int)
+def _sequence(text: str, at: int) -> tuple[Iterator[Batch], int]:
+    """The consecutive objects from `at` on, and the offset of their end in bytes."""
+    numbers: list[int] = []
+    values: list[Any] = []
+    number, begin = 1 + text.count("\n", 0, at), at
+    while text.startswith("{", after := _after_space(text, at)):
+        number += text.count("\n", begin, after)
+        begin = after
+        try:
+            value, at = _DECODER.raw_decode(text, begin)
+        except (ValueError, RecursionError):
+            break
+        numbers.append(number)
+        values.append(value)
+    if not values:
+        raise NoDocumentError(cut_short=False)
+    return _together(iter([(numbers, values)])), len(text[:at].encode())
+
+
+def _after_space(text: str, at: int) -> int:
+    space = _SPACE.match(text, at)
+    assert space is not None  # the pattern also matches the empty string
+    return space.end()
+
+
+def _holds_lists(value: dict[str, Any]) -> bool:
+    values = [inner for _, inner in _one_level(value)]
+    return any(isinstance(v, list) and v and isinstance(v[0], dict | float | int) for v in values)
 
 
 def _batches(text: str, value: Any) -> Iterator[Batch]:
@@ -136,7 +176,9 @@ def _batches(text: str, value: Any) -> Iterator[Batch]:
         else:
             rest[name] = inner
     yield from _rows(columns)
-    if rest and not columns and not has_objects:
+    if columns or has_objects:  # the rest describes the run, unless it holds lists
+        rest = {name: inner for name, inner in rest.items() if isinstance(inner, list) and inner}
+    if rest:
         yield [1], [rest]
 
 
@@ -244,8 +286,7 @@ class _Lines:
     def _one_by_one(self, at: int, values: list[Any]) -> list[int]:
         numbers = []
         for value in values:
-            space = _SPACE.match(self._text, at)
-            begin = space.end() if space else at
+            begin = _after_space(self._text, at)
             try:
                 at = _DECODER.raw_decode(self._text, begin)[1]
             except ValueError:  # the list was not found in the text

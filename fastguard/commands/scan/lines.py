@@ -21,6 +21,8 @@ LONGEST = 1 << 16
 # Colors, cursor movements, window titles: ECMA-48 and two-byte control sequences.
 _ANSI = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\r\n]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 
+_INFINITY_SIGN = "\u221e".encode()
+
 _BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
@@ -43,7 +45,7 @@ class Block(NamedTuple):
     Attributes:
         number: Number of the first line.
         data: The bytes without control sequences, UTF-8 if the log is; line feeds and carriage
-            returns are kept.
+            returns are kept. The infinity sign is written as "inf".
     """
 
     number: int
@@ -94,7 +96,8 @@ def read_blocks(file: BinaryIO) -> Iterator[Block]:
 
 
 def _block(number: int, data: bytes) -> Block:
-    return Block(number, _ANSI.sub(b"", data) if b"\x1b" in data else data)
+    data = _ANSI.sub(b"", data) if b"\x1b" in data else data
+    return Block(number, data.replace(_INFINITY_SIGN, b"inf"))
 
 
 def _cut(line: bytes) -> int:

@@ -7,6 +7,7 @@ is "Cost".
 from __future__ import annotations
 
 import re
+from unicodedata import category
 
 from fastguard.commands.scan.spellings import TOKEN
 from fastguard.commands.scan.vocabulary import LEVEL, is_metric
@@ -18,12 +19,13 @@ CLAUSE = re.compile(r"[,;，；、|｜│┃║\[\]{}<>!?]|\.\s|[:=：＝]|\s-{1
 
 _BESIDE = re.compile(r"\s(?:before|after|pre|post)[ -]?clip(?:ping)?$", re.IGNORECASE)
 _MARKUP = re.compile(r"<([^<>]*)>$")
-_INDEX = re.compile(r"(?:\[[\w,. ]{0,20}\]|\])+$")  # loss[3]: nan
+_INDEX = re.compile(r"(?:\[[\w,. ]{0,20}\]|\]|(?<=\w)\{[^{}]{0,80}\})+$")  # loss[3]: nan
+_FILE = re.compile(r".*\.(?:ckpt|pt|pth|bin|safetensors|h5|pkl|npz|py)", re.IGNORECASE)
 PLACES = frozenset(
     "after at in on for of from during over until by per this that "
     "the a an each every epoch epochs ep step steps iter iters iteration iterations it "
     "and batch batches minibatch update updates round rounds # @ no number t samples sample "
-    "examples images tokens so far now".split()
+    "examples images tokens episode episodes last so far now".split()
 )
 _STOPS = PLACES | frozenset(
     "is was are were be been and or with to our your its current has have had got getting "
@@ -64,7 +66,11 @@ def name_in(stem: str, *, separated: bool) -> str | None:
 
 
 def _balanced(name: str) -> str:
-    """Removes unmatched parentheses from a name."""
+    """Removes unmatched parentheses and pictographs from a name."""
+    while name and category(name[0]) == "So":
+        name = name[1:].lstrip()
+    while name and category(name[-1]) == "So":
+        name = name[:-1].rstrip()
     if name.count("(") == name.count(")"):
         return name
     return name.partition("(")[0].strip() or name.strip("()")
@@ -104,6 +110,7 @@ def _is_attribute(word: str) -> bool:
     return (
         re.fullmatch(r"[^\W\d][\w./@-]*", word) is not None
         and word.lower() not in _STOPS
+        and not _FILE.fullmatch(word)
         and not LEVEL.match(word)
         and not word.lower().endswith(("ing", "ed"))
     ) or word.lower() in ("training", "combined", "weighted", "smoothed", "unscaled", "scaled")

@@ -56,7 +56,7 @@ _CALL = re.compile(r"\b[A-Za-z_][\w.]{0,60}\((?=[^()]{0,300}=)[^()]{0,2000}\)?")
 _NAMES = re.compile(r"(\w+)['\"]?\s?[=:]")
 _NOT_NOW = re.compile(
     r"(?:best|last|max|maximum|total|num|number of|warmup|warm-up|every|per|previous|prev|until"
-    r"|since|target|patience|min|max)[\s_]?$",
+    r"|since|from|target|patience|min|max)[\s_]?$",
     re.IGNORECASE,
 )
 _IN_FILE_NAME = re.compile(r"[-\w.=]{0,60}\.(?:ckpt|pt|pth|bin|safetensors|h5|pkl|npz)\b")

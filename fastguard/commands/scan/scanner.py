@@ -124,7 +124,7 @@ class _Scanner:
             NoDocumentError: They are not a document; `parts` then has the blocks that were read.
         """
         try:
-            return self._take_document(parts[0].data)
+            return self._take_document(parts[0].data, whole=False)
         except documents.NoDocumentError as error:
             if not error.cut_short:
                 raise
@@ -134,9 +134,9 @@ class _Scanner:
             size += len(block.data)
             if size > documents.LIMIT:
                 break
-        if len(parts) == 1 or size > documents.LIMIT:
+        if size > documents.LIMIT:
             raise documents.NoDocumentError(cut_short=True)
-        return self._take_document(b"".join(part.data for part in parts))
+        return self._take_document(b"".join(part.data for part in parts), whole=True)
 
     def take(self, block: Block) -> None:
         """Reads the lines of a block."""
@@ -269,13 +269,13 @@ class _Scanner:
         measured = stretch is not None and any(name == tag for name, _ in stretch.values)
         self._findings.data(number, Reading(TENSORBOARD, place, (), measured, None, numbers), "")
 
-    def _take_document(self, data: bytes) -> Block:
+    def _take_document(self, data: bytes, *, whole: bool) -> Block:
         """Reads a JSON document, and returns the text after it.
 
         Raises:
             NoDocumentError: The data does not begin with a whole document.
         """
-        batches, end = documents.read_document(data)
+        batches, end = documents.read_document(data, whole=whole)
         text = data[:end]
         self._budget.earn(end)
         for numbers, objects in batches:

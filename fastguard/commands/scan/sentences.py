@@ -76,6 +76,13 @@ _PASSIVE = r"(?:found|detected|encountered|produced|generated|returned|occurred|
 _WAS = r"(?:was |were |is |are |has been |have been )?"
 _KINDS = r"(?: (?:values?|elements?|entries|numbers?))?"
 
+# "has_nan: True", "is_finite=False". With spaces around "=", it is source code.
+_FLAG = (
+    r"(?:\b|_)(?:(?:has|is|any|contains?)[ _]?(?P<value>nan|inf)s?['\"]?(?:=|:\s{0,9})"
+    r"(?:true|yes)\b"
+    r"|(?:is|all|loss|grads?|gradients?)[ _]?(?P<finite>finite)['\"]?(?:=|:\s{0,9})(?:false|no)\b)"
+)
+
 # Quantifiers are bounded to limit the time per line.
 _SENTENCES = tuple(
     re.compile(pattern, re.IGNORECASE)
@@ -83,6 +90,7 @@ _SENTENCES = tuple(
         rf"function '(?P<name>\w{{1,80}})' returned {_EITHER} values?\b",
         rf"invalid (?:value )?{_EITHER} (?:value )?encountered in (?:the )?"
         r"(?P<name>[\w.()\[\]-]{1,60})",
+        r"\b(?P<value>invalid value) encountered in (?P<name>[\w.()\[\]-]{1,60})",
         r"\binvalid (?P<name>loss), terminating training",
         r"\b(?:minimum (?P<name>loss scale) reached|(?P<other>loss scale) already at minimum)",
         rf"\bcannot convert float {_EITHER} to integer",
@@ -106,11 +114,16 @@ _SENTENCES = tuple(
         r"(?:skipp|stopp|end|abort|terminat|exit|restart|roll|recover)ing\b",
         rf"(?:^|[:\]!-]\s{{1,3}}){_EITHER}(?: values?)? in (?:the )?{_SUBJECT}\b",
         rf"(?:^|[:\]!-]\s{{1,3}}){_EITHER} {_SUBJECT} (?:in|at|on) (?:the\b|layers?\b|\d)",
-        rf"\b{_SUBJECT}[`'\"]? (?:is|are|was|were|became) (?P<value>not (?:an? )?"
+        rf"\b{_SUBJECT}[`'\"]? (?:(?:is|are|was|were|became) )?(?P<value>not (?:an? )?"
         r"(?:finite(?: number)?|number))\b",
         rf"\b{_EITHER}{_KINDS} {_WAS}{_PASSIVE} (?:in|on|at|for|by|during) {_PLACE}",
         rf"\b{_EITHER}{_KINDS} {_WAS}{_PASSIVE}(?=\s*(?:[.!,:;]|$))",
-        rf"\w(?:error|exception):.{{0,120}}?\b(?:contains?|contain|had) (?:an? )?{_EITHER}",
+        rf"^\W*{_EITHER} {_SUBJECT}\W*$",
+        r"\b(?:skipp|dropp|discard|ignor)\w{2,4} [1-9]\d{0,9} \w{1,20} (?:with|due to) "
+        rf"{_EITHER} {_SUBJECT}",
+        _FLAG,
+        rf"\w(?:error|exception):.{{0,120}}?\b(?:contains?|contain|had|produced|returned) (?:an? )?"
+        rf"{_EITHER}",
     )
 )
 COUNT = re.compile(
@@ -131,8 +144,9 @@ _ERROR = _SENTENCES[-1]
 _VERBS = re.compile(
     "found|detected|encountered|occurred|return|generated|produced|contain|there|due|turned|became"
     "|become|went|exploded|during|convert|invalid|unexpected|summary|reached|already|num|count"
-    "|samples|skipped|iterations|observed|gave|diverged|ing| is| was| are| were| has| have| had"
-    "| got| hit| saw| seen| in | at | on | with "
+    "|samples|skipped|iterations|observed|grads|gradients|steps|elements|losses|batches|updates"
+    "|any|is_|isnan|isinf|finite|^\\W*(?:nan|inf)|has_|observed|gave|diverged|ing| is| was| are"
+    "| were| has| have| had| got| hit| saw| seen| in | at | on | with "
 )
 """Text without any of these words contains no such sentence."""
 
@@ -148,7 +162,8 @@ _DENIED = re.compile(
     re.IGNORECASE,
 )
 _TRIGGER = re.compile(
-    rf"(?<![a-z]){_BAD}(?![a-z])|not finite|not a (?:finite )?number|invalid loss|loss scale",
+    rf"(?<![a-z])(?:is)?{_BAD}(?![a-z])|finite['\"]?[:=]|invalid value enc|not finite"
+    r"|not a (?:finite )?number|invalid loss|loss scale",
     re.IGNORECASE,
 )
 _END = re.compile(r"[.;!]\s|\n")
@@ -192,8 +207,9 @@ def _in_window(text: str, trigger: int) -> Sentence | None:
             groups = match.groupdict()
             name = groups.get("name") or groups.get("other") or ""
             value = groups.get("value") or "non-finite"
-            if value.lower().startswith("not "):
-                value = "nan" if value.lower() == "not a number" else "non-finite"
+            if value.lower().startswith(("not ", "invalid ")):
+                nan = value.lower() in ("not a number", "invalid value")
+                value = "nan" if nan else "non-finite"
             name = name.strip("`'\",.:[] ")
             name = "" if name.lower() in PLACES else name
             name = name if name.count("(") == name.count(")") else name.strip("()")

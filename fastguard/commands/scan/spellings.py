@@ -74,6 +74,7 @@ def may_have(lower: str) -> bool:
         or "finite" in lower
         or "not a number" in lower
         or "invalid loss" in lower
+        or "invalid value encountered" in lower
         or "loss scale" in lower
     )
 

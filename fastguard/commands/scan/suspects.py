@@ -14,6 +14,7 @@ _NEEDLES = (
     b"1.#",
     b"gpu_mem",  # header of an Ultralytics table
     b"invalid loss",
+    b"invalid value enc",
     b"scale reached",
     b"scale already",
 )

@@ -42,10 +42,11 @@ class Value(NamedTuple):
 
 
 _OPENERS = re.compile(
-    r"(?:<tf\.Tensor:[^>]{0,60}numpy=|(?:tensor|array|Array|DeviceArray|NDArray|Parameter|Tensor|"
-    r"Decimal|(?:np\.|torch\.|jnp\.)?float\d*)\(|[\[({<\"'$`*~≈≃]|\s)*$"
+    r"(?:<tf\.Tensor:[^>]{0,60}numpy=|Tensor\(shape=.{0,90}?stop_gradient=\w{4,5},\s|(?:\b[a-z]{1,6}\.)?"
+    r"(?:tensor|array|Array|DeviceArray|NDArray|Parameter|Tensor|Decimal|float\d*)\("
+    r"|[\[({<\"'$`*~≈≃]|\s)*$"
 )
-_SEPARATORS = ":=：＝|｜│┃║¦→⇒"
+_SEPARATORS = ":=：＝|｜│┃║¦→⇒∣∶꞉︓﹕﹦≔▏▕"
 _VERB = re.compile(
     r"\s+(?:is|was|are|were|equals|became|becomes|become|turned|turns|went|goes|diverged|exploded|reached|hit"
     r"|came out)(?:\s+(?:now|to|at|as|already|also|still|currently))?$|[为是は]$",
@@ -55,6 +56,7 @@ _NUMBER_BEFORE = re.compile(
     rf"(?:^|[\s,;|\[(:=/│┃]){NUMBER}[\])]?(?:\s*[,;|｜/│┃±]\s*|\s+|\s*-*=?>\s*|\s*\+/-\s*)?$",
     re.IGNORECASE,
 )
+_BESIDE = re.compile(r"\d\s*(?:\(|±\s?|\+/-\s?)$")
 _LEVEL = "\0level"  # not a name: log level INF, short for INFO
 _DIGITS = str.maketrans("023456789", "111111111")
 _STATISTICS = ("max", "min", "mean", "std", "sum")
@@ -198,7 +200,7 @@ def _name_of_value(before: str, after: str, end: str, token: str) -> str | None:
     if (arrow := _ARROW.search(stem)) and not _NUMBER_BEFORE.search(stem):
         stem = stem[: arrow.start()] + "="
     if stem[-1:] in _SEPARATORS and stem:
-        name = name_in(stem[:-1], separated=True)
+        name = name_in(stem.rstrip(_SEPARATORS + " "), separated=True)
         if _NUMBER_BEFORE.search(stem) and not (name and stem[-1] in ":：=＝" and is_metric(name)):
             name = None
         if name:
@@ -256,11 +258,20 @@ def _among_numbers(before: str, after: str, end: str) -> str | None:
         return ""
     if not _stands_alone(end):
         return None
-    if _NUMBER_BEFORE.search(before.rstrip("([ \t")):
-        return ""
+    if (number := _NUMBER_BEFORE.search(before.rstrip("([ \t"))) is not None:
+        return _beside_number(before, number) or ""
     if re.search(r"[|,;│┃]\s*[\"'\[(]*$", before):
         return _at_start(before, after, end)
     return None
+
+
+def _beside_number(before: str, number: re.Match[str]) -> str | None:
+    """Returns the metric whose mean or deviation follows it: "loss: 0.5 (nan)", "0.5 ± nan"."""
+    if _BESIDE.search(before) is None:
+        return None
+    stem = before[: number.start() + 1].rstrip(_SEPARATORS + " ")
+    name = name_in(stem, separated=True)
+    return name if name and is_metric(name) else None
 
 
 def _at_start(before: str, after: str, end: str) -> str | None:

@@ -24,7 +24,8 @@ _RATES = frozenset(
     "minutes rate power util utilization memory mem gpu cpu watts".split()
 )
 _SETTINGS = frozenset(
-    "missing na policy fill filler default mask masked pad padding ord posinf neginf tol "
+    "missing na fillna ignore city policy fill filler default mask masked pad padding ord posinf "
+    "neginf tol "
     "tolerance low high vmin vmax lang language locale encoding user author name host "
     "hostname path file level lvl dataset seed version id task split severity loglevel "
     "strategy sentinel placeholder".split()
@@ -39,6 +40,10 @@ _BOUNDS_ANYWHERE = frozenset(
 _SIZES = frozenset(
     "top num epochs steps tokens length len size budget interval every warmup horizon "
     "window deadline workers retries attempts depth capacity rounds".split()
+)
+_HYPERPARAMETERS = frozenset(
+    "alpha beta gamma delta kappa lambda rho sigma tau theta temperature cutoff radius margin "
+    "ttl".split()
 )
 _ATTENTION = frozenset("attn attention causal alibi position".split())
 _LOSSES = frozenset("loss losses norm norms grad grads gnorm nll ppl perplexity".split())
@@ -125,6 +130,8 @@ def _is_infinite_bound(words: tuple[str, ...], text: str) -> bool:
     if words[0] in _BOUNDS and words[0] not in ("clip", "clipping"):
         return True
     if not words[-1].endswith("loss") and not _BOUNDS_ANYWHERE.isdisjoint(words):
+        return True
+    if not (_HYPERPARAMETERS.isdisjoint(words) or is_metric(words[-1])):
         return True
     if not _SIZES.isdisjoint(words) and not is_metric(words[-1]):
         return True

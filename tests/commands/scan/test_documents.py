@@ -97,3 +97,53 @@ def test_time_for_one_object_is_linear_in_its_number_of_names() -> None:
         return min(times)
 
     assert seconds(32_000) < 24 * seconds(4_000)
+
+
+ROWS = [{"step": 10 * i, "loss": 0.5 + 0.01 * (i % 3)} for i in range(40)]
+ROWS[25]["loss"] = 30.0
+ROWS[30]["loss"] = math.nan
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("\n".join(json.dumps(row, indent=2) for row in ROWS), 1 + 25 * 4),
+        (",\n".join(json.dumps(row, indent=4) for row in ROWS), 1 + 25 * 4),
+        ("\n\n".join(json.dumps(row, indent="\t") for row in ROWS), 1 + 25 * 5),
+        ("[\n" + ",\n".join(map(json.dumps, ROWS)) + ",\n", 2 + 25),
+        ("[\n" + ",\n".join(map(json.dumps, ROWS)) + ',\n{"step": 40', 2 + 25),
+        ("".join(map(json.dumps, ROWS)), 1),
+        ("".join(f"\x1e{json.dumps(row)}\n" for row in ROWS), 26),
+        ("".join(f"  {json.dumps(row)}\n" for row in ROWS), 26),
+        ("".join(json.dumps(row).replace("{", "{ ") + "\n" for row in ROWS), 26),
+    ],
+    ids="indented commas blank-lines open-list cut-list one-line separators spaces braces".split(),
+)
+def test_sequences_of_objects(text: str, line: int) -> None:
+    found = scan(text)
+    assert found.n_bad == 1 and found.stretches[0].steps == [300]
+    ((series, _),) = found.series
+    assert [(spike.place.step, spike.line) for spike in series.spikes] == [(250, line)]
+
+
+def test_text_after_a_sequence_is_read() -> None:
+    text = "\n".join(json.dumps(row, indent=1) for row in ROWS) + "\nepoch 3 grad norm inf\n"
+    found = scan(text)
+    assert [stretch.first_line for stretch in found.stretches] == [1 + 30 * 4, 1 + 40 * 4]
+
+
+def test_sequence_longer_than_a_block() -> None:
+    text = "".join(json.dumps({"step": i, "loss": 0.5}, indent=1) + "\n" for i in range(40_000))
+    found = scan(text + json.dumps({"step": 40_000, "loss": math.nan}, indent=1))
+    assert found.n_bad == 1 and found.stretches[0].steps == [40_000]
+    assert found.stretches[0].first_line == 160_001
+
+
+def test_lists_beside_columns_are_read() -> None:
+    found = scan(json.dumps({"columns": ["step", "loss"], "data": [[1, 0.5], [2, math.nan]]}))
+    assert found.n_bad == 1
+
+
+def test_history_in_an_object() -> None:
+    found = scan(json.dumps({"history": {"loss": [0.5, math.nan]}, "params": {"epochs": 2}}))
+    assert found.stretches[0].first.epoch == 2

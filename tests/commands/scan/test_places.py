@@ -40,6 +40,11 @@ LAUNCHERS = [
 ]
 
 
+def test_place_that_the_run_started_from_is_not_its_place() -> None:
+    found = scan("resumed from epoch 3, now epoch 7 loss nan")
+    assert found.stretches[0].first == Place(epoch=7)
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launcher_prefixes_are_not_places(launcher: str) -> None:
     (stretch,) = scan(f"{launcher}loss is nan\n").stretches

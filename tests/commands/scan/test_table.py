@@ -107,3 +107,28 @@ def test_note_about_nan_does_not_hide_a_value_in_its_row() -> None:
     (stretch,) = scan_log(io.BytesIO(text.encode())).stretches
     assert (stretch.first.step, stretch.first_line, stretch.dialect) == (2, 3, "table")
     assert [tuple(value) for value in stretch.values] == [("loss", "nan")]
+
+
+def test_decimal_commas_and_numpy_steps_are_numbers() -> None:
+    for form in ("{0};{1}", "{0:.18e};{1:.18e}", "{0}\t{1}"):
+        rows = [(10 * i, 30.0 if i == 25 else 0.5) for i in range(40)]
+        text = "".join(form.format(*row).replace(".", ",") + "\n" for row in rows)
+        head = "step;loss\n".replace(";", "\t" if "\t" in form else ";")
+        ((series, _),) = scan(head + text).series
+        place = series.spikes[0].place
+        assert place.step == 250
+
+
+def test_names_with_spaces_are_places() -> None:
+    found = scan("Global Step,Train Loss\n10,0.5\n20,nan\n")
+    assert found.stretches[0].first == Place(step=20)
+
+
+def test_infinity_sign() -> None:
+    found = scan("step,loss,best_loss\n10,0.5,∞\n20,−∞,∞\n".replace("−", "-"))
+    assert values(found) == {"loss -inf"}
+    assert scan("loss: ∞").n_bad == 1 and not scan("max_norm=∞, best: -∞").n_bad
+
+
+def test_sentence_about_nan_with_commas_is_not_a_header() -> None:
+    assert scan("WARNING: non-finite loss, ending training\n").n_bad == 1
