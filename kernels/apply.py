@@ -6,17 +6,17 @@ I/O: one scalar per program if there is nothing to do; otherwise 2N bytes of the
 multiplier is not 1. Cleaning with multiplier 1 reads N bytes and writes only blocks that contain
 NaN or Inf.
 
-With several segments, the verdict's `changes` ends a launch that has nothing to change. Without it,
-each program would go through its rows with two dependent loads for each, about 13 µs for 5000
-tensors [der].
+With several segments, programs first read the verdict's `changes`, and return if there is nothing
+to change. Otherwise each program would go through its rows of the table with two dependent loads
+per row, about 13 µs for 5000 tensors [der].
 
 The table is processed backwards, since the chunks that measure read last are still in the L2 cache.
 The arithmetic is that of a multiplication in torch: in float32 (float64 for float64), with one
-rounding of the product to the dtype. A multiplier that rounds to 1 writes nothing. NaN and Inf
-multipliers reach every gradient element, but not the zeros between the gradients of a flat bucket
-(0 * NaN is NaN); for them the kernel goes through the pieces of a chunk. It also does so for
-multipliers too small for float32, which are applied in two steps. Non-finite elements are replaced
-by a select, never by a multiplication by 0.
+rounding of the product to the dtype. If a multiplier rounds to 1, nothing is written. A NaN or Inf
+multiplier must be applied to all gradient elements, but not to the zeros between the gradients of a
+flat bucket (0 * NaN is NaN), so the kernel then processes the pieces of a chunk one by one. It does
+the same for multipliers too small for float32, which are applied in two steps. Non-finite elements
+are replaced by a select, never by a multiplication by 0.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ from fastguard.kernels.launch import Launcher, Variant
 from fastguard.kernels.tuning import n_programs
 
 BLOCK_BYTES = 16384  # 256 threads with four 16-byte loads each in flight
-PIECE_SIZE = tl.constexpr(
-    512
-)  # elements per block for NaN, Inf and tiny multipliers, which are rare
+PIECE_SIZE = tl.constexpr(512)  # elements per block for NaN, Inf and tiny multipliers (rare)
 SMALLEST_FACTOR = tl.constexpr(2.0**-100)  # smaller ones are subnormal in float32: two products
 
 
@@ -171,7 +169,7 @@ def apply_chunks(
     if not table.n_chunks:
         return
     one_segment = multiplier.numel() == 1
-    known = changes is not None and not one_segment  # a single multiplier says the same
+    known = changes is not None and not one_segment  # with one segment, its multiplier suffices
     launch = _variant(device, dtype, one_segment, known, clean.dtype)
     layout = table.layout
     tensors = (

@@ -9,8 +9,8 @@ an address divisible by 16, so that every load is 128 bits wide; the few element
 address form a chunk of their own. A *piece* is one tensor within a stretch.
 
 The cut depends on sizes, on the positions of tensors within their stretches, and on the alignment
-of the stretches, but not on their addresses. `Places` holds this information; equal places are cut
-equally.
+of the stretches, but not on their addresses. `Places` holds this information; if it is equal, so is
+the cut.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MIN_CHUNK = (
-    4096  # elements; chunk sizes are multiples of it, so that all chunks but a head stay aligned
-)
+MIN_CHUNK = 4096  # elements; chunk sizes are multiples of it, so that all but the head are aligned
 MAX_CHUNK = 65536
 CHUNK_COST = 1024  # elements that a program could read while waiting for the row of the next chunk
-FEWEST_ROUNDS = 4  # chunks per program, if there are enough elements
+MIN_ROUNDS = 4  # chunks per program, if there are enough elements
 ALIGNMENT = 16  # bytes of one vector load
 
 
@@ -179,26 +177,27 @@ def _pieces_between(
 
 
 def chunk_size(n_elements: int, n_programs: int) -> int:
-    """Returns the number of elements per chunk with which all programs finish together.
+    """Returns the number of elements per chunk for which the programs finish at similar times.
 
     Program k reads chunks k, k + P, and so on. The last round takes as long as the others, even if
     few programs have work in it. For example, 512 MB of fp32 in chunks of 65536 are 5.2 rounds for
-    396 programs, which take the time of 6; in chunks of 57344 they are 5.9 rounds. That a round
-    costs its elements plus `CHUNK_COST` is a prediction, not confirmed on a card.
+    396 programs, which take as long as 6; in chunks of 57344 they are 5.9 rounds. The cost of a
+    round, its elements plus `CHUNK_COST`, is a prediction that was not measured on a GPU.
     """
     sizes = range(MIN_CHUNK, MAX_CHUNK + 1, MIN_CHUNK)
 
     def rounds(size: int) -> int:
         return math.ceil(math.ceil(n_elements / size) / n_programs)
 
-    enough = [size for size in sizes if rounds(size) >= FEWEST_ROUNDS] or [MIN_CHUNK]
+    enough = [size for size in sizes if rounds(size) >= MIN_ROUNDS] or [MIN_CHUNK]
     return min(enough, key=lambda size: rounds(size) * (size + CHUNK_COST))
 
 
 def _cut(
     base: np.ndarray, n: np.ndarray, item: int, chunk: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns stretch, first element and size of each chunk: any unaligned head, then the body."""
+    """Returns stretch, first element and size of each chunk: an unaligned head, if any, then the
+    aligned rest."""
     head = np.minimum((-base % ALIGNMENT) // item, n)
     has_head = (head > 0).astype(np.int64)
     count = -(-(n - head) // chunk) + has_head

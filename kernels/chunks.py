@@ -10,8 +10,9 @@ and stretch, chunk and piece are defined in `chunk_layout`. Everything except `a
 *layout*, which depends only on sizes and alignment. Allocators that return other addresses at each
 step usually keep the alignment; then only the few addresses are uploaded.
 
-Host time of a table when every gradient has another address than in the previous step [EPYC, Python
-3.11, medians of 24, interleaved, a loaded machine]. The expected saving was the time per chunk:
+Host time to build a table when every gradient has another address than in the previous step [EPYC,
+Python 3.11, medians of 24, interleaved, a loaded machine]. With separate addresses and layouts
+("split"), the time per chunk is saved:
 
 | gradients                         | chunks  | one table for both | split  | uploaded         |
 |-----------------------------------|---------|--------------------|--------|------------------|
@@ -43,7 +44,7 @@ from fastguard.kernels import chunk_layout
 from fastguard.kernels.chunk_layout import Places, places_in_runs, places_of_tensors
 from fastguard.kernels.upload import Upload, upload
 
-TABLES = 8  # cached per kind, since sets of None gradients and allocators alternate
+TABLES = 8  # cached per kind, since steps may alternate between addresses or None gradients
 
 
 class Run(Protocol):
@@ -156,14 +157,14 @@ def table_of(bucket: Bucket, n_segments: int, n_programs: int) -> ChunkTable:
         bucket: The gradients, at least one.
         n_segments: S.
         n_programs: Number of programs that share the chunks; small models get smaller chunks. It
-            must be the same for all calls on a device: all launches share one table, and the order
-            of its sums.
+            must be the same for all calls on a device, since all launches share one table, which
+            also determines the order of summation.
     """
     table = bucket.memo.tables.get(n_segments)
     if table is None:
         table = _found_or_built(bucket, n_segments, n_programs)
-        # A table uploaded by a graph is useless to later steps. A flat bucket outlives the step, so
-        # such a table is built again for each stage.
+        # Later steps cannot use a table that a graph uploads. Since the memo of a flat bucket
+        # outlives the step, such a table is not stored there, but built again for each stage.
         if bucket.runs is None or table.is_lasting:
             bucket.memo.tables[n_segments] = table
     elif bucket.runs is None:

@@ -38,7 +38,7 @@ def store_coefficients(
     HAS_SCALE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """Writes both for each segment; returns whether any multiplier is not 1."""
+    """Writes both for each segment; returns whether the multiplier of any segment is not 1."""
     INF: tl.constexpr = float("inf")
     NAN: tl.constexpr = float("nan")
     lanes = tl.arange(0, BLOCK_SIZE)

@@ -297,7 +297,7 @@ def _variant(
     n_rules: int,
     ring_stride: int,
 ) -> Variant:
-    """The dtypes are not constants of the kernel, but types of arguments; None: no argument."""
+    """Dtypes are not constants of the kernel, but part of the cache key, as types of arguments."""
     return launchers.of(n_segments).variant(
         device,
         P=norm_type,

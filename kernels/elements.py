@@ -109,7 +109,7 @@ def vector_squares(x, SIZE: tl.constexpr, VEC: tl.constexpr):
     """Returns the sum of squares of each 16-byte vector, and its rounding error.
 
     Both are float32 `(SIZE // VEC,)`. They are infinite or NaN if an element is, or if a square
-    leaves the range.
+    overflows float32.
     """
     if x.dtype == tl.float32:
         # The square of the upper 12 bits of the significand is exact; the rest is small.
@@ -126,7 +126,7 @@ def vector_squares(x, SIZE: tl.constexpr, VEC: tl.constexpr):
 
 @triton.jit
 def _added_in_pairs(y, lost, SIZE: tl.constexpr):
-    """Adds neighbours, and their rounding errors to the previous ones."""
+    """Adds neighboring values, and adds the rounding errors of this to the previous ones."""
     a, b = tl.split(tl.reshape(lost, (SIZE // 2, 2)))
     y, rounded_off = _two_sum(*tl.split(tl.reshape(y, (SIZE // 2, 2))))
     return y, a + b + rounded_off
@@ -136,7 +136,7 @@ def _added_in_pairs(y, lost, SIZE: tl.constexpr):
 def _two_sum(a, b):
     """Returns `a + b` and the rounding error of the addition (Knuth).
 
-    All products passed in are exact, so fusing one into an addition changes nothing.
+    If an argument is a product, it is exact, so fusing it into an addition changes nothing.
     """
     total = a + b
     b_seen = total - a

@@ -1,4 +1,4 @@
-"""Detects what is wrong with a step, as a part of `decide`: NaN, Inf, overflow, bad losses.
+"""Detects the faults of a step, as a part of `decide`: NaN, Inf, overflow, non-finite losses.
 
     fault = a bad gradient that is not cleaned, a bad loss, or a norm too large for float64
 
@@ -63,8 +63,8 @@ def faults_of(
     """Returns the faults of a step as conditions.
 
     Returns:
-        grad_fault: The gradients must not be used.
-        loss_fault: The gradients must not be used because of a loss.
+        grad_fault: The step must be skipped because of the gradients.
+        loss_fault: The step must be skipped because of a loss.
         too_large: The norm is too large for float64.
         overflow: A loss scaler found non-finite gradients.
         lowers: A lower loss scale removes all faults.

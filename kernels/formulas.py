@@ -83,7 +83,7 @@ def without_spikes(g, v, threshold, REPRODUCIBLE: tl.constexpr, ARITHMETIC: tl.c
     """Limits gradient elements to the root of `threshold` times their second moment."""
     bound = root_of(v * threshold, REPRODUCIBLE, ARITHMETIC)
     limited = tl.where(g < 0.0, -bound, bound)
-    # False for NaN. Without a second moment, an element would be kept at 0 for ever.
+    # False for NaN. If v is 0, the bound is 0 too, and would keep the element at 0 forever.
     return tl.where((v > 0.0) & (tl.abs(g) > bound), limited, g)
 
 

@@ -31,7 +31,7 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether Triton interprets kernels on the CPU (`TRITON_INTERPRET=1`), as in the tests."""
 
 WARP = 32 if torch.version.hip is None else 64
-"""Threads per warp. It is 32 on AMD's consumer cards, whose programs are then half as large."""
+"""Threads per warp. AMD's consumer cards have 32; their programs then have half as many threads."""
 
 INTERPRETED_PROGRAMS = 3  # the interpreter is slow per program, and block size hardly matters
 
@@ -68,11 +68,11 @@ class Launcher:
 
 
 class OneProgram:
-    """A kernel that runs as one program, with more warps for many segments.
+    """A kernel that runs as one program, with more warps if there are many segments.
 
     With one warp and 128 lanes, 5000 segments take 40 consecutive rounds, about 100 µs of latency
-    [der]; with 8 warps and 1024 lanes they take 5. For up to 128 segments, one warp computes sums
-    without a barrier between warps.
+    [der]; with 8 warps and 1024 lanes they take 5 rounds. For up to 128 segments, a single warp is
+    used, since its sums need no barrier between warps.
     """
 
     MANY = 128  # more segments than this get 8 warps
@@ -154,7 +154,7 @@ def trial_kernel(x_ptr, VALUE: tl.constexpr):
 
 
 def try_launching(device: torch.device) -> None:
-    """Compiles a kernel on a device and launches it in both ways of a `Variant`, without a sync.
+    """Compiles a kernel on a device and launches it in both ways that `Variant` uses; never syncs.
 
     Args:
         device: The device.

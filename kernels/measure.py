@@ -11,12 +11,12 @@ last program to finish (one segment) or by a second small launch with one progra
 same inputs and the same grid give bitwise the same sums. There are no floating-point atomics.
 
 Numerics of p = 2. Float64 squares are exact, but a GPU converts few numbers to float64 per clock
-(16 per SM on sm_90, 2 on consumer cards). Therefore `GROUP` neighbouring squares are added in
+(16 per SM on sm_90, 2 on consumer cards). Therefore `GROUP` neighboring squares are added in
 float32, and only their sum is converted. Squares of fp16 and bf16 are exact in float32; adding two
-of them rounds by at most u = 2^-24 of the power sum, which is half of that in the norm. If a whole
-vector is added in float32, the rounding errors of its additions (Knuth's TwoSum) and of float32
-squares are summed separately, in float32: they are at most 2^-10 of the sum, with 6 roundings per
-vector and 16 for the blocks of a chunk.
+of them has a relative error of at most u = 2^-24, or u / 2 in the norm. If all squares of a 16-byte
+vector are added in float32, the rounding errors of these additions (Knuth's TwoSum) and of float32
+squares are summed separately, also in float32: they are at most 2^-10 of the sum, with 6 roundings
+per vector and 16 for the blocks of a chunk.
 
 | dtype      | GROUP | converted in 16 B | max. error of the norm     | for                    |
 |------------|-------|-------------------|----------------------------|------------------------|
@@ -25,19 +25,20 @@ vector and 16 for the blocks of a chunk.
 | fp32       | 4     | 1                 | 11 * 2^-34 = 6.4e-10       | fp64 at 1/32 or slower |
 | fp16, bf16 | 8     | 1                 | less                       | fp64 at 1/32 or slower |
 
-The bounds also hold for repeated values, for which all groups round the same way, and leave room
-for rounding the norm to float32 (6.0e-8). Without the rounding errors, sums of a whole vector were
-off by up to 8.9e-8, or 1.5e-7 including that rounding; patterns of four and eight values reached
-these errors.
+The bounds also hold for repeated values, for which all groups round the same way. Together with
+rounding the norm to float32 (6.0e-8), the errors stay below 1e-7. If the rounding errors were not
+summed, sums of a whole vector would be off by up to 8.9e-8, or 1.5e-7 with that rounding; patterns
+of four and eight values reached these errors.
 
-A grouped chunk is summed again in float64 if float32 lacks range: if its sum is infinite
-(|x| > 9e18), or so small (n * 2^-90) that squares below 2^-126 could matter although not every
-element is zero (which the largest bit pattern shows, at one instruction per element). fp16 squares
-lie in [2^-48, 2^32] and never need it.
+A grouped chunk is summed again in float64 if the range of float32 may not suffice: if its sum is
+infinite (|x| > 9e18), or so small (below n * 2^-90) that squares below 2^-126 could matter. Small
+sums are accepted if all elements are zero, which the largest bit pattern shows at one instruction
+per element. fp16 squares lie in [2^-48, 2^32], so they never need this.
 
-If power sums could overflow or underflow float64 (ROOTED: float64, and p > 6), chunks and programs
-pass on norms instead. A chunk whose sum is infinite, or below n * 2^-960, is summed again with
-elements divided by the largest; norms are added in the same way. The main loop does not change.
+If power sums could overflow or underflow float64 (ROOTED: float64 gradients, or p > 6), chunks and
+programs pass on norms instead. A chunk whose sum is infinite, or below n * 2^-960, is summed again
+with elements divided by the largest one; norms are combined in the same way. The main loop does not
+change.
 
 Detecting NaN and Inf is free: any of them makes the sum of the chunk NaN or Inf (for the inf-norm,
 the largest bit pattern). Only then is the chunk read again, in float64, tensor by tensor, and its
@@ -58,22 +59,24 @@ Lab table (sass: machine code for sm_90; `make kernels-test` prints the current 
 | fp32, bf16, without rounding errors [sass]   | 78, 74    | 4               | 15.8, 32.8          |
 | fp32, bf16, with rounding errors [sass]      | 62, 62    | 4               | 54.2, 77.2  (used)  |
 
-Cards with little fp64 read 2 to 7 bytes per clock and SM [datasheets]: at most 36 of the 128
-instructions that an SM issues per clock, so that summing the rounding errors should not be visible.
+Cards with slow fp64 read 2 to 7 bytes per clock and SM [datasheets]. For these bytes, the kernel
+issues at most 36 of the 128 instructions that an SM can issue per clock, so summing the rounding
+errors should take no extra time.
 
 The row of the next chunk is loaded before a chunk is read, which should save 0.3 µs per chunk,
 mostly for tiny tensors [der]. It costs up to 16 of the 80 registers and no spill; the main loop
-stays the same, except for at most 0.4 more instructions for bf16 and 1.7 for p = 1 [sass]. Counts
-are kept in a persistent scratch (see `scratch`), which saves one launch per bucket, and another
-0.5 µs on the host (3.7 -> 3.2, without the launch).
+stays the same, except for at most 0.4 more instructions per 16 bytes for bf16 and 1.7 for p = 1
+[sass]. Counts are kept in a persistent scratch (see `scratch`), which saves one launch per bucket,
+and another 0.5 µs on the host (3.7 -> 3.2, without the launch).
 
 The whole kernel with the second pass takes at most 80 registers. Without a limit, the compiler
 spilled up to ten of them outside the loop to stay at 64 or 48 [sass]; limited to 80, it spills none
 (one, outside the loop, for bf16 on sm_100 with triton 3.6). Reading the bits before the squares
 takes 2.4 instructions less than after them [sass]. Powers other than 1 and 2 take 527 instructions
-per 16 bytes: they spilled 41 times with 80 registers, 8 times with 112 and half a block with triton
-3.6, and never with 120; two programs per multiprocessor fit in both cases. fp16 and bf16 take 1040;
-in half a block they spilled up to 35 times with 168 registers, in a quarter never [sass].
+per 16 bytes. They spilled 41 times with 80 registers; with half a block, 8 times with 112 (triton
+3.6) and never with 120; two programs per multiprocessor fit with either. fp16 and bf16 take 1040
+instructions; with 168 registers, they spilled up to 35 times in half a block, and never in a
+quarter [sass].
 """
 
 from __future__ import annotations

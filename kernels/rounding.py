@@ -1,7 +1,8 @@
 """Stores the float32 results of `update` in fewer bits; see `fastguard.optim.bits`.
 
-Rounding is to nearest even by the hardware, or stochastic with a counter-based hash (lowbias32), or
-a float32 is split into a bfloat16 and a 16-bit remainder that together restore it bit for bit.
+There are three ways: round to nearest even, in hardware; round stochastically, with noise from a
+counter-based hash (lowbias32); or split a float32 into a bfloat16 and a 16-bit remainder, which
+together restore it bit for bit.
 """
 
 from __future__ import annotations

@@ -88,8 +88,8 @@ def judged_rules(
         rule_ptr, windows_ptr, ring_stride, k, is_rule, window, filled, RULES, WINDOW
     )
     exceeds = (value > threshold) & spread(fault == 0, RULES)  # false for NaN, which is a fault
-    lasting = (window > 0) & (consecutive >= window)
-    spike = exceeds & (lasting == 0)
+    persistent = (window > 0) & (consecutive >= window)
+    spike = exceeds & (persistent == 0)
     skips = any_of(spike & can_skip)
     limit = tl.min(tl.where(spike & can_clip, threshold, INF), axis=0)
 
@@ -97,8 +97,8 @@ def judged_rules(
     if ZERO == 0:
         usable = usable & (bad_grad == 0)
     # A loss that was not passed to `step` is NaN here, and is ignored.
-    heard = (tl.abs(value) < INF) & spread(usable, RULES)
-    moves = heard & spread(total_norm > 0.0, RULES)
+    judged = (tl.abs(value) < INF) & spread(usable, RULES)
+    moves = judged & spread(total_norm > 0.0, RULES)
     moves = moves & (spike | spread((fault | skips) == 0, RULES)) & (window > 0) & is_rule
     entry = tl.where(spike, threshold, value)
 
@@ -117,7 +117,7 @@ def judged_rules(
     streak = tl.where(exceeds, consecutive + 1, 0)
     tl.store(ring_ptr + FILLED, tl.minimum(filled + step, window), mask=is_rule)
     tl.store(ring_ptr + NEXT_SLOT, (at + step) % tl.maximum(window, 1), mask=is_rule)
-    tl.store(ring_ptr + CONSECUTIVE_SPIKES, tl.where(heard, streak, consecutive), mask=is_rule)
+    tl.store(ring_ptr + CONSECUTIVE_SPIKES, tl.where(judged, streak, consecutive), mask=is_rule)
     tl.store(spikes_ptr + k, spike.to(tl.uint8), mask=is_rule)
     tl.store(thresholds_ptr + k, threshold, mask=is_rule)
     return any_of(spike), any_of(spike & on_gradient), skips, limit

@@ -1,4 +1,4 @@
-"""Memory shared by the programs of `measure`; reused across steps to avoid zeroing it.
+"""Memory shared by the programs of `measure`; reused across steps, so that it is zeroed only once.
 
     zeros     int64: a ticket, counts of segments, counts of tensors; zero between two launches
     partials  float64: partial sums per program or chunk; arbitrary between two launches

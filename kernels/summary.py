@@ -107,7 +107,7 @@ def whole_model(
     ROOTED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """Returns the power sum (norm, if ROOTED) of all segments, and how many are NaN or infinite."""
+    """Returns the power sum (norm, if ROOTED) of the model, and its numbers of NaN and of Inf."""
     lanes = tl.arange(0, BLOCK_SIZE)
     unit = tl.full((), 1.0, tl.float64)
     if ROOTED:

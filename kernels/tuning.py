@@ -19,7 +19,8 @@ class Tuning:
         block_bytes: Bytes that a program reads at a time.
         num_warps: Warps per program.
         programs: Programs per multiprocessor, limited by registers: all programs must run at the
-            same time, since one that waited for another to end would prolong the launch.
+            same time, since a program that started only after another had ended would prolong the
+            launch.
         max_registers: Maximum registers per thread.
         eviction: Eviction policy of L2 for data that was read.
     """
@@ -35,7 +36,7 @@ class Tuning:
 PLAIN = Tuning(block_bytes=16384, num_warps=8, programs=3, max_registers=80)
 # Other norms need logarithms and exponentials in float64, which limit the speed and take registers.
 ANY_POWER = Tuning(block_bytes=8192, num_warps=8, programs=2, max_registers=120)
-ANY_POWER_16_BIT = replace(ANY_POWER, block_bytes=4096)  # as many elements per thread: no spills
+ANY_POWER_16_BIT = replace(ANY_POWER, block_bytes=4096)  # same elements per thread, so no spills
 PLAIN_NORMS = (1.0, 2.0, math.inf)  # norms without a logarithm
 
 

@@ -82,7 +82,7 @@ def row_power_sum(
 def exact_row(
     address, n, DTYPE: tl.constexpr, P: tl.constexpr, INF_NORM: tl.constexpr, SIZE: tl.constexpr
 ):
-    """Returns the norm of the finite elements of a row, and whether any is NaN, and Inf."""
+    """Returns the norm of the finite elements of a row, and whether it has any NaN, and any Inf."""
     INF: tl.constexpr = float("inf")
     offsets = tl.arange(0, SIZE)
     x_ptr = address.to(tl.pointer_type(DTYPE))
@@ -124,7 +124,7 @@ def row_norm(
     BLOCK_BYTES: tl.constexpr,
     ITEM_SIZE: tl.constexpr,
 ):
-    """Returns the same as `exact_row`, which it calls only for a row that needs it."""
+    """Returns the results of `exact_row`; for most rows, they are computed by `row_power_sum`."""
     SIZE: tl.constexpr = BLOCK_BYTES // ITEM_SIZE
     VEC: tl.constexpr = 16 // ITEM_SIZE
     if INF_NORM:

@@ -27,8 +27,8 @@ SLOW_SIZE = tl.constexpr(256)  # elements per block outside of whole vectors
 def chunk_at(row_ptr, VEC: tl.constexpr):
     """Reads a row of the table.
 
-    Returns the tensor, its first element in the chunk, and the numbers of elements and of those in
-    whole aligned vectors.
+    Returns the tensor, its first element in the chunk, the number of elements in the chunk, and how
+    many of these are in whole aligned vectors.
     """
     tensor = tl.load(row_ptr + UPDATE_TENSOR)
     first = tl.load(row_ptr + UPDATE_FIRST)

@@ -1,8 +1,8 @@
 """The table of an update: chunks of tensors, and the addresses of their arrays; see `update`.
 
 As in `chunks`, the layout depends on sizes and alignment, and is cached. Addresses are uploaded
-whenever they change; of an optimizer's arrays, only gradients move. Arrays are cut at vector
-boundaries, so that all chunks of an aligned tensor are aligned.
+whenever they change, as those of gradients may in each step. Arrays are cut at vector boundaries,
+so that all chunks of an aligned tensor are aligned.
 """
 
 from __future__ import annotations

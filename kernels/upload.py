@@ -1,13 +1,14 @@
 """Uploads small tables to a device without a sync.
 
 Uploads use pinned memory: a copy from other memory blocks until the driver has read it, and cannot
-be captured in a CUDA graph. An upload may be read on any stream, whose kernels are ordered after
-it. While a graph is captured, the copy becomes a part of the graph, repeated at each replay: its
-source is kept, and its destination is used only by the graph.
+be captured in a CUDA graph. Any stream may read an upload, after its kernels have been ordered
+after the copy (`await_on_stream`). While a graph is captured, the copy becomes a part of the graph
+and is repeated at each replay: its source is kept, and its destination is used only by the graph.
 
-Since the end of a graph's life is unknown, everything that it reads is kept forever. This is little
-memory: each table that was uploaded before, once for all graphs, and the sources of tables that
-graphs upload, once per content. Capturing the same step again keeps nothing more.
+It is unknown when a graph is deleted, so everything that it reads is kept forever. This takes
+little memory: tables that were uploaded before are kept once for all graphs, and the sources of
+tables that graphs upload are kept once per content. Capturing the same step again keeps nothing
+more.
 """
 
 from __future__ import annotations

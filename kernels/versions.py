@@ -1,4 +1,4 @@
-"""Differences between the supported versions of triton, 3.4 to 3.9; checked only here.
+"""Differences between the supported versions of triton, 3.4 to 3.9; no other module checks them.
 
 | what                  | in older versions      | in newer versions  | can be removed when   |
 |-----------------------|------------------------|--------------------|-----------------------|
@@ -19,7 +19,7 @@ newer versions of triton are launched with `compiled[grid](...)`, which takes 3 
 
 
 def launches_are_watched() -> bool:
-    """Returns whether a hook is set, as by a profiler, that Triton calls around each launch."""
+    """Returns whether Triton calls a hook around each launch, such as one set by a profiler."""
     runtime = triton.knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

@@ -44,23 +44,23 @@ def clip_grad_adaptive_(
     Args:
         parameters: A tensor, or an iterable of tensors or of `(name, tensor)` pairs such as
             `model.named_parameters()`. Their gradients are changed in place.
-        clip_factor: The largest norm of a gradient, as a fraction of the norm of its weights, > 0.
-            The paper uses 0.01 for a batch size of 4096. Default: 0.01.
+        clip_factor: Limit of a unit's gradient norm, as a fraction of its weight norm, > 0. The
+            paper uses 0.01 for a batch size of 4096. Default: 0.01.
         eps: Lower bound for the norm of the weights, > 0, so that zero weights can learn.
             Default: 1e-3.
         norm_type: p > 0 of the p-norm; `inf`: the largest magnitude. Default: 2.
-        exclude: What is not clipped: parameters, or names as in `AGC`. The paper excludes the last
-            linear layer. Default: nothing.
-        nonfinite: How to handle NaN and Inf in gradients. `"propagate"`: NaN makes the gradient of
-            its unit NaN; Inf makes it 0, and NaN where the element is Inf. `"zero"`: they are set
-            to 0, and the norm is computed from the rest. `"raise"`: an error is raised before
-            anything is changed. Other units are not affected. `"zero"` and `"raise"` also apply to
-            excluded parameters. Default: `"propagate"`.
+        exclude: Parameters that are not clipped, as tensors or as names, see `AGC`. The paper
+            excludes the last linear layer. Default: none.
+        nonfinite: How to handle NaN and Inf in gradients. `"propagate"`: a NaN makes all gradients
+            of its unit NaN; an Inf becomes NaN and makes the others of its unit 0; other units are
+            not affected. `"zero"`: NaN and Inf are set to 0, and the norm is computed from the
+            rest. `"raise"`: an error is raised before anything is changed. `"zero"` and `"raise"`
+            also apply to excluded parameters. Default: `"propagate"`.
 
     Raises:
         NonFiniteGradError: A gradient is non-finite, in raise mode; this waits for a GPU.
         TypeError, ValueError: An argument has the wrong type or is out of range; or a parameter is
-            a DTensor or a shard of FSDP1 or DeepSpeed, which hold parts of units.
+            a DTensor or a shard of FSDP1 or DeepSpeed, which may contain only parts of units.
 
     Example:
         >>> import torch, fastguard
@@ -97,7 +97,7 @@ def _clip(
     norm_type: float,
     mode: str,
 ) -> None:
-    """Raises for or cleans non-finite gradients, as `mode` says, then clips.
+    """Clips; before that, raises an error for non-finite gradients or cleans them, as in `mode`.
 
     Args:
         grads, weights, names: Gradients, weights and names of all parameters.

@@ -55,10 +55,10 @@ def limit_of(name: str, value: object, *, quiet: bool = False) -> float:
 
 
 class _Warned:
-    """The lines that have been warned, and the warning filters at that time.
+    """The lines of code for which a warning was given, and the warning filters at that time.
 
-    Cleared when the filters change, as Python does with its own registry, so that a block of
-    `warnings.catch_warnings` gets all warnings again.
+    When the filters change, the lines are cleared, as Python does with its own registry. So a
+    `warnings.catch_warnings` block gets all warnings again.
     """
 
     filters: object = None
@@ -127,7 +127,7 @@ def _filled(max_norm: float, device: torch.device) -> Tensor:
 
 
 def mode_of(nonfinite: object, error_if_nonfinite: bool) -> Literal["propagate", "zero", "raise"]:
-    """Returns the mode that two arguments ask for together.
+    """Returns the mode that the two arguments select together.
 
     Raises:
         ValueError: `nonfinite` is not a mode, or contradicts `error_if_nonfinite`.
@@ -155,7 +155,7 @@ def listed(parameters: Parameters, stacklevel: int = 5) -> Tensor | list[Any]:
 
     Args:
         parameters: The argument.
-        stacklevel: For the warning about an empty generator, which torch gives too.
+        stacklevel: For the warning about an empty generator, which is the same as torch's.
 
     Raises:
         TypeError: It is neither a tensor nor iterable.
@@ -238,7 +238,7 @@ def buckets_for(
         norm_type=norm_type,
         sharing=sharing,
     )
-    if not buckets.buckets:  # never raises with a group, as the other ranks would wait forever
+    if not buckets.buckets:  # with a group, an error would make the other ranks wait forever
         _check_no_gradient(parameters, strict and process_group_of(group) is None)
     return buckets
 
@@ -250,12 +250,14 @@ def _sharing_of_gradients(parameters: list[Tensor], group: Group) -> Sharing | N
 
 
 def _check_no_gradient(parameters: Tensor | list[Any], strict: bool) -> None:
-    """Warns or raises if none of the tensors can have a gradient, so that they aren't parameters.
+    """Warns or raises an error if none of the tensors can have a gradient.
+
+    They are then probably gradients instead of parameters, or all frozen.
 
     Args:
         parameters: The tensors; none of them has a gradient.
-        strict: Whether to raise, in functions that torch does not have; else a warning, because
-            torch does nothing.
+        strict: Whether to raise an error, as for functions that torch does not have. Otherwise
+            warns, because torch's functions do nothing in this case.
 
     Raises:
         TypeError: With `strict`, if none of the tensors can have a gradient.

@@ -1,6 +1,6 @@
 """The gradient functions of `torch.nn.utils`, with the same arguments and results.
 
-Each runs the four stages without a state: measure, reduce, decide, apply. Differences from torch:
+Each runs the four stages (measure, reduce, decide, apply) without state. Differences from torch:
 norms have a relative error below 1e-7, gradients are read once and remain bitwise unchanged if the
 coefficient is 1, and `max_norm=inf` never multiplies.
 """
@@ -69,12 +69,13 @@ def clip_grad_norm_(
         group: The ranks whose gradients form the norm. None: this process, or the ranks that the
             meshes of DTensors span. A process group: all its ranks, which hold different tensors
             (pipeline stages, experts). `fastguard.Replicated(process_group)`: all its ranks, which
-            hold the same tensors (DDP). All ranks must call it, even those without parameters.
+            hold the same tensors (DDP). All ranks must make the call, even those without
+            parameters.
 
     Returns:
         The norm before clipping, `()`, float32 (float64 if any gradient is), on the device of the
-        first gradient. In propagate mode NaN or Inf if an element is; otherwise the norm of the
-        finite elements.
+        first gradient. In propagate mode, it is NaN or Inf if any element is; otherwise it is the
+        norm of the finite elements.
 
     Raises:
         NonFiniteGradError: A gradient is non-finite, in raise mode; this waits for a GPU. With
@@ -94,7 +95,7 @@ def clip_grad_norm_(
     """
     p = norm_type_of(norm_type)
     mode = mode_of(nonfinite, error_if_nonfinite)
-    strict = nonfinite != "propagate"  # torch doesn't have the argument: an error breaks no caller
+    strict = nonfinite != "propagate"  # not an argument of torch, so an error breaks no torch code
     check_foreach(foreach)
     parameters = listed(parameters)
     if torch.compiler.is_compiling():
@@ -158,13 +159,13 @@ def get_total_norm(
     Args:
         tensors: A tensor, or an iterable of tensors (gradients, not parameters).
         norm_type: p > 0 of the p-norm; `inf`: the largest magnitude. Default: 2.
-        error_if_nonfinite: Whether to raise an error if an element is NaN or Inf; this waits for a
+        error_if_nonfinite: Whether to raise an error if any element is NaN or Inf; this waits for a
             GPU. Default: False.
         foreach: Accepted for compatibility.
         group: As in `clip_grad_norm_`.
 
     Returns:
-        The norm, `()`, float32 (float64 if any tensor is); NaN or Inf if an element is.
+        The norm, `()`, float32 (float64 if any tensor is); NaN or Inf if any element is.
 
     Raises:
         NonFiniteGradError: An element is NaN or Inf, with `error_if_nonfinite`; the message lists
@@ -295,7 +296,7 @@ def clip_grad_value_(
             compiled.clip_grad_value_(gradients_for(parameters, strict=False)[0], clip_value)
         return
     limit = limit_of("clip_value", clip_value)
-    if several_ranks():  # no collective: clamping works element by element
+    if several_ranks():  # reduces `Partial` DTensors; clamping itself needs no collective
         make_whole_(parameters_of(parameters))
     grads, names = gradients_for(parameters, strict=False)
     buckets = bucketize(grads, names=names)  # refuses before any change

@@ -1,8 +1,8 @@
 """The functions of `fastguard.functional.clip` under `torch.compile`: one custom op per stage.
 
-Single process only: collectives are not traced, but leave the graph.
+Single process only: calls that need collectives break the graph and run eagerly.
 
-Invalid gradients and limits are reported by the ops, while the graph runs. An invalid choice
+The ops report invalid gradients and limits while the graph runs. An invalid choice
 (`nonfinite="drop"`, `foreach="yes"`) is found while tracing: it breaks the graph and raises its
 error, but with `fullgraph=True` dynamo reports `Unsupported: Observed exception` instead.
 """
@@ -69,7 +69,8 @@ def decided(
 def clip_grads_with_norm_(grads: list[Tensor | None], max_norm: float, norm: Tensor) -> None:
     """Clips gradients by a given norm, float64 `(1,)`."""
     refuse_bool_and_text("max_norm", max_norm)
-    # Passed as an inf-norm, whose power sum is the norm; NaN is counted. The op checks the limit.
+    # The norm is passed as an inf-norm, whose power sum is the norm itself. NaN is passed as the
+    # count of one NaN element. The op checks the limit.
     summary = torch.cat([norm, norm.isnan().double(), norm.new_zeros(2)]).reshape(4, 1)
     counts = torch.zeros(3, 0, dtype=torch.int64, device=norm.device)
     _, coef, clean = decided(GradStats(summary, counts, math.inf), max_norm, "propagate")
@@ -119,7 +120,7 @@ def clip_grad_value_(grads: list[Tensor | None], clip_value: float) -> None:
 def sanitize_grads_(
     grads: list[Tensor | None], names: list[str] | None, fill: dict[str, float]
 ) -> GradStats:
-    """Replaces non-finite elements; returns the stats from before."""
+    """Replaces non-finite elements; returns the stats of the gradients before."""
     stats = measure(grads, names, 2.0)
     present = _present(grads)
     if len(present) == 0:

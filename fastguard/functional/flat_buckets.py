@@ -1,12 +1,12 @@
 """`FlatGradBuckets`: gradients in one buffer per (device, dtype), for any number of tensors.
 
-Every `p.grad` is a view of a buffer, called its slot: zeroing is one fill and measuring one long
-read, for ten tensors as for ten thousand. In return, autograd accumulates into `.grad` instead of
-storing its own tensor, and the gradient of a parameter that gets none in a step is zero, as with
-`zero_grad(set_to_none=False)`, unless its `.grad` is None.
+Every `p.grad` is a view of a buffer, called its slot. Zeroing is one fill, and measuring is one
+long read, whether there are ten tensors or ten thousand. This has two costs: autograd accumulates
+into `.grad` instead of storing its own tensor; and a parameter that gets no gradient in a step has
+a zero gradient, as with `zero_grad(set_to_none=False)`, unless its `.grad` is None.
 
-Slots start at multiples of 16 bytes. The gaps between them are always zero: a coefficient that is
-not finite is multiplied gradient by gradient, never with a whole run.
+Slots start at multiples of 16 bytes. The gaps between them always contain zeros; so a coefficient
+that is NaN or Inf is multiplied gradient by gradient, never with a whole run.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class FlatGradBuckets:
         parameters: The parameters with a slot.
         views: Their slots.
         buffers: The buffers of the slots; a new list each time that slots are laid out.
-        in_place: Whether the last `buckets()` found every gradient in its slot, or trusts it.
+        in_place: Whether the last `buckets()` found every gradient in its slot; always True if
+            `trusted`.
 
     Raises:
         TypeError: `parameters` is not iterable, or a parameter is sparse, complex or an integer
@@ -113,7 +114,7 @@ class FlatGradBuckets:
 
     def zero_(self) -> None:
         """Sets all gradients to zero, by one fill per buffer. Detached gradients are reattached."""
-        self._take_in_lazy()
+        self._add_lazy()
         if not self.trusted and self._moved():
             self._attach()
         for buffer in self.buffers:
@@ -148,10 +149,10 @@ class FlatGradBuckets:
         if self._kind is PLAIN and watched():  # plain tensors when slots were laid out
             return self._current_buckets()
         if self.trusted:
-            self._take_in_lazy()
+            self._add_lazy()
             self.in_place = True
             return self._buckets
-        if self._moved():  # first: it brings the views into a cache
+        if self._moved():  # checked first, since it loads the views into a CPU cache
             self._attach()
         elif all(map(is_, map(_GRAD, self.parameters), self.views)):
             self.in_place = True
@@ -164,7 +165,7 @@ class FlatGradBuckets:
         return self._buckets if self._move_into_slots() else self._current_buckets()
 
     def replaced(self, turn: int) -> Tensor | None:
-        """Checks a share of the parameters, for callers that trust the others.
+        """Checks a share of the parameters, for callers that do not check all in every step.
 
         Args:
             turn: The number of the check; 64 consecutive checks cover all parameters.
@@ -173,7 +174,7 @@ class FlatGradBuckets:
             A parameter that was frozen or unfrozen, or whose gradient is not in its slot; None: all
             parameters of the share are unchanged.
         """
-        self._take_in_lazy()
+        self._add_lazy()
         rest = self._left_out[share_of(len(self._left_out), turn)]
         some = share_of(len(self.parameters), turn)
         parameters, views = self.parameters[some], self.views[some]
@@ -285,7 +286,7 @@ class FlatGradBuckets:
             if p.grad is None:
                 p.grad = view
 
-    def _take_in_lazy(self) -> None:
+    def _add_lazy(self) -> None:
         """Gives slots to trusted parameters that were lazy when slots were laid out."""
         if self.trusted and not all(map(is_lazy, self._lazy)):
             self._attach()
@@ -295,7 +296,7 @@ class FlatGradBuckets:
     def _attach(self, may_be_empty: bool = True) -> None:
         """Lays out slots for all parameters that have or require a gradient; moves gradients in.
 
-        The attributes change last, so it is repeated after an interrupt.
+        The attributes are set last: after an interrupt, the next call starts again.
         """
         items, names, segments = self._all_parameters, self._all_names, self._all_segments
         check_flat(items, names)

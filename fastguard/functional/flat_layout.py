@@ -153,7 +153,7 @@ def is_part_of_buffer(grad: Tensor) -> bool:
 
 
 def share_of(n: int, turn: int) -> slice:
-    """Returns the part of n parameters to check in a turn: at least 16; all of them in 64 turns."""
+    """Returns which of n parameters to check in a turn: at least 16; 64 turns cover all of them."""
     size = max(SMALLEST_SHARE, -(-n // TURNS))
     n_shares = max(1, -(-n // size))
     start = turn % n_shares * size

@@ -56,7 +56,7 @@ def sanitize_grads_(
     """
     fill = {"nan": nan, "posinf": posinf, "neginf": neginf}
     for name, value in fill.items():
-        # Compiled code reads the value of a tensor or a numpy number only when it runs.
+        # While tracing, the value of a tensor or a numpy number is not known; the op checks it.
         if not (torch.compiler.is_compiling() and isinstance(value, (Tensor, *_NUMPY))):
             fill[name] = finite_number_of(name, value, "it replaces non-finite elements")
     parameters = listed(parameters)

@@ -169,8 +169,8 @@ def _sanitize(grads: list[Tensor], values: Tensor) -> None:
 
 
 define(
-    # values is a CPU tensor with the replacements for NaN, +Inf and -Inf; a tensor, because numbers
-    # would become constants of the compiled code
+    # values is a CPU tensor with the replacements for NaN, +Inf and -Inf. Numbers would become
+    # constants of the compiled code.
     "sanitize(Tensor(a!)[] grads, Tensor values) -> ()",
     _sanitize,
     lambda grads, values: None,

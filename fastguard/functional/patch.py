@@ -1,8 +1,8 @@
 """`patch_torch()`: replaces the gradient functions of `torch.nn.utils` by those of fastguard.
 
-The results have the types that callers expect from torch: for DTensors, a norm over the ranks of
-their own mesh, as a DTensor. A trainer calls `full_tensor()` on it, and combines pipeline stages
-itself.
+The results have the types that callers expect from torch. For DTensors, the norm is taken over the
+ranks of their own mesh and is a DTensor: trainers call `full_tensor()` on it, and combine the norms
+of pipeline stages themselves.
 """
 
 from __future__ import annotations
@@ -109,11 +109,11 @@ class _Patched:
 def patch_torch() -> _Patched:
     """Replaces the four gradient functions of `torch.nn.utils` and `torch.nn.utils.clip_grad`.
 
-    The patch applies to the whole process and is counted: each call needs one `unpatch_torch()`,
-    and the last one restores exactly the previous functions. Code that ran `from torch.nn.utils
+    The patch applies to the whole process. Calls are counted: each needs one `unpatch_torch()`, and
+    the last of these restores exactly the previous functions. Code that ran `from torch.nn.utils
     import get_total_norm` *before* the patch keeps torch's function. A `clip_grad_norm_` imported
-    before also remains torch's, but uses the norm and the scaling of fastguard, because it calls
-    them by their private names.
+    before the patch also remains torch's, but computes norm and scaling with fastguard, because it
+    calls the functions for these by their private names.
 
     The replacements also accept the keyword arguments of fastguard (`group=`, `nonfinite=`).
     Without these they behave as torch's functions: the norm of DTensors is taken over the ranks of

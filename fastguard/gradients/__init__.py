@@ -4,7 +4,7 @@ Modules, each building on those before it:
     tensor_kinds    classifies tensors: plain tensors, placeholders, wrappers
     tensor_parts    splits composite tensors into parts, for copies
     transfer        moves small tensors between devices without a sync
-    layout_guards   recognises a known gradient layout with one call
+    layout_guards   recognizes a known gradient layout with one call
     buckets         groups gradients by device and dtype
     unit_buckets    groups gradients with their weights, divided into units
     cpu_threads     limits work on a CPU to one thread where that is faster

@@ -19,7 +19,7 @@ from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from fastguard.errors import MOST_OF_A_NAME
 from fastguard.errors.plain_text import printable, shown
-from fastguard.gradients.layout_guards import FEWEST, Form, Group, known_form, new_form
+from fastguard.gradients.layout_guards import MIN_TENSORS, Form, Group, known_form, new_form
 from fastguard.gradients.tensor_kinds import PLAIN, PLAIN_TYPES, Kind, kind_of, watched, wraps
 from fastguard.ranks.dtensors import local_parts
 
@@ -133,10 +133,11 @@ class GradBuckets:
         n_tensors: T, the length of the caller's list, including tensors without a gradient.
         n_segments: S, the number of clip coefficients.
         names: One name per tensor; None: messages use numbers.
-        device: Device of the results of the stages: the requested device, else that of the first
-            gradient, else the CPU.
-        sharing: Weight of each tensor in the sums over ranks; None in one process. With several
-            classes of weights, tensors of class c and segment s have the segment id `c * S + s`.
+        device: Device of the results of the stages: the requested device; by default that of the
+            first gradient, or the CPU if there is none.
+        sharing: Weight of each tensor in the sums over ranks; None in a single process. If tensors
+            have different weights, those of weight class c and segment s have the segment id
+            `c * S + s`.
     """
 
     buckets: tuple[GradBucket, ...]
@@ -267,7 +268,7 @@ def bucketize(
             members, resolved = _resolved(members)
         if dtype.is_complex:
             members, dtype = _real_views(members, positions, ids, names, norm_type)
-            own_form = sizes = None  # those of the complex list do not fit its real views
+            own_form = sizes = None  # the real views have another form
         if dtype not in FLOATING:
             raise TypeError(
                 f"the gradient of {name_of(ids[positions[0]], names)} is {dtype}; fastguard "
@@ -307,17 +308,20 @@ def _inspected(
     if layouts != {torch.strided}:
         _refuse_sparse(grads, ids, names)
     groups = _groups(grads, kind)
-    if len(grads) < FEWEST or kind is not PLAIN:
+    if len(grads) < MIN_TENSORS or kind is not PLAIN:
         return new_form(grads, groups, False)
     on_host = all(group.device.type == "cpu" for group in groups)
     return new_form(grads, groups, on_host or not any(map(Tensor.is_neg, grads)))
 
 
 def _resolved(members: list[Tensor]) -> tuple[list[Tensor], Sequence[tuple[Tensor, Tensor]]]:
-    """Replaces tensors with a conjugate or negative bit by copies; returns these in pairs, too.
+    """Replaces tensors with a conjugate or negative bit by copies.
 
     A kernel that reads memory would ignore a negative bit, and a complex tensor with a conjugate
     bit has no real view. torch's operations respect both bits.
+
+    Returns:
+        The list with the copies, and `(original, copy)` pairs.
     """
     lazy = {i: g.resolve_conj().resolve_neg() for i, g in enumerate(members) if _is_lazy(g)}
     if not lazy:

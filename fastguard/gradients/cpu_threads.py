@@ -5,9 +5,9 @@ product of any length. If the cores are idle, this halves the time. If other pro
 workers, keep them busy, the operation waits until the scheduler gives each thread a core: 10 to
 50 ms for an operation that takes 20 µs [2 cores, 2 busy processes]. Therefore
 
-* any number of small tensors is joined to vectors that one thread reads, as torch reads each small
-  tensor on one thread, too;
-* large tensors with less than `FEW` elements in total are processed in pieces, on one thread.
+* small tensors, however many, are concatenated into vectors that one thread reads, just as torch
+  reads a single small tensor on one thread;
+* large tensors with fewer than `FEW` elements in total are processed in pieces, on one thread.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def check_real(grads: Iterable[Tensor]) -> None:
 
 
 def clamp_finite_(grads: Sequence[Tensor], limit: float, inv_scale: Tensor | None = None) -> None:
-    """Clamps the finite elements to [-limit, limit] in place; NaN and Inf stay and can be detected.
+    """Clamps the finite elements to [-limit, limit] in place; NaN and Inf remain, for detection.
 
     Args:
         grads: Real gradients of any dtype and device.
@@ -37,7 +37,7 @@ def clamp_finite_(grads: Sequence[Tensor], limit: float, inv_scale: Tensor | Non
         if inv_scale is not None:
             bound = limit / inv_scale.to(device=grad.device, dtype=torch.float32)
             clamped = grad.clamp(-bound, bound)
-        elif limit < LARGEST[grad.dtype]:  # else no finite element exceeds the limit
+        elif limit < LARGEST[grad.dtype]:  # otherwise, no finite element exceeds the limit
             clamped = grad.clamp(-limit, limit)
         else:
             continue

@@ -109,7 +109,7 @@ class HostCopier:
         for source, made in pieces:
             made.copy_(source)
             # A sum with NaN or Inf is not finite. If a sum of finite elements overflows, the tensor
-            # is only checked once more later.
+            # is merely checked a second time.
             is_finite = is_finite and math.isfinite(source.sum())
         if is_finite:
             self.finite.add(into)

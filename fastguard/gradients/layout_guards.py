@@ -1,4 +1,4 @@
-"""Recognises the layout of a gradient list with a single call.
+"""Recognizes the layout of a gradient list with a single call.
 
 Each step has new gradient tensors, but usually with the same types, layouts, dtypes, devices,
 shapes and strides as in the last step. Comparing these in Python takes 0.05 µs per tensor; torch
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fastguard.errors.versions import tensor_guards
 
-FORMS = 8  # number of cached forms; several are needed if different gradients are None in turns
-FEWEST = 4  # tensors; for a shorter list, comparing in Python is as fast
+FORMS = 8  # number of cached forms; several are needed if steps differ in which gradients are None
+MIN_TENSORS = 4  # for a shorter list, comparing in Python is as fast
 
 
 class Group(NamedTuple):
@@ -37,7 +37,7 @@ class Form:
 
     Attributes:
         groups: The gradients by device and dtype, in order of first appearance.
-        sizes: Number of elements of each gradient; empty unless the form can be recognised again.
+        sizes: Number of elements of each gradient; empty unless the form can be recognized again.
     """
 
     __slots__ = ("_guards", "_n", "groups", "sizes")
@@ -45,13 +45,13 @@ class Form:
     def __init__(self, grads: list[Tensor], groups: tuple[Group, ...], keep: bool = True) -> None:
         self.groups: tuple[Group, ...] = groups
         self._n = len(grads)
-        long_and_plain = keep and self._n >= FEWEST and set(map(type, grads)) == {Tensor}
+        long_and_plain = keep and self._n >= MIN_TENSORS and set(map(type, grads)) == {Tensor}
         self._guards: Any = tensor_guards(grads) if long_and_plain else None
         self.sizes: tuple[int, ...] = tuple(map(Tensor.numel, grads)) if self.known_again else ()
 
     @property
     def known_again(self) -> bool:
-        """Whether later lists of this form are recognised, and get this object."""
+        """Whether later lists of this form are recognized, and get this object."""
         return self._guards is not None
 
     def fits(self, grads: Sequence[Tensor | None]) -> bool:
@@ -77,7 +77,7 @@ def new_form(grads: list[Tensor], groups: tuple[Group, ...], keep: bool = True) 
     Args:
         grads: The list.
         groups: See `Form`.
-        keep: Whether to recognise later lists of this form. False for tensors that the check
+        keep: Whether to recognize later lists of this form. False for tensors that the check
             cannot tell from plain ones, such as tensors inside a transform. Default: True.
     """
     global _forms

@@ -72,14 +72,14 @@ def wraps(kind: type) -> bool:
     return getattr(kind, "__torch_dispatch__", _PLAIN_DISPATCH) is not _PLAIN_DISPATCH
 
 
-LACKING = (NotImplementedError, RecursionError, TypeError)
+UNSUPPORTED_ERRORS = (NotImplementedError, RecursionError, TypeError)
 """Errors that tensor classes raise for unsupported operations."""
 
 
 def refuse_wrapped(tensors: Iterable[Tensor], error: Exception) -> None:
     """Raises a TypeError that names the tensor classes that redefine operations.
 
-    Call it after an error in `LACKING`. Returns normally if there is no such class.
+    Call it after an error in `UNSUPPORTED_ERRORS`. Returns normally if there is no such class.
     """
     kinds = sorted({type(t).__name__ for t in tensors if wraps(type(t))})
     if kinds:
@@ -100,7 +100,7 @@ def has_numbers(t: Tensor) -> bool:
 
 @contextmanager
 def lasting() -> Iterator[None]:
-    """Makes tensors created inside plain, so that they can be cached; disables all modes."""
+    """Context in which new tensors are plain, so that they can be cached; disables all modes."""
     guard = torch._C._DisableTorchDispatch()
     try:
         with torch.inference_mode(False):
@@ -114,7 +114,7 @@ def _tracing_mode() -> bool:
 
 
 def _placeholders() -> tuple[type, ...]:
-    """Returns the placeholder classes. Imports nothing: a class not imported has no instances."""
+    """Returns the placeholder classes. Imports none: a class not yet imported has no instances."""
     names = (
         ("torch._subclasses.fake_tensor", "FakeTensor"),
         ("torch._subclasses.functional_tensor", "FunctionalTensor"),

@@ -1,8 +1,8 @@
 """Splits composite tensors into plain ones: DTensors and subclasses that wrap tensors.
 
-Such a subclass, for example a quantised optimizer state, may not support copying. But for
-`torch.compile` it can be split into plain tensors and rebuilt from them, by `__tensor_flatten__`
-and `__tensor_unflatten__`.
+Such a subclass, for example a quantized optimizer state, may not support copying. But if it
+supports `torch.compile`, `__tensor_flatten__` splits it into plain tensors, and
+`__tensor_unflatten__` rebuilds it from them.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def has_plain_type(tensor: Tensor) -> bool:
-    """Whether the tensor is of no subclass, which could redefine operations or add attributes."""
+    """Whether the tensor is not of a subclass that could redefine operations or add attributes."""
     return type(tensor) in (Tensor, Parameter)
 
 
@@ -148,9 +148,9 @@ class CannotCopy(TypeError):
 def copies_for_deepcopy(state: Any) -> dict[int, Any]:
     """Returns a `memo` for `copy.deepcopy`, with copies of the tensors that it cannot copy, by id.
 
-    These are tensors that wrap others, whose `clone` it would call, and placeholders. With a
-    placeholder it would also copy the mode, whose weak references would then be released twice,
-    which corrupts the heap.
+    These are tensors that wrap others, whose `clone` it would call, and placeholders. For a
+    placeholder, it would also copy the mode, and the weak references of the mode would be released
+    twice, which corrupts the heap.
     """
     memo: dict[int, Any] = {}
 

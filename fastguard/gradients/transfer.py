@@ -11,12 +11,12 @@ from fastguard.gradients.tensor_kinds import watched
 
 
 def moved(t: Tensor, device: torch.device) -> Tensor:
-    """Returns a tensor on another device. Synchronises only for a copy to the CPU.
+    """Returns a tensor on another device. Waits only for a copy to the CPU.
 
-    There it must: `t.to("cpu", non_blocking=True)` returns before the copy has arrived, so reading
-    the result at once would return old contents.
+    That copy must be waited for: `t.to("cpu", non_blocking=True)` returns before the data has
+    arrived, so the result would have undefined contents at first.
     """
-    if t.device == device:  # half the time of a `to` that does nothing
+    if t.device == device:  # takes half the time of a `to` that does nothing
         return t
     return t.to(device, non_blocking=device.type != "cpu")
 
@@ -27,8 +27,8 @@ def numbers_on(
     """Returns host numbers as a tensor `(n,)`. Never syncs; works while a CUDA graph is captured.
 
     A copy from pageable memory would sync. A single number is passed as the argument of a fill
-    kernel; several numbers are copied from pinned memory. During a capture each number gets a fill,
-    since a graph would need the pinned memory at every replay.
+    kernel; several numbers are copied from pinned memory. During a capture, each number gets its
+    own fill, since every replay of the graph would read the pinned memory again.
     """
     if device.type != "cuda" or watched():
         return moved(torch.tensor(values, dtype=dtype, device="cpu"), device)

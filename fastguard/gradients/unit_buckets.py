@@ -123,8 +123,8 @@ def refuse_shards(weights: Sequence[Tensor], names: Sequence[str] | None) -> Non
     if engine is not None:
         i = next(i for i, w in enumerate(weights) if is_managed(w))
         raise TypeError(
-            f"{name_of(i, names)} is a part of a flat tensor of {engine}, which does not know the "
-            f"units of the layers; {_REMEDY}"
+            f"{name_of(i, names)} is a part of a flat tensor of {engine}, in which units cannot be "
+            f"told apart; {_REMEDY}"
         )
 
 
@@ -135,8 +135,8 @@ def refuse_dtensors(weights: Sequence[Tensor], names: Sequence[str] | None) -> N
         return
     i = next(i for i, w in enumerate(weights) if isinstance(w, known))
     raise TypeError(
-        f"{name_of(i, names)} is a DTensor: a shard holds parts of units whose norms this rank "
-        f"does not know; {_REMEDY}"
+        f"{name_of(i, names)} is a DTensor: a shard may contain only a part of a unit, whose norm "
+        f"this rank cannot compute; {_REMEDY}"
     )
 
 

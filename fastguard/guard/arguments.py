@@ -28,9 +28,8 @@ MODES = ("skip", "zero", "raise", "propagate")
 
 
 def keywords_only(construct: Callable[_P, None]) -> Callable[_P, None]:
-    """Decorates `__init__(self, optimizer, *, ...)` to suggest a keyword for positional arguments.
-
-    The error of Python would only give the number of positional arguments.
+    """Decorates `__init__(self, optimizer, *, ...)`: the error for a positional argument suggests
+    a keyword, while Python's own error would only count the arguments.
     """
 
     @wraps(construct)
@@ -40,7 +39,7 @@ def keywords_only(construct: Callable[_P, None]) -> Callable[_P, None]:
             remedy = f"max_norm={shown(args[2])}" if number else "max_norm=1.0, nonfinite='skip'"
             raise TypeError(
                 f"{type(args[0]).__name__} got {shown(args[2])} as second positional argument, "
-                "but takes keywords after the optimizer; pass "
+                "but takes only keyword arguments after the optimizer; pass "
                 f"{type(args[0]).__name__}(optimizer, {remedy})"
             )
         construct(*args, **kwargs)
@@ -147,7 +146,7 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def check_flat_choice(name: str, value: object) -> None:
-    """Raises a ValueError for what is neither a bool nor `"trusted"`."""
+    """Raises a ValueError if `value` is neither a bool nor `"trusted"`."""
     if not isinstance(value, bool) and value != "trusted":
         raise ValueError(f"{name}={shown(value)} is unknown; use True, False or 'trusted'")
 

@@ -1,4 +1,4 @@
-"""Saves, checks and restores buffers of one device and dtype together."""
+"""Saves, checks and restores all buffers of one device and dtype in one operation."""
 
 from __future__ import annotations
 
@@ -30,9 +30,11 @@ class Place:
 
     Attributes:
         buffer: The tensor at the last call of `look`; None: there was none.
-        had_values: Whether it had values then; lazy buffers get them in the first forward pass.
+        had_values: Whether the tensor had values at that call; a lazy buffer gets them in the first
+            forward pass.
         plain: The same memory as a plain tensor with its own version counter, since restoring must
-            not invalidate a graph that still waits for its backward pass. None: not possible.
+            not invalidate a graph whose backward pass is still to come. None: the buffer cannot be
+            viewed as a plain tensor.
     """
 
     def __init__(self, module: nn.Module | None, table: dict[str, Any], name: str, path: str):

@@ -18,12 +18,15 @@ from fastguard.ranks.dtensors import is_dtensor
 from fastguard.ranks.plain_shards import is_managed
 
 DEVICES = ("cpu", "cuda")
-FROM_LR = (torch.optim.ASGD, torch.optim.Rprop)
+STATE_FROM_LR = (torch.optim.ASGD, torch.optim.Rprop)
 """Optimizers whose initial state depends on the learning rate of the first step."""
 
 
 def check_compiled_optimizer(optimizer: Optimizer, flat_parameters: bool) -> None:
-    """Raises a TypeError or ValueError for optimizers that `compile_step=True` never supports."""
+    """Raises a TypeError or ValueError for an optimizer that `compile_step=True` does not support.
+
+    Finds what the class and the parameters reveal; other obstacles are found when tracing.
+    """
     name = type(optimizer).__name__
     if flat_parameters:
         raise ValueError(
@@ -141,7 +144,7 @@ class StateForUpdate:
         if create is None:
             return
         live = [p for p in group["params"] if p.grad is not None]
-        if isinstance(optimizer, FROM_LR) and any(not optimizer.state.get(p) for p in live):
+        if isinstance(optimizer, STATE_FROM_LR) and any(not optimizer.state.get(p) for p in live):
             # The learning rate may differ between a skipped first step and the next one.
             name = type(optimizer).__name__
             raise CreatesState(f"{name} starts with state that depends on the learning rate")
@@ -162,7 +165,7 @@ class StateForUpdate:
                     optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     def count_in_tensors(self, params: Sequence[Tensor], places: Iterable[Place]) -> None:
-        """Replaces Python numbers that the step changes by 0-dim tensors.
+        """Replaces the Python numbers that the step changes with 0-dim tensors.
 
         Args:
             params: The parameters with a gradient.

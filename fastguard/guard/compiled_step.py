@@ -39,15 +39,15 @@ from fastguard.guard.masked_update import (
     trace,
 )
 from fastguard.guard.param_gradients import Gradients
-from fastguard.guard.read_first import ReadsFirstIfNeeded, says_skip
+from fastguard.guard.read_first import ReadsFirstIfNeeded, skips_step
 from fastguard.guard.step_hooks import has_step_hooks, run_global_post_hooks, run_global_pre_hooks
 from fastguard.stages.contract import Verdict
 
 log: logging.Logger = logging.getLogger("fastguard")
 
 BACKEND = "inductor"  # backend of torch.compile
-MOST_GRAPHS = 16
-"""Maximum number of compiled updates per set of parameters; others read the verdict first."""
+MAX_GRAPHS = 16
+"""Maximum number of compiled updates per layout; other steps run uncompiled, see `CompiledStep`."""
 
 
 @dataclass(slots=True)
@@ -80,11 +80,11 @@ class CompiledStep(ReadsFirstIfNeeded):
 
     In three cases, the verdict is read first and the optimizer is called without compilation:
 
-    - The step creates state without a known initial value: for optimizers that are not torch's,
-      for SGD with momentum and dampening, whose first step uses another formula, and for ASGD and
-      Rprop, whose state starts from the learning rate.
+    - The step creates state without a known initial value. This is the case for optimizers from
+      outside torch; for SGD with momentum and dampening, whose first step uses another formula; and
+      for ASGD and Rprop, whose initial state depends on the learning rate.
     - The optimizer has step hooks, which must run only when it steps.
-    - `MOST_GRAPHS` updates have been compiled.
+    - `MAX_GRAPHS` updates have been compiled.
 
     Args:
         optimizer: The wrapped optimizer.
@@ -111,9 +111,9 @@ class CompiledStep(ReadsFirstIfNeeded):
         return state
 
     @property
-    def waits(self) -> bool:
-        """Whether steps may read the verdict first, see the class."""
-        return self._n_compiled >= MOST_GRAPHS or has_step_hooks(self.optimizer)
+    def reads_first(self) -> bool:
+        """Whether steps may read the verdict first, in the last two cases of the class."""
+        return self._n_compiled >= MAX_GRAPHS or has_step_hooks(self.optimizer)
 
     def fits(self) -> bool:
         """Returns True: the update does not depend on settings such as `fused`."""
@@ -146,14 +146,14 @@ class CompiledStep(ReadsFirstIfNeeded):
                 graph, inputs = self._graph_for(live)
         if graph is None or inputs is None:
             self._read_first.step(buckets, verdict, call, changes)
-            self._n_creating[live] += not says_skip(verdict)
+            self._n_creating[live] += not skips_step(verdict)
             return
         n_segments = self._gradients.layout.n_segments
         multiplier = verdict.multiplier.expand(n_segments)
         run_global_pre_hooks(self.optimizer)
         start = None if graph.has_run else time.perf_counter()
-        # On a CPU, found_inf and clean may be one tensor; dynamo would compile again where they are
-        # not. A view is another tensor.
+        # On a CPU, found_inf and clean may be the same tensor, and dynamo would recompile for a
+        # step in which they are not. The view makes them two tensors in every step.
         args = verdict.found_inf, multiplier, verdict.clean.view(()), *inputs
         call.returned.append(graph.run(*args) or None)  # one line: no interrupt in between
         graph.has_run = True
@@ -180,7 +180,7 @@ class CompiledStep(ReadsFirstIfNeeded):
         """
         graph = self._known(live)
         if graph is None:
-            if self._n_compiled >= MOST_GRAPHS:
+            if self._n_compiled >= MAX_GRAPHS:
                 self._warn_of_limit()
                 return None, None
             self._note_moving(live)
@@ -284,16 +284,17 @@ class CompiledStep(ReadsFirstIfNeeded):
             self._warned = True
             log.warning(
                 "%d updates of %s have been compiled, because settings or the parameters with a "
-                "gradient keep changing; steps that need another one read the verdict first",
-                MOST_GRAPHS,
+                "gradient keep changing; steps that would need another one run uncompiled, after "
+                "reading the verdict",
+                MAX_GRAPHS,
                 type(self.optimizer).__name__,
             )
 
     def _constants(self, traced: Traced, places: tuple[Place, ...]) -> dict[Place, Any]:
         """Returns the values that a graph depends on as constants.
 
-        These are the settings that the step reads, except for inputs, of which only the fact
-        whether they are tensors counts; and attributes of the optimizer, which it may read too.
+        These are the attributes of the optimizer and the settings that the step reads. A setting
+        that is an input of the graph only counts as tensor or number, not by value.
         """
         inputs = set(places)
         constants: dict[Place, Any] = {
@@ -333,9 +334,9 @@ class CompiledStep(ReadsFirstIfNeeded):
         return (*places, *sorted(self._moving - self._fixed))
 
     def _settings(self, places: tuple[Place, ...]) -> dict[Place, Tensor]:
-        """Returns a tensor per place; for numbers a cached one, refilled when the number changes.
+        """Returns a tensor per place; for a number, a cached one that is refilled when it changes.
 
-        Never waits: a number reaches a GPU as the argument of a fill.
+        Never waits: `fill_` passes a number to the GPU as a kernel argument.
         """
         tensors: dict[Place, Tensor] = {}
         for place in places:

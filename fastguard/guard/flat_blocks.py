@@ -70,11 +70,11 @@ class Run:
         return of_block.narrow(0, start, self.block.bounds[self.last] - start)
 
     def state(self) -> dict[str, Tensor]:
-        """Returns the state of the run for the optimizer; the step count is the first tensor's."""
+        """Returns the state of the run for the optimizer, with the first parameter's step count."""
         block = self.block
         if self.entries is None:
             self.others = block.steps[self.first + 1 : self.last]
-            self.entries = {  # set last, so that an interrupt leaves both to the next call
+            self.entries = {  # set last: after an interrupt in between, the next call sets both
                 key: block.steps[self.first] if key == STEP else self.piece(block.states[key])
                 for key in self.keys
             }

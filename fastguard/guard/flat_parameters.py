@@ -1,4 +1,4 @@
-"""`FlatParameters`: parameters and optimizer state in flat buffers, with the layout of gradients.
+"""`FlatParameters`: parameters and optimizer state in flat buffers, laid out as the gradients are.
 
 `FlatGradBuckets` gives each gradient a slot in a buffer. The parameters of one param group with
 adjacent slots form a block. Per block there is one tensor for the weights, and one for each state
@@ -10,9 +10,9 @@ the same state entries and the same step count. During the step of the wrapped o
 groups hold one tensor per run, so that torch makes one fused call. State that torch creates for a
 run is split into views of the block afterwards.
 
-Memory: up to 12 bytes of padding per tensor, and 4 bytes per parameter for its step count. When
-slots are laid out again, blocks get new memory, because the old memory may still be in use (by
-weights that were swapped with `p.data = ...`).
+Memory, per parameter tensor: up to 12 bytes of padding, and 4 bytes for its step count. When slots
+are laid out again, blocks get new memory, because the old memory may still be in use (by weights
+that were swapped with `p.data = ...`).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class FlatParameters:
         self.optimizer = optimizer
         self._gradients = gradients
         self._start()
-        self._follow()
+        self._move_into_blocks()
 
     @property
     def on_host(self) -> bool:
@@ -86,9 +86,9 @@ class FlatParameters:
 
     @torch.no_grad()
     def _show_runs(self) -> None:
-        if self._shown is not None:
+        if self._during_step is not None:
             return
-        self._follow()
+        self._move_into_blocks()
         optimizer, runs = self.optimizer, self._runs_now()
         groups: dict[tuple[int, tuple[str, ...]], dict[str, Any]] = {
             (g, ()): {**own, "params": []} for g, own in enumerate(optimizer.param_groups)
@@ -104,27 +104,27 @@ class FlatParameters:
                 state[run.weights] = run.state()
         for group in groups.values():
             group.update(fused=True, foreach=None)
-        self._shown = runs, state, optimizer.param_groups, optimizer.state
+        self._during_step = runs, state, optimizer.param_groups, optimizer.state
         optimizer.param_groups, optimizer.state = list(groups.values()), state
 
     @torch.no_grad()
     def show_parameters(self) -> None:
-        """Reverts `_show_runs`. After an interrupt, it is repeated from the start."""
-        if self._shown is None:
+        """Reverts `_show_runs`. After an interrupt, the next call starts from the beginning."""
+        if self._during_step is None:
             return
-        runs, of_runs, groups, state = self._shown
+        runs, of_runs, groups, state = self._during_step
         self.optimizer.param_groups, self.optimizer.state = groups, state
         for run in runs:
             run.spread_step()
             if not run.keys and of_runs.get(run.weights):
-                self._take_in(run, of_runs[run.weights])
+                self._split_created(run, of_runs[run.weights])
         self._update_histories(runs)
         moving = self._moving
         if self._gradients.trusted:
             moving = moving[share_of(len(moving), self._gradients.turn)]
         increment_version(moving)
         self._mark_state()
-        self._shown = None
+        self._during_step = None
 
     # The blocks.
 
@@ -132,11 +132,11 @@ class FlatParameters:
         self._buffers: list[FlatBuffer] | None = None  # gradient buffers with the same layout
         self._blocks: list[Block] = []
         self._addresses: list[int] = []
-        self._history: dict[int, int] = {}  # by parameter; equal numbers: equal step counts
+        self._history: dict[int, int] = {}  # parameters with equal numbers have equal step counts
         self._runs: list[Run] | None = None
         self._absent: list[int] = []  # parameters without a gradient in the current runs
         self._moving: list[Tensor] = []  # all other parameters
-        self._shown: tuple[list[Run], Any, Any, Any] | None = None
+        self._during_step: tuple[list[Run], Any, Any, Any] | None = None
         self._hooked = False
         self.forget_state()
 
@@ -152,11 +152,11 @@ class FlatParameters:
         self._mark: tuple[int, dict[str, Any]] = (0, {})
 
     @torch.no_grad()
-    def _follow(self) -> None:
-        """Moves parameters and state into blocks, if they are not there.
+    def _move_into_blocks(self) -> None:
+        """Moves parameters and state into blocks if they are not there.
 
-        That is after the memory of parameters was replaced, after gradients were laid out again,
-        and after a state was loaded.
+        This happens after the memory of a parameter was replaced, after gradients were laid out
+        again, and after a state was loaded.
         """
         flat = self._flat
         if self._gradients.trusted and self._buffers is flat.buffers:
@@ -164,10 +164,10 @@ class FlatParameters:
         elif self._buffers is not flat.buffers or self._addresses_now() != self._addresses:
             self._lay_out(flat)
         if self._has_other_state():
-            self._take_in_state(flat.parameters)
+            self._adopt_state(flat.parameters)
 
     def _check_share(self, flat: FlatGradBuckets) -> None:
-        """Raises a RuntimeError if the memory of a parameter of this share was replaced."""
+        """Raises a RuntimeError if the memory of one of the parameters checked now was replaced."""
         some = share_of(len(flat.parameters), self._gradients.turn)
         parameters, addresses = flat.parameters[some], self._addresses[some]
         for p, address in zip(parameters, addresses, strict=True):
@@ -180,7 +180,7 @@ class FlatParameters:
     def _lay_out(self, flat: FlatGradBuckets) -> None:
         """Moves all parameters into new blocks.
 
-        The attributes change last, so it is repeated in the next step after an interrupt.
+        The attributes are set last: after an interrupt, the next step starts this again.
         """
         self._gradients.check_movable()
         group_of = {
@@ -214,9 +214,9 @@ class FlatParameters:
         )
 
     def _mark_state(self) -> None:
-        """Remembers the current state, to detect another one.
+        """Remembers the current state, so that `_has_other_state` detects a replaced one.
 
-        Compares the number of parameters with state, and the entries of the first.
+        Keeps the number of parameters with state, and the entries of the first of them.
         """
         self._state = self.optimizer.state
         self._mark = len(self.optimizer.state), dict(self._first_entries())
@@ -224,7 +224,7 @@ class FlatParameters:
     def _first_entries(self) -> dict[str, Any]:
         return next(filter(None, self.optimizer.state.values()), {})
 
-    def _take_in_state(self, parameters: Sequence[Tensor]) -> None:
+    def _adopt_state(self, parameters: Sequence[Tensor]) -> None:
         """Moves the state of the optimizer into the blocks. Waits for a GPU."""
         state = self.optimizer.state
         ids: dict[float, int] = {}
@@ -242,7 +242,7 @@ class FlatParameters:
         self._runs = None
         self._mark_state()
 
-    def _take_in(self, run: Run, created: dict[str, Any]) -> None:
+    def _split_created(self, run: Run, created: dict[str, Any]) -> None:
         """Splits the state that the optimizer has created for a run among its parameters."""
         block, state = run.block, self.optimizer.state
         tensors = {key: value for key, value in created.items() if isinstance(value, Tensor)}

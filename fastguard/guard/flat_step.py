@@ -38,7 +38,7 @@ class FlatStep(OnDevice):
         self._flat.forget_state()
 
     def conclude(self, taken: bool) -> None:
-        """Completes the end of an update that was interrupted."""
+        """Puts the parameters back into the param groups if the update was interrupted."""
         super().conclude(taken)
         self._flat.show_parameters()
 
@@ -47,9 +47,9 @@ class FlatStep(OnDevice):
         self._flat.release()
 
     @property
-    def waits(self) -> bool:
+    def reads_first(self) -> bool:
         """Whether every step reads the verdict first."""
-        return self._flat.on_host or super().waits
+        return self._flat.on_host or super().reads_first
 
 
 class _FlatInnerStep(InnerStep):

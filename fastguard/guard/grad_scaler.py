@@ -35,7 +35,7 @@ FLOOR = 1.0
 """Default for the minimum scale: below 1, a scale makes gradients smaller than without scaling."""
 
 _FLOORS = ("min_scale", "_min_scale", "min_loss_scale", "_min_loss_scale")
-_NEAREST = 32  # maximum number of frames up to GradScaler.step: hooks, profiler, schedulers
+_MAX_FRAMES = 32  # maximum number of frames up to GradScaler.step: hooks, profiler, schedulers
 
 
 class ScalerInputs(NamedTuple):
@@ -113,7 +113,7 @@ def tell_scaler(scaler: GradScaler | None, optimizer: Optimizer, found_inf: Tens
 
 
 @contextmanager
-def lower_scales_stay(objects: Iterable[Any]) -> Iterator[None]:
+def keep_lower_scales(objects: Iterable[Any]) -> Iterator[None]:
     """Context in which objects may load an older state without raising a loss scale. Never waits.
 
     Args:
@@ -146,7 +146,7 @@ def _scalers_of(objects: Iterable[Any]) -> list[GradScaler]:
 def _stepping(optimizer: Optimizer) -> GradScaler | None:
     """Returns the scaler whose `step` is calling this optimizer, if any."""
     frame = sys._getframe(1)
-    for _ in range(_NEAREST):
+    for _ in range(_MAX_FRAMES):
         if frame.f_back is None:
             return None
         frame = frame.f_back

@@ -108,8 +108,8 @@ class GuardedOptimizer(SavableOptimizer):
         flat_parameters: Whether to keep parameters and optimizer state in such buffers too; a step
             over thousands of tensors is then as fast as over a single one. For `AdamW`, `Adam`,
             `SGD` and `Adagrad` of `torch.optim`, with torch's fused kernels; implies
-            `flat_buckets`. `"trusted"`: as above, and this also requires that the `.data` of no
-            parameter is replaced and that no backward pass uses a graph from before a step.
+            `flat_buckets`. `"trusted"`: as above; it also requires that no parameter's `.data` is
+            replaced, and that no backward pass runs through a graph built before the last step.
             Default: False.
         compile_step: Whether to compile the update with `torch.compile`, with every write masked by
             the verdict. Any optimizer that can be traced then skips on the device, without
@@ -151,7 +151,7 @@ class GuardedOptimizer(SavableOptimizer):
     _step_supports_amp_scaling = True  # GradScaler.step then calls step even after an overflow
     rank_watch: RankWatch | None = None
     _n_agreed = 0  # number of segments when the arguments of all ranks were compared; 0: not yet
-    _may_have_losses = False  # whether losses have been checked to be allowed without a group
+    _may_have_losses = False  # whether a loss is known to need no group
 
     @keywords_only
     def __init__(
@@ -230,7 +230,7 @@ class GuardedOptimizer(SavableOptimizer):
         """Measures the gradients, decides, and calls the `step` of the wrapped optimizer or skips.
 
         If an exception is raised before the wrapped optimizer has stepped, counters, baselines and
-        records are as if the step had not been taken; afterwards the step counts in full.
+        records are as if the step had not been taken. From then on, the step counts in full.
 
         Args:
             closure: Evaluates the model again and returns the loss, as in torch.
@@ -360,7 +360,8 @@ class GuardedOptimizer(SavableOptimizer):
     def _agree(self) -> None:
         """Checks in the first step, and with new segments, that all ranks have the same arguments.
 
-        Ranks whose numbers of segments change at different steps cannot reduce their sums anyway.
+        The check is a collective, which all ranks must join. If the number of segments changed on
+        some ranks only, their sums could not be reduced either.
         """
         team, n = self._gradients.team, self._gradients.layout.n_segments
         if self._n_agreed == n or watched():  # there are no values to compare while tracing

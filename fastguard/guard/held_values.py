@@ -1,8 +1,8 @@
-"""What an optimizer holds in Python: containers and small objects, copied and compared.
+"""Copies and compares what an optimizer holds in Python: containers and small objects.
 
 A trace runs the step on a copy. Containers and objects are copied down to their values, so that
-the step can write placeholders into them without changing the original; a step that does so is
-found by comparing the copy with what it was.
+the step can write placeholders into them without changing the original. Comparing the copy with
+its earlier contents then shows whether the step has written into it.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from fastguard.gradients.buckets import GradBuckets
 from fastguard.guard.inner_step import StepCall
-from fastguard.guard.read_first import ReadsFirstIfNeeded, says_skip
+from fastguard.guard.read_first import ReadsFirstIfNeeded, skips_step
 from fastguard.guard.step_hooks import has_step_hooks, run_global_hooks
 from fastguard.optim.optimizer import FusedOptimizer
 from fastguard.optim.orders import Orders
@@ -29,7 +29,7 @@ class InUpdate(ReadsFirstIfNeeded):
         super().__init__(optimizer)
 
     @property
-    def waits(self) -> bool:
+    def reads_first(self) -> bool:
         """Whether every step reads the verdict first: on a CPU, or if the optimizer has hooks."""
         return has_step_hooks(self.optimizer) or self._on_host()
 
@@ -42,14 +42,14 @@ class InUpdate(ReadsFirstIfNeeded):
 
     def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> None:
         """Calls the optimizer with the verdict."""
-        if self.waits and says_skip(verdict):
+        if self.reads_first and skips_step(verdict):
             run_global_hooks(self.optimizer)
             return
         with self.optimizer.obeying(_orders(buckets, verdict)):
             self._inner(call)
 
     def conclude(self, taken: bool) -> None:
-        """Does nothing: there is no copy of weights that a failed step has begun to change."""
+        """Does nothing: nothing is kept that a failed step could be undone with."""
 
     def _on_host(self) -> bool:
         groups = self.optimizer.param_groups

@@ -30,8 +30,9 @@ class StepCall:
         place: The position or name of the closure in the wrapped `step`; None: it takes no
             closure, so only the guard evaluates it.
         result: The result of the closure.
-        returned: The result of the wrapped `step`, appended in the line of the call so that no
-            interrupt can come in between. None is appended before its post-hooks run.
+        returned: A list to which the result of the wrapped `step` is appended, in the same line as
+            the call, so that no interrupt can come in between. If there are post-hooks, None is
+            appended before they run. A list that is not empty means that the weights have changed.
     """
 
     closure: Callable[[], Any] | None = None
@@ -85,7 +86,7 @@ class StepSignature(NamedTuple):
             p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
         ]
         takes_any = not positional and inspect.Parameter.VAR_POSITIONAL in kinds
-        closure = next(filter(_is_closure, named), None)
+        closure = next(filter(_names_closure, named), None)
         if closure is None and (takes_any or inspect.Parameter.VAR_KEYWORD in kinds):
             closure = "closure"
         place = positional.index(closure) if closure in positional else None
@@ -146,16 +147,17 @@ class StepSignature(NamedTuple):
 def _call_with_found_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepCall | None:
     """Returns the call with the first argument that is a function without parameters as closure.
 
-    For a `step` whose parameter names do not tell. None: there is no such argument.
+    For a `step` whose parameter names do not show which one is the closure. None: no argument is
+    such a function.
     """
     for place, value in [*enumerate(args), *kwargs.items()]:
-        if _evaluates(value):
+        if _can_be_closure(value):
             others = {name: other for name, other in kwargs.items() if name != place}
             return StepCall(value, args, others, place)
     return None
 
 
-def _evaluates(value: Any) -> bool:
+def _can_be_closure(value: Any) -> bool:
     """Whether a value is a function without required arguments; not a module or class."""
     if not callable(value) or isinstance(value, type | torch.nn.Module | Tensor):
         return False
@@ -177,8 +179,9 @@ class _EvaluatedElsewhere(Exception):
 class InnerStep:
     """Calls the `step` of an optimizer, after the guard has evaluated the closure.
 
-    Nearly all optimizers evaluate their closure first, and get one that returns the known loss. The
-    others are found in their first step with a closure, which is undone from a copy.
+    Nearly all optimizers evaluate their closure once, before they change anything; they get a
+    closure that returns the known loss. The others are detected in their first step with a closure,
+    which is undone from a copy.
 
     Args:
         optimizer: The wrapped optimizer.
@@ -206,7 +209,8 @@ class InnerStep:
         Raises:
             ClosureNeeded: The optimizer evaluates its closure again, with arguments, or with other
                 weights.
-            TypeError: It does so after steps in which it did not, or its state cannot be copied.
+            TypeError: It does so only after a step in which it did not, or its state cannot be
+                copied, so the step cannot be undone.
         """
         if call.closure is None or call.place is None:
             self._step(call, call.args, call.kwargs)
@@ -235,7 +239,8 @@ class InnerStep:
     def _known(self, loss: Any) -> Callable[[], Any]:
         """Returns a closure that returns the known loss as long as the weights are unchanged.
 
-        It does not do so for arguments, which only the user's closure understands.
+        Otherwise it raises `_EvaluatedElsewhere`. It also raises if it is called with arguments,
+        which only the user's closure understands.
         """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         values: list[Tensor] = []
@@ -302,5 +307,5 @@ def checked_closure(closure: object) -> Any:
     return closure
 
 
-def _is_closure(name: str) -> bool:
+def _names_closure(name: str) -> bool:
     return any(part in name for part in CLOSURES)

@@ -69,7 +69,7 @@ class CreatesState(Exception):
 
 
 class CountsInPython(Exception):
-    """The step changes Python numbers.
+    """The step changes Python numbers, such as step counters.
 
     Args:
         places: The locations of these numbers.
@@ -163,7 +163,7 @@ def trace(optimizer: Optimizer, members: Members, settings: Mapping[Place, Tenso
         tensors = dict(zip(settings, others, strict=True))
         for w, g, segment in zip(weights, grads, members.segments, strict=True):
             w.grad = _scaled_and_cleaned(g, multiplier.select(0, segment), clean)
-        double = _OptimizerOfPlaceholders(optimizer, members, weights, states, tensors)
+        stand_in = _OptimizerOfPlaceholders(optimizer, members, weights, states, tensors)
         written = [*weights, *chain.from_iterable(s.values() for s in states), *tensors.values()]
         before = [t.clone() for t in written]
         versions = [t._version for t in tensors.values()]
@@ -173,9 +173,9 @@ def trace(optimizer: Optimizer, members: Members, settings: Mapping[Place, Tenso
         ]
         mode = TensorSettings([(t, place, value) for t, place, value in known if value is not None])
         with mode, as_if_compiling(), python_of_tensors(type(optimizer)):
-            double.step()
-        notes.update(read=double.read, branches=mode.branches)
-        after = double.after(written, versions)
+            stand_in.step()
+        notes.update(read=stand_in.read, branches=mode.branches)
+        after = stand_in.after(written, versions)
         skip = found_inf != 0
         for t, old, new in zip(written, before, after, strict=True):
             if new is not None:
@@ -220,12 +220,12 @@ class _OptimizerOfPlaceholders:
     ) -> None:
         self.read: list[set[str]] = [set() for _ in optimizer.param_groups]
         on_gpu = weights[0].device.type != "cpu"
-        self.groups: list[_Noting] = []
+        self.groups: list[_ReadRecorder] = []
         for i, group in enumerate(optimizer.param_groups):
             params = [w for w, g in zip(weights, members.groups, strict=True) if g == i]
             own = {**_with_tensors(_own(group), i, settings), "params": params}
             own.update((k, v) for k, v in _implementation(optimizer, on_gpu) if k in group)
-            self.groups.append(_Noting(own, self.read[i]))
+            self.groups.append(_ReadRecorder(own, self.read[i]))
         self.states = [
             {**copied(optimizer.state.get(p, {})), **tensors}
             for p, tensors in zip(members.params, states, strict=True)
@@ -233,17 +233,17 @@ class _OptimizerOfPlaceholders:
         self._before_groups = [_own(group) for group in self.groups]
         self._before_states = [copied(state) for state in self.states]
         self._settings = settings
-        self.optimizer = double = object.__new__(type(optimizer))
+        self.optimizer = stand_in = object.__new__(type(optimizer))
         attributes = {
             k: v for k, v in vars(optimizer).items() if k not in ("state", "param_groups")
         }
-        double.__dict__.update(copied(attributes, objects=False))
-        double.__dict__.pop("step", None)  # set by a scheduler, bound to the original
-        double.param_groups = self.groups  # type: ignore[assignment]
-        double.state = defaultdict(dict, zip(weights, self.states, strict=True))  # type: ignore[arg-type]
+        stand_in.__dict__.update(copied(attributes, objects=False))
+        stand_in.__dict__.pop("step", None)  # set by a scheduler, bound to the original
+        stand_in.param_groups = self.groups  # type: ignore[assignment]
+        stand_in.state = defaultdict(dict, zip(weights, self.states, strict=True))  # type: ignore[arg-type]
         self._before_self = {
             k: copied(v, objects=False)
-            for k, v in vars(double).items()
+            for k, v in vars(stand_in).items()
             if k in attributes and (type(v) in NUMBERS or is_container(v))
         }
 
@@ -318,8 +318,8 @@ class _OptimizerOfPlaceholders:
 
     def _changes(self, what: str, kind: str) -> str:
         return (
-            f"{type(self.optimizer).__name__}.step changes {what}, a Python {kind}, which a step "
-            "skipped on the device cannot leave unchanged"
+            f"{type(self.optimizer).__name__}.step changes {what}, a Python {kind}, which would "
+            "change even if the device skips the step"
         )
 
 
@@ -328,7 +328,7 @@ def _own(group: Mapping[str, Any]) -> dict[str, Any]:
     return copied({k: v for k, v in dict(group).items() if k != "params"})
 
 
-class _Noting(dict):
+class _ReadRecorder(dict):
     """The settings of a param group; records which of them are read."""
 
     def __init__(self, settings: Mapping[str, Any], read: set[str]) -> None:

@@ -97,7 +97,7 @@ class ModelBuffers:
         more = dict(enumerate(also))
         for tensor in more.values():
             if not isinstance(tensor, Tensor):
-                raise TypeError(f"also holds a {type(tensor).__name__}, but takes only tensors")
+                raise TypeError(f"`also` contains a {type(tensor).__name__}; pass only tensors")
         self._places = [
             Place(module, module._buffers, name, f"{prefix}.{name}" if prefix else name)
             for prefix, module in model.named_modules()
@@ -188,7 +188,7 @@ class ModelBuffers:
     def _after_error(self, optimizer: Any, error: BaseException) -> None:
         if optimizer.steps_taken != self._settled.get(optimizer):  # raised after a complete step
             self._after_step(optimizer)
-        # Not after an interrupt or out of memory: the step may be tried again.
+        # After an interrupt or an out-of-memory error they stay, as the step may be tried again.
         elif isinstance(error, NonFiniteGradError | TrainingDivergedError):
             self.put_back()
 
@@ -257,7 +257,7 @@ def are_protected(optimizer: GuardedOptimizer) -> bool:
 
 
 def _restores_buffers(verdict: Verdict) -> bool | Tensor:
-    """Whether the step was skipped for another reason than a loss scale; a tensor on a GPU."""
+    """Whether the step was skipped, and not only to lower a loss scale; a tensor on a GPU."""
     if isinstance(verdict, HostVerdict):
         return verdict.known.skipped and verdict.known.reason != Reason.LOSS_SCALE
     return (verdict.found_inf != 0) & (verdict.reason != int(Reason.LOSS_SCALE))

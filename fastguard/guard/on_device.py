@@ -24,9 +24,10 @@ class OnDevice(ReadsFirstIfNeeded):
     The kernel tests `found_inf == 1` and expects float32 of shape `()`. `grad_scale` remains None,
     because with it the kernel writes the gradients back even at scale 1.
 
-    The verdict is read first in two cases: in the first step of fused SGD with momentum, because a
-    skip would leave the momentum buffer uninitialised, and no value of it would make torch repeat
-    the first step; and if the optimizer has step hooks, which must run only when it steps.
+    The verdict is read first in two cases. If the optimizer has step hooks, which must run only
+    when it steps. And in the first step of fused SGD with momentum: if the kernel skipped it, torch
+    would keep the momentum buffer uninitialised, and no value written into the buffer would make
+    torch use the formula of the first step again.
     """
 
     skips = "through found_inf"
@@ -46,7 +47,7 @@ class OnDevice(ReadsFirstIfNeeded):
 
     def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> None:
         """Applies the verdict to the gradients, and steps with `found_inf` set."""
-        if self.waits or self._creates_momentum():
+        if self.reads_first or self._creates_momentum():
             self._read_first.step(buckets, verdict, call, changes)
             return
         if changes:
@@ -60,15 +61,12 @@ class OnDevice(ReadsFirstIfNeeded):
             self._forget_verdict()
 
     @property
-    def waits(self) -> bool:
+    def reads_first(self) -> bool:
         """Whether every step reads the verdict first, because the optimizer has step hooks."""
         return has_step_hooks(self.optimizer)
 
     def conclude(self, taken: bool) -> None:
-        """Removes the verdict from the optimizer, where it remains after an interrupt.
-
-        There is no copy of weights that a failed step has begun to change.
-        """
+        """Removes the verdict from the optimizer, where it remains after an interrupt."""
         self._forget_verdict()
 
     def _forget_verdict(self) -> None:
@@ -99,7 +97,7 @@ class OnDevice(ReadsFirstIfNeeded):
 
 
 def _first_with_grad(parameters: list[Tensor]) -> Tensor:
-    """Returns the parameter whose buffer tells whether torch treats a step as the first one."""
+    """Returns the parameter by whose buffer torch detects a first step."""
     return next((p for p in parameters if p.grad is not None), parameters[0])
 
 

@@ -48,7 +48,7 @@ class OptimizerCopy(NamedTuple):
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Restores weights, state and settings to the bit, in the same parameters."""
+        """Restores weights, state and settings bitwise; weights in place."""
         for p, values in self.weights:
             p.copy_(values)
         for optimizer, state in self.states:
@@ -71,7 +71,7 @@ class OptimizerCopy(NamedTuple):
 
 
 def _with_inner(optimizer: Optimizer, seen: set[int]) -> Iterator[Optimizer]:
-    """Yields an optimizer and the optimizers in its attributes, also in containers (SAM's base)."""
+    """Yields an optimizer and those in its attributes and containers, such as the base of SAM."""
     if id(optimizer) in seen:
         return
     seen.add(id(optimizer))

@@ -34,7 +34,7 @@ class Gradients:
     """The gradients of the parameters of an optimizer, in buckets.
 
     Args:
-        optimizer: The optimizer; changes of its param groups are followed.
+        optimizer: The optimizer; its param groups may change between steps.
         scope: What one clip coefficient applies to.
         names: Names by parameter.
         norm_type: p of the norm.
@@ -99,8 +99,8 @@ class Gradients:
         self.team = team_of(layout.parameters, self.group)
         if self.flat is not None:
             self.flat.release()
-            # Gradients that are None remain None, so that weight decay does not change parameters;
-            # trusted gradients are always in their slots.
+            # A gradient that is None remains None, so that weight decay does not change its
+            # parameter. Trusted gradients are always in their slots, so they are never None.
             self.flat = self._flattened(layout, fill=self.trusted)
         self.layout = layout  # set last, so that all of this is repeated after an exception
         self._know_groups()
@@ -181,7 +181,7 @@ class Gradients:
         return buckets
 
     def _check_share(self, flat: FlatGradBuckets) -> None:
-        """Raises a RuntimeError if a parameter of the next share was replaced."""
+        """Checks the next share of the parameters; raises a RuntimeError if one was replaced."""
         self.turn += 1
         replaced = flat.replaced(self.turn)
         if replaced is not None:
@@ -231,7 +231,7 @@ class Gradients:
         return cpu if self.team is None else self.team.device_for(cpu)
 
     def _check_first_step(self) -> None:
-        """Checks in the first step that there are gradients, with values and not in shards.
+        """Checks the gradients in the first step: they exist, have values, and are no plain shards.
 
         FSDP1 with `use_orig_params=True` may shard parameters after the optimizer was created.
 

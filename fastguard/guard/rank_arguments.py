@@ -1,4 +1,4 @@
-"""The arguments that must be the same on all ranks, as text for `fastguard.ranks.agreement`."""
+"""The arguments that must be the same on all ranks, as strings for `fastguard.ranks.agreement`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def arguments_of(optimizer: GuardedOptimizer, team: Team) -> dict[str, str]:
-    """Returns the arguments that must agree, as text by name; with the same names on all ranks."""
+    """Returns the arguments that must agree, as strings by name. All ranks have the same names."""
     groups, scope = optimizer.param_groups, optimizer.clip_scope
     max_norms = [
         None if limit == math.inf else limit for limit in limits(groups, scope, optimizer.max_norm)
@@ -47,7 +47,7 @@ def arguments_of(optimizer: GuardedOptimizer, team: Team) -> dict[str, str]:
         arguments[COUNTS] = [len(g["params"]) for g in groups]
         clamped = [None if g.get("clip_value") is None else float(g["clip_value"]) for g in groups]
         arguments["clip_value by param group"] = clamped
-        # These updates round differently, so replicas would diverge although they decide the same.
+        # These updates round differently, so replicas would diverge even with equal decisions.
         arguments["compile_step"] = isinstance(optimizer._stepper, CompiledStep)
         arguments["flat_parameters"] = optimizer._gradients.with_parameters
     return {name: repr(value) for name, value in arguments.items()}
@@ -64,10 +64,8 @@ def places_of(optimizer: GuardedOptimizer, team: Team) -> dict[str, list[Place]]
     unnamed = [p for i, p in enumerate(layout.parameters) if layout.names[i] == f"parameter {i}"]
     sums = _sums_of_replicas(unnamed, team)
     all_places = [
-        Place(None, tuple(p.shape), *sums[p])
-        if name == f"parameter {i}"
-        else Place(name, tuple(p.shape))
-        for i, (name, p) in enumerate(zip(layout.names, layout.parameters, strict=True))
+        Place(None, tuple(p.shape), *sums[p]) if p in sums else Place(name, tuple(p.shape))
+        for name, p in zip(layout.names, layout.parameters, strict=True)
     ]
     if optimizer.clip_scope == "tensor":
         return {f"parameter {i}": [place] for i, place in enumerate(all_places)}
@@ -81,7 +79,10 @@ def places_of(optimizer: GuardedOptimizer, team: Team) -> dict[str, list[Place]]
 def _sums_of_replicas(
     parameters: list[Tensor], team: Team
 ) -> dict[Tensor, tuple[int | None, int | None]]:
-    """Returns checksums of the values and the gradient of parameters that all ranks hold alike."""
+    """Returns checksums of the values and the gradient of each parameter.
+
+    `(None, None)` for parameters that are not replicated on all ranks.
+    """
     sums: dict[Tensor, tuple[int | None, int | None]] = dict.fromkeys(parameters, (None, None))
     sharing = team.sharing(parameters)
     classes = sharing.classes or [0] * len(parameters)
@@ -90,7 +91,7 @@ def _sums_of_replicas(
         for p, c in zip(parameters, classes, strict=True)
         if sharing.weights[c] * team.size == 1.0
         and has_numbers(p)
-        # Sparse gradients have no words to add; the step refuses them with a clear error.
+        # A sparse gradient has no checksum; the step refuses it with a clear error.
         and (p if p.grad is None else p.grad).layout is torch.strided
     ]
     if not replicas:

@@ -1,15 +1,14 @@
 """`RankWatch`: finds the rank on which a bad gradient originated, before ranks reduce gradients.
 
-After the reduction of DDP every rank holds a NaN that one rank produced, and after the reduction of
-FSDP2 the rank that owns the shard holds it. So gradients are measured before the reduction:
+If one rank produces a NaN, then after the reduction every rank has it (DDP), or the rank that owns
+the shard has it (FSDP2). So gradients are measured before the reduction:
 
     DDP     in a communication hook, bucket by bucket, just before the all-reduce
     FSDP2   as autograd produces them, about 25 MB at a time, before the reduce-scatter
 
 Cost: another read of every local gradient in each backward pass, and 25 MB of memory. With FSDP2
-these are the unsharded gradients, so a rank reads as many times more than the guard as there are
-shards. There is no further collective, only one flag in the vector that the ranks exchange anyway,
-and nothing waits.
+these are the unsharded gradients: with n shards, a rank reads n times as much as the guard does. It
+adds no collective, only one number to the vector that the ranks exchange anyway, and never waits.
 """
 
 from __future__ import annotations
@@ -45,12 +44,12 @@ FLUSH_BYTES = 25 * 2**20
 class RankWatch:
     """Makes records name the rank on which a bad gradient originated.
 
-    `record.culprit_rank` is then this rank; it is None if there were several, and
-    `record.culprit_ranks` is their number (0: the reduction itself overflowed). On that rank,
-    `record.culprits` are its parameters with their counts before the reduction. It costs another
-    read of every local gradient, so use it in runs that have had a NaN. With DDP, accumulate
-    gradients under `no_sync()`; otherwise a gradient that was reduced before counts as bad on every
-    rank.
+    `record.culprit_rank` is then this rank, or None if there were several; `record.culprit_ranks`
+    is their number (0: the reduction itself overflowed). On each of these ranks, `record.culprits`
+    are the bad parameters with their counts before the reduction. The watch costs another read of
+    every local gradient, so use it in runs that have had a NaN. With DDP, accumulate gradients
+    under `no_sync()`; otherwise the gradient of an earlier micro-batch has already been reduced,
+    and counts as bad on every rank.
 
     Args:
         optimizer: The guarded optimizer, which decides over several ranks (`group=` or DTensors).
@@ -162,8 +161,8 @@ class RankWatch:
             self._measure([(i, grad) for i, grad in found if i is not None])
         return self._reduce(state, bucket)
 
-    # FSDP2: parameters are unsharded from the forward pre-hook of their unit on, and gradients are
-    # not reduced until the backward pass has left the unit.
+    # FSDP2: the forward pre-hook of a unit unshards its parameters, and their gradients are reduced
+    # after the backward pass has left the unit.
 
     def _watch_unit(self, unit: nn.Module) -> None:
         managed = [
@@ -201,8 +200,8 @@ class RankWatch:
     def _measure(self, gradients: Sequence[tuple[int, Tensor]]) -> None:
         """Adds the counts of some gradients to the table, int64 `(3, T)`.
 
-        Once a gradient of a parameter was bad in a step, its counts are kept, because later ones
-        may be sums that include other ranks.
+        The counts of a parameter are those of its first bad gradient in the step, because later
+        gradients may be sums over ranks.
         """
         if not gradients:
             return

@@ -16,10 +16,11 @@ from fastguard.stages.contract import Verdict
 from fastguard.stages.spike_rules import Rule
 
 
-def says_skip(verdict: Verdict) -> bool:
+def skips_step(verdict: Verdict) -> bool:
     """Whether a verdict skips the step. Waits for a GPU.
 
-    False for placeholders, whose verdict has no value; they serve to trace or estimate a step.
+    False for placeholders (fake or meta tensors, used to trace or estimate a step): their verdict
+    has no value.
     """
     return has_numbers(verdict.found_inf) and verdict.found_inf.item() != 0.0
 
@@ -27,7 +28,7 @@ def says_skip(verdict: Verdict) -> bool:
 class ReadFirst:
     """Reads the verdict, then steps or skips: free on a CPU, one read of a scalar on a GPU."""
 
-    waits = True
+    reads_first = True
     skips = "after reading the verdict"
 
     def __init__(self, optimizer: Optimizer, inner: InnerStep | None = None) -> None:
@@ -56,13 +57,13 @@ class ReadFirst:
         """Applies the verdict, and steps unless it says to skip."""
         if changes:
             apply(buckets, verdict)
-        if says_skip(verdict):
+        if skips_step(verdict):
             run_global_hooks(self.optimizer)
         else:
             self._inner(call)
 
     def conclude(self, taken: bool) -> None:
-        """Does nothing: there is no copy of weights that a failed step has begun to change."""
+        """Does nothing: nothing is kept that a failed step could be undone with."""
 
 
 class ReadsFirstIfNeeded:

@@ -154,7 +154,7 @@ class ReportingOptimizer(OptimizerWrapper):
 
     @property
     def scaler_in_use(self) -> GradScaler | None:
-        """The scaler that took the last step with loss scaling; None: there is none."""
+        """The `GradScaler` that called `step` last; None: there is none."""
         return None if self._scaler is None else self._scaler()
 
     @property
@@ -205,9 +205,9 @@ class ReportingOptimizer(OptimizerWrapper):
     def lifetime(self) -> Lifetime:
         """The step counts of the whole run, which loading and rollbacks do not lower.
 
-        `skipped_steps` and the other counters belong to the current state, and go back when an
-        earlier state is loaded. The lifetime is saved in the state dict too. Loading keeps the
-        lifetime with more steps, the current one or the one in the state dict. Waits for a GPU.
+        In contrast, `skipped_steps` and the other counters belong to the current state, and go back
+        when an earlier state is loaded. The lifetime is saved in the state dict too; if the current
+        lifetime and the loaded one differ, the one with more steps is kept. Waits for a GPU.
 
         Example:
             >>> import torch, fastguard
@@ -249,8 +249,8 @@ class ReportingOptimizer(OptimizerWrapper):
 
     def _after_failure(self, error: BaseException) -> None:
         """Concludes the step after an exception in `step`; tries again if interrupted."""
-        # GradScaler removes these only after a step that returns, and multiplies an existing
-        # grad_scale by its scale.
+        # GradScaler removes these only after a step that returns. In the next step it would
+        # multiply the remaining grad_scale by its scale.
         self.__dict__.pop("grad_scale", None)
         self.__dict__.pop("found_inf", None)
         if self._flight is not None and isinstance(error, NonFiniteGradError):
@@ -267,12 +267,13 @@ class ReportingOptimizer(OptimizerWrapper):
     def _deliver(self, *, before: bool, budget: bool = True) -> None:
         """Delivers the record of a step to subscribers, and checks the skip budget.
 
-        If every step reads the verdict on the host, this happens after step k; otherwise before
-        step k + 1, waiting for step k. So all ranks and all reruns react at the same step.
+        If every step reads the verdict on the host, this happens after step k. Otherwise it happens
+        before step k + 1, and waits for step k. Thus all ranks and all reruns react in the same
+        step.
         """
         if self.max_consecutive_skips is None and not self._recorder.has_subscribers:
             return
-        on_host = self._device.type == "cpu" or self._stepper.waits
+        on_host = self._device.type == "cpu" or self._stepper.reads_first
         if before == on_host:
             return
         record = self._recorder.deliver()
@@ -284,12 +285,12 @@ class ReportingOptimizer(OptimizerWrapper):
         """Whether steps never wait for the device.
 
         True on a CPU, where there is nothing to wait for. On a GPU, True for fused optimizers and
-        compiled updates if the wrapped optimizer has no step hooks, and False in raise mode. Even
-        then, one step waits: the step that creates the momentum buffers of SGD, or with
-        `compile_step` the state of an optimizer that is not torch's, of ASGD, or of Rprop.
+        compiled updates, unless the wrapped optimizer has step hooks or `nonfinite="raise"`. Even
+        if True, one step waits: the one that creates the momentum buffers of SGD, or with
+        `compile_step` the state of ASGD, Rprop, or an optimizer from outside torch.
         """
         on_cpu = self._device.type == "cpu"
-        return on_cpu or not (self._fitting_stepper().waits or self.nonfinite == "raise")
+        return on_cpu or not (self._fitting_stepper().reads_first or self.nonfinite == "raise")
 
     def _fitting_stepper(self) -> Stepper:
         """Returns the stepper for the current settings, such as `fused` in the param groups."""
@@ -310,7 +311,7 @@ class ReportingOptimizer(OptimizerWrapper):
             f"guarding {type(self.optimizer).__name__}: {tensors}, "
             f"{elements:,} elements on {self._device} ({backend_of(self._device)} backend); "
             f"{self._settings()}; {deciding}"
-            f"skips {'after reading the verdict' if stepper.waits else stepper.skips}"
+            f"skips {'after reading the verdict' if stepper.reads_first else stepper.skips}"
         )
 
     def __repr__(self) -> str:

@@ -1,8 +1,8 @@
 """Step hooks: the guard's hooks run around each guarded step, and global hooks once per step.
 
-Global hooks are those of torch's `register_optimizer_step_pre_hook` and `..._post_hook`, for all
-optimizers. The step of the wrapped optimizer runs them, so the guard runs them only when it skips
-that step. A profiler that counts steps by them counts each step once.
+Global hooks are registered for all optimizers, with torch's `register_optimizer_step_pre_hook` and
+`..._post_hook`. The step of the wrapped optimizer runs them, so the guard runs them only when it
+skips that step. Thus a profiler that counts steps with such a hook counts each step once.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 
 def with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates the `step` of an optimizer that wraps another one; torch.compile skips it.
+    """Decorates the `step` of an optimizer that wraps another one.
 
-    Does the same as torch for every optimizer, except for running global hooks.
+    It does what torch does around the step of every optimizer, except that it runs no global hooks.
+    torch.compile does not trace the step.
     """
 
     def with_hooks(self: Optimizer, *args: Any, **kwargs: Any) -> Any:

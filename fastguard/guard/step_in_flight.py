@@ -1,4 +1,4 @@
-"""`StepInFlight`: makes a guarded step atomic: after an exception it counts fully, or not at all.
+"""`StepInFlight`: makes a guarded step atomic; after an exception it counts fully or not at all.
 
 An exception can occur at any line: out of memory in the wrapped step, Ctrl-C anywhere. So the guard
 either keeps the previous values of what a step changes (counters, spike baselines, observed
@@ -51,11 +51,11 @@ class StepInFlight:
         return self.obeyed or bool(self._call.returned)
 
     def keep(self, state: GuardState) -> None:
-        """Makes the decision record how to undo its changes to the state."""
+        """Lets the decision record in `state.undo` how to undo its changes of the state."""
         state.undo = self._undo
 
     def use_up_losses(self) -> None:
-        """Drops the losses instead of restoring them, when the guard itself refuses the step."""
+        """Makes `take_back` drop the losses, for a step that the guard itself refuses."""
         self._losses = []
 
     def concluded(self, outcome: Outcome) -> Outcome:
@@ -66,7 +66,7 @@ class StepInFlight:
 
     @torch.no_grad()
     def take_back(self) -> None:
-        """Restores the guard, and clamped gradients if there are copies."""
+        """Restores counters, baselines and losses, and clamped gradients if there are copies."""
         for put_back in reversed(self._undo):
             put_back()
         if self.clamped is not None:

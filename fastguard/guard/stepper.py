@@ -41,8 +41,8 @@ class Stepper(Protocol):
     """How a step is skipped without waiting, for `GuardedOptimizer.describe`."""
 
     @property
-    def waits(self) -> bool:
-        """Whether every step waits for the verdict to reach the host."""
+    def reads_first(self) -> bool:
+        """Whether every step reads the verdict on the host before it applies or skips."""
         ...
 
     def fits(self) -> bool:

@@ -1,4 +1,4 @@
-"""`TensorSettings`: settings of an optimizer become 0-dim tensors while its update is traced.
+"""`TensorSettings`: replaces settings of an optimizer by 0-dim tensors while its update is traced.
 
 A Python number would be a constant of the compiled update, so each new learning rate would cause a
 recompilation. Torch accepts 0-dim tensors instead of numbers almost everywhere. This module handles
@@ -63,13 +63,13 @@ class Branch(NamedTuple):
 
 
 class WritesRealTensor(Exception):
-    """The step writes into a tensor that is no placeholder, which a trace must not change."""
+    """The step writes into a real tensor, not a placeholder; tracing must not change it."""
 
 
 class TensorSettings(TorchFunctionMode):
     """A mode in which torch accepts 0-dim tensors where it otherwise requires numbers.
 
-    It also stops writes into tensors that are no placeholders: torch would run them.
+    It also rejects writes into real tensors, which torch would carry out while tracing.
 
     Args:
         settings: `(tensor, key, value)` per setting: its tensor, its key in `branches`, and its
@@ -99,7 +99,7 @@ class TensorSettings(TorchFunctionMode):
         if name == "bool" and len(args) == 1 and id(args[0]) in self._known:
             return self._decided(operator.ne, args[0], 0.0)
         if name == "item" and args[0].is_floating_point():
-            return args[0]  # as in torch's own optimizers while they are compiled
+            return args[0]  # torch's own optimizers do the same while they are compiled
         done = _rewritten(func, args, kwargs)
         return func(*args, **kwargs) if done is NotImplemented else done
 
@@ -117,8 +117,8 @@ class TensorSettings(TorchFunctionMode):
 def python_of_tensors(kind: type) -> Iterator[None]:
     """Makes `math`, `min` and `max` accept 0-dim tensors in the modules that define a class.
 
-    Optimizers that count in Python call these. The names are replaced only in the modules of the
-    class and its bases, and only within the context.
+    Optimizers call these for Python step counters. The names are replaced only in the modules of
+    the class and its bases, and only within the context.
     """
     stand_ins = {"math": _TensorMath(), "min": _least, "max": _greatest}
     replaced: list[tuple[dict[str, Any], str, Any]] = []

@@ -1,10 +1,10 @@
-"""`WholeStep`: for optimizers that evaluate their closure, such as LBFGS and SAM.
+"""`WholeStep`: for optimizers that must evaluate their closure themselves, such as LBFGS and SAM.
 
-These (and schedule-free optimizers with a closure) change the weights before or between
-evaluations, so no decision is possible before the step.
-The guard lets them step, checks the gradients and the loss of the last evaluation, and restores
-weights and state if these are bad. A non-finite loss ends the step immediately, because a line
-search would fail on it with an IndexError. Costs one copy of weights and state per step.
+These optimizers, and schedule-free ones with a closure, change the weights before or between
+evaluations, so no decision is possible before the step. The guard lets them step, checks the
+gradients and the loss of the last evaluation, and restores weights and state if these are bad. A
+non-finite loss ends the step immediately, because a line search would fail on it with an
+IndexError. Costs one copy of weights and state per step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.guard.clip_scope import Limit
 from fastguard.guard.inner_step import StepCall
 from fastguard.guard.optimizer_copy import OptimizerCopy
-from fastguard.guard.read_first import says_skip
+from fastguard.guard.read_first import skips_step
 from fastguard.guard.step_hooks import run_global_post_hooks
 from fastguard.records.losses import named_losses
 from fastguard.stages.apply import apply
@@ -41,7 +41,7 @@ class _NonFiniteLoss(Exception):
 class WholeStep:
     """Steps first, decides afterwards, and undoes the step if it was bad."""
 
-    waits = True
+    reads_first = True
     skips = "after reading the verdict"
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -51,11 +51,11 @@ class WholeStep:
 
     @staticmethod
     def serves(optimizer: Optimizer) -> bool:
-        """Whether an optimizer is known to evaluate its closure; others are found in a step."""
+        """Whether an optimizer is known to need this; others are detected in their first step."""
         return isinstance(optimizer, torch.optim.LBFGS)
 
     def fits(self) -> bool:
-        """Returns True: an optimizer that evaluates its closure always does."""
+        """Returns True: an optimizer does not stop evaluating its closure itself."""
         return True
 
     def applicable(
@@ -132,11 +132,11 @@ class WholeStep:
         """Restores weights and state if the verdict skips the step."""
         if changes:  # sets non-finite elements to zero
             apply(buckets, verdict)
-        if says_skip(verdict) and self._before is not None:
+        if skips_step(verdict) and self._before is not None:
             self._before.restore()
 
     def conclude(self, taken: bool) -> None:
-        """Restores weights and state to the bit if the step failed before a decision."""
+        """Restores weights and state bitwise if the step failed before a decision."""
         if self._before is not None and not taken:
             self._before.restore()
         self._before = None

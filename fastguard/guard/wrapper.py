@@ -35,9 +35,10 @@ class OptimizerWrapper(Optimizer):
     _warned_of_other_step = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Makes methods of subclasses by Lightning and Fabric delegate to the wrapped optimizer.
+        """Makes the methods of subclasses that Lightning and Fabric create delegate to the guard.
 
-        Both wrap an optimizer in an instance of a subclass of its class, without its attributes.
+        Both wrap a guard in an object of a new subclass of its class, and keep the guard as
+        `optimizer`. The object lacks the guard's attributes, so inherited methods would fail.
         """
         super().__init_subclass__(**kwargs)
         if not isinstance(getattr(cls, "optimizer", None), property):
@@ -184,9 +185,10 @@ def _returning(around: OptimizerWrapper, method: Callable[..., Any]) -> Callable
 
     @wraps(method)
     def delegated(*args: Any, **kwargs: Any) -> Any:
-        before = _versions(around) if steps else None
+        checked = steps and not around._warned_of_other_step
+        before = _versions(around) if checked else None
         result = method(*args, **kwargs)
-        if steps and not around._warned_of_other_step and _versions(around) != before:
+        if checked and _versions(around) != before:
             around._warned_of_other_step = True
             log.warning(
                 "%s.%s changes the weights outside of step, so the guard does not check these "

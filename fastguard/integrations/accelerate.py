@@ -187,7 +187,7 @@ class AcceleratorGuard:
             groups = prepared.param_groups
             if wanted == {id(p) for g in groups for p in g["params"] if p.grad is not None}:
                 self.accelerator.unscale_gradients()
-                prepared.limit.norm(max_norm, norm_type)
+                prepared.limit.request_norm(max_norm, norm_type)
                 return self.total_norm(prepared.optimizer, parameters)
         # These are not the parameters of exactly one optimizer, so no step can clip them.
         return self._replaced.original("clip_grad_norm_")(parameters, max_norm, norm_type)

@@ -143,7 +143,7 @@ class FabricGuard:
 
         `error_if_nonfinite` is ignored: the guard's `nonfinite` decides about non-finite gradients.
         """
-        self.limits[optimizer].norm(max_norm, norm_type)
+        self.limits[optimizer].request_norm(max_norm, norm_type)
         self._unscale(optimizer)
         grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         return get_total_norm(grads, norm_type, group=optimizer.group)
@@ -152,7 +152,7 @@ class FabricGuard:
         self, module: nn.Module, optimizer: GuardedOptimizer, clip_val: float
     ) -> None:
         """Like the strategy's method, but the guard clamps the gradients in the next step."""
-        self.limits[optimizer].value(clip_val)
+        self.limits[optimizer].request_value(clip_val)
 
     def _attach(self, optimizer: GuardedOptimizer) -> None:
         """Attaches the step hooks, which are not copied with an optimizer."""

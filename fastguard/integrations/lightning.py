@@ -243,7 +243,8 @@ class GuardCallback(Callback):
             optimizer = optimizer.optimizer
         limit = next((limit for limit in self._limits if limit.optimizer is optimizer), None)
         if limit is not None and clip_val > 0:
-            (limit.value if gradient_clip_algorithm == "value" else limit.norm)(clip_val)
+            by_value = gradient_clip_algorithm == "value"
+            (limit.request_value if by_value else limit.request_norm)(clip_val)
 
     def update_lr_schedulers(self, interval: str, update_plateau_schedulers: bool) -> None:
         """Replaces the training loop's method: a per-step schedule waits for an applied step."""

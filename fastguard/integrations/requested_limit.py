@@ -24,7 +24,8 @@ class RequestedLimit:
 
     Args:
         optimizer: The optimizer; its `max_norm` applies to steps without a request.
-        fixed: Whether the user gave the guard its own limit, so that requests are ignored.
+        fixed: Whether the user gave the guard its own `max_norm`, which then takes precedence over
+            requested norms. Requested values apply in any case.
     """
 
     def __init__(self, optimizer: GuardedOptimizer, *, fixed: bool) -> None:
@@ -32,14 +33,14 @@ class RequestedLimit:
         self.fixed = fixed
         self._own = optimizer.max_norm
         self._valued: list[dict[str, Any]] = []
-        optimizer.register_step_post_hook(self._forget)
+        optimizer.register_step_post_hook(self._reset)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.optimizer.register_step_post_hook(self._forget)  # copies of optimizers have no hooks
+        self.optimizer.register_step_post_hook(self._reset)  # copies of optimizers have no hooks
 
-    def norm(self, max_norm: float, norm_type: float = 2.0) -> None:
-        """Clips the next step to this norm.
+    def request_norm(self, max_norm: float, norm_type: float = 2.0) -> None:
+        """Clips the next step to this norm, unless the limit is fixed.
 
         Raises:
             ValueError: The guard uses another norm type, or the limit is invalid.
@@ -53,15 +54,18 @@ class RequestedLimit:
         if not self.fixed:
             self.optimizer.max_norm = limit
 
-    def value(self, clip_value: float) -> None:
-        """Clamps the elements in the next step; unlike in torch, Inf stays Inf and is detected."""
+    def request_value(self, clip_value: float) -> None:
+        """Clamps the elements in the next step, except in param groups with their own `clip_value`.
+
+        Unlike in torch, Inf stays Inf and is detected.
+        """
         limit = limit_of("clip_value", clip_value)
         for group in self.optimizer.param_groups:
             if "clip_value" not in group:
                 self._valued.append(group)
                 group["clip_value"] = limit
 
-    def _forget(self, *_: Any) -> None:
+    def _reset(self, *_: Any) -> None:
         self.optimizer.max_norm = self._own
         for group in self._valued:
             group.pop("clip_value", None)

@@ -26,7 +26,7 @@ from fastguard.errors import TrainingDivergedError
 from fastguard.errors.checked_numbers import count_of, number_of
 from fastguard.errors.plain_text import shown
 from fastguard.gradients.tensor_kinds import has_numbers
-from fastguard.guard.grad_scaler import lower_scales_stay
+from fastguard.guard.grad_scaler import keep_lower_scales
 from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.guard.weak_hooks import hook_weakly
 from fastguard.ranks.lockstep import Peers
@@ -285,7 +285,7 @@ class Rollback:
             )
         try:
             scaled = [*self.objects.values(), self.optimizer.scaler_in_use]
-            with _same_tensors(self.optimizer), lower_scales_stay(scaled):
+            with _same_tensors(self.optimizer), keep_lower_scales(scaled):
                 taken = self._storage.restore(self.objects)
         except NothingToRestore as error:
             raise TrainingDivergedError(

@@ -33,7 +33,7 @@ def set_limits(stats: GradStats, state: GuardState, policy: Policy) -> None:
     if policy.own is not None:
         limit = torch.where(policy.own.isnan(), limit, policy.own)
     assert isinstance(policy.joint_limit, Tensor)
-    moves = norms > 0  # segments without gradients, or with zeros only, are never at their limit
+    moves = norms > 0  # a segment without gradients, or with zeros only, cannot reach its limit
     joint = torch.where(moves | ~moves.any(), limit, 0.0)
     if len(joint) == 1:
         joint = limit[0]
@@ -46,11 +46,11 @@ def set_limits(stats: GradStats, state: GuardState, policy: Policy) -> None:
     policy.max_norm.copy_(torch.where(judged, limit + EPS * (limit / norms), limit))
 
 
-def exact(limit: float, norm: float) -> float:
-    """Returns the limit raised such that `decide`, which adds EPS to the norm, clips to `limit`.
+def compensate_eps(limit: float, norm: float) -> float:
+    """Returns a slightly higher limit, for which `decide` clips the norm to exactly `limit`.
 
-    Without this, torch's formula halves a gradient whose norm equals a limit of 1e-6, and a rule
-    that follows small norms would lower its own limit in every step.
+    torch's formula adds EPS to the norm, so it halves a gradient whose norm equals a limit of 1e-6.
+    A rule that follows small norms would thus lower its own limit in every step.
     """
     return limit + EPS * (limit / norm) if 0 < norm < math.inf else limit
 
@@ -64,11 +64,11 @@ def learn(stats: GradStats, verdict: Verdict, state: GuardState, policy: Policy)
         learned = torch.stack(list(learned)) if learned else before[1:]
     after = torch.cat([before[:1] + 1, learned])
     # False for NaN.
-    enters = (verdict.found_inf == 0) & (norms > 0) & norms.isfinite()
+    is_learned = (verdict.found_inf == 0) & (norms > 0) & norms.isfinite()
     if policy.nonfinite != "zero":
-        enters = enters & (stats.segment_counts.sum() == 0)
-    enters = enters & ~after.isnan().any(0)
-    after = torch.where(enters, after, before)
+        is_learned = is_learned & (stats.segment_counts.sum() == 0)
+    is_learned = is_learned & ~after.isnan().any(0)
+    after = torch.where(is_learned, after, before)
     if state.undo is not None:
         state.undo.append(partial(before.copy_, before.clone()))
     before.copy_(after)
@@ -77,7 +77,7 @@ def learn(stats: GradStats, verdict: Verdict, state: GuardState, policy: Policy)
 def numbers_of(state: GuardState) -> Numbers:
     """Returns the numbers of a single segment, `(seen, *numbers)`, for `AdaptiveLimit.on_host`.
 
-    The view is kept until `state.limits` is another tensor: creating it takes as long as a rule.
+    The view is cached until `state.limits` is replaced, since creating it takes as long as a rule.
     """
     held = state.host_limits
     if held is None or held[0] is not state.limits:

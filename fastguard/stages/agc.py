@@ -3,9 +3,10 @@
     limit of a unit = clip_factor * max(norm of its weights, eps)
     coefficient     = min(1, limit / norm of its gradient)
 
-A unit holds the weights of one output: for a weight with two or more dimensions each slice along
-the first one (a row of a linear layer, a filter of a convolution), else the whole tensor. These are
-the units of `timm.utils.agc`. Source: Brock et al. 2021, arXiv 2102.06171, section 4.1.
+A unit holds the weights of one output. In a weight with two or more dimensions, each slice along
+the first dimension is a unit (a row of a linear layer, a filter of a convolution); any other
+parameter is a single unit. `timm.utils.agc` uses the same units. Source: Brock et al. 2021, arXiv
+2102.06171, section 4.1.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ class AGC:
     convolution; a bias or a scalar is a single unit.
 
     Args:
-        clip_factor: The largest norm of a gradient, as a fraction of the norm of its weights.
-            Default: 0.01.
+        clip_factor: Limit of a unit's gradient norm, as a fraction of its weight norm. Default:
+            0.01.
         eps: Lower bound for the norm of the weights, so that zero weights can learn. Default: 1e-3.
-        exclude: What is not clipped: names of parameters, names of modules (`"head"` covers
-            `head.weight` and `head.bias`), or patterns (`"*.bias"`). The paper excludes the last
-            linear layer. Default: nothing.
+        exclude: Parameters that are not clipped: names of parameters, names of modules (`"head"`
+            covers `head.weight` and `head.bias`), or patterns (`"*.bias"`). The paper excludes the
+            last linear layer. Default: none.
 
     Raises:
         TypeError: An argument has the wrong type.

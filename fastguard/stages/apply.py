@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastguard.gradients.buckets import GradBuckets
-from fastguard.gradients.tensor_kinds import LACKING, refuse_wrapped
+from fastguard.gradients.tensor_kinds import UNSUPPORTED_ERRORS, refuse_wrapped
 from fastguard.gradients.transfer import moved
 from fastguard.stages import backend
 from fastguard.stages.contract import HostVerdict, Verdict
@@ -49,7 +49,7 @@ def scale(
         try:
             stages = backend.stages(bucket.device, bucket.kind)
             stages.apply(bucket, there, clean_there, changes_there)
-        except LACKING as error:
+        except UNSUPPORTED_ERRORS as error:
             refuse_wrapped(bucket.grads, error)
             raise
         bucket.write_back()

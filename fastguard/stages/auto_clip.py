@@ -28,7 +28,7 @@ class AutoClip(AdaptiveLimit):
     """Clips to a percentile of the previous norms (Seetharaman et al. 2020, arXiv 2007.14469).
 
     The limit is the `percentile` of the last `window` norms including the current one, with linear
-    interpolation. The paper keeps all norms of a run; for its rule, choose a `window` of at least
+    interpolation. The paper keeps all norms of a run; to do the same, choose a `window` of at least
     the number of steps.
 
     Args:
@@ -57,7 +57,7 @@ class AutoClip(AdaptiveLimit):
 
     @property
     def initial(self) -> Sequence[float]:  # type: ignore[override]
-        """The ring of norms by arrival, then the sorted norms; `inf` for entries not yet filled."""
+        """A ring of the norms in order of arrival, then the sorted norms; `inf`: not yet filled."""
         return [math.inf] * (2 * self.window)
 
     def limit(self, norm: Tensor, state: Tensor, step: LimitStep) -> Tensor:
@@ -94,7 +94,8 @@ class AutoClip(AdaptiveLimit):
     def on_host(self, norm: float, numbers: Numbers) -> tuple[float, Callable[[Undo], None]]:  # type: ignore[override]
         """Computes limit and update in Python floats: see `AdaptiveLimit.on_host`.
 
-        Takes two binary searches, and moves the part of the sorted norms between the two places.
+        Takes two binary searches, and shifts the sorted norms between the place that is freed and
+        the place that is filled.
         """
         seen, window = int(numbers[0]), self.window
         start, at = 1 + window, 1 + seen % window
@@ -113,7 +114,8 @@ class AutoClip(AdaptiveLimit):
         low = int(place)
         i = start + low
         j = i + (low < last)
-        # The sorted norms after the update: those in between the two places move by one.
+        # Reads the sorted norms as they will be after the update, in which those between the freed
+        # and the filled place move by one.
         value = (
             norm if i == enters else numbers[i - (enters < i <= leaves) + (leaves <= i < enters)]
         )

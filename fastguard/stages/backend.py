@@ -1,6 +1,6 @@
 """Selects the implementation of the stages for a device.
 
-    cpu        CPUs: NumPy and PyTorch, at the speed of memory
+    cpu        CPUs: NumPy and PyTorch, limited by memory bandwidth
     triton     CUDA and ROCm devices that Triton supports
     reference  all other devices, and tensor subclasses that wrap tensors: PyTorch in float64,
                without synchronisation
@@ -89,7 +89,7 @@ class Stages(Protocol):
     def apply(
         bucket: GradBucket, multiplier: Tensor, clean: Tensor, changes: Tensor | None = None
     ) -> None:
-        """Scales and cleans one bucket in place; `changes`, if given, is 0 for nothing to do."""
+        """Scales and cleans one bucket in place; nothing has to change if `changes` is 0."""
         ...
 
     @staticmethod
@@ -195,7 +195,7 @@ def why_not_triton(device: torch.device) -> str | None:
     except Exception as error:  # a broken wheel raises OSError, AttributeError, ...
         return f"its import failed: {error!r}"
     if torch.cuda.is_current_stream_capturing():
-        return None  # the graph would record the trial; an ordinary step has launched it before
+        return None  # the graph would record the trial, which an earlier ordinary step has made
     try:
         _try_launching(device)
     except Exception as error:  # any failure of the compiler, the linker or the driver
@@ -210,7 +210,7 @@ def _one_line(error: Exception) -> str:
 
 
 def triton_problem(device: torch.device | None = None) -> str | None:
-    """Returns why Triton cannot be used on this machine or device; None if nothing speaks against.
+    """Returns why Triton cannot be used on this machine or device; None if no reason is found.
 
     Checks versions and the device without importing triton.
     """

@@ -30,14 +30,14 @@ class Signals:
         inv_scale: float64 `()`: the factor that unscales the gradients; None: they are unscaled.
         found_inf: float32 `()`: > 0 if a loss scaler found non-finite gradients on any device; None
             without a scaler.
-        given: bool `(L,)`: which losses were passed at this step, on any rank; None: all of them
-            (always on a CPU).
+        given: bool `(L,)`: which losses any rank passed in this step; None: all of them (always
+            None on a CPU).
         bad_ranks: float64 `(2,)`: number of ranks that hold non-finite values, and the sum of their
             rank numbers; None in a single process.
         local_nonfinite: float64 `()`: > 0 if gradients of this rank were non-finite before the
             ranks summed them, see `RankWatch`. None: not checked; the current gradients decide.
-        scale_falls: bool `()`: whether the scaler lowers the loss scale after an overflow, because
-            the scale is above its minimum; on several ranks, whether this holds on every rank with
+        scale_falls: bool `()`: whether the loss scale is above its minimum, so that the scaler
+            lowers it after an overflow; with several ranks, whether this holds on every rank with
             non-finite values. None: the scale is unknown.
         watched: float64 `(W,)`: values of the watched quantities; after the exchange, their sums
             over the ranks. None: nothing is watched in this step.
@@ -71,7 +71,7 @@ class Signals:
 
     @staticmethod
     def none_beside(stats: GradStats) -> Signals:
-        """Returns signals without losses and scaler, of the kind and device of the stats."""
+        """Returns signals without losses and scaler, with tensors like those of the stats."""
         if stats.kind is PLAIN:
             return _nothing(stats.summary.device)
         return Signals(stats.summary.new_empty(0))
@@ -79,7 +79,7 @@ class Signals:
 
 @functools.cache
 def _nothing(device: torch.device) -> Signals:
-    """Cached, because building it takes 2 µs per call. It holds no elements, so it is immutable."""
+    """Cached, since creating the tensor takes 2 µs. It has no elements that could change."""
     with lasting():
         return Signals(torch.empty(0, dtype=torch.float64, device=device))
 
@@ -94,8 +94,8 @@ class Policy:
     """The settings of the guard that decide about a step.
 
     Attributes:
-        max_norm: float64 `(S,)`, or `(1,)` for all segments: the limits; `inf`: measure only. A
-            tensor, because it may change between steps and must not cause a recompilation.
+        max_norm: float64 `(S,)`, or `(1,)` for all segments: the limits; `inf`: measure only. It is
+            a tensor, so that a change between steps causes no recompilation.
         nonfinite: How to handle NaN and Inf.
         rules: The spike rules, in the order of their rows in `GuardState`.
         signals: The signal that each rule judges: `"grad_norm"` or a loss name.
@@ -142,8 +142,8 @@ class GuardState:
         windows: float64 `(K, W)`: one ring buffer of accepted values per rule, for K rules.
         rings: int64 `(K, 3)`: number of values in the ring (at most its window), index of the next
             value, and number of consecutive values above the threshold (reset to 0 by the first
-            value that is not above). From `window` such values on, values are accepted until the
-            baseline has caught up.
+            value that is not above). Once there are `window` of these, values above the threshold
+            no longer count as spikes, until the baseline has caught up.
         limits: float64 `(1 + N, S)`: number of norms that an adaptive limit has learned per
             segment, and its N numbers; `(0, 0)` without an adaptive limit.
         undo: A list to which each decision appends calls that revert its changes; None: changes
@@ -166,7 +166,7 @@ class GuardState:
         return GuardState(counters, windows, rings, limits)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies have no `undo`, which belongs to a step of the original."""
+        """Pickles and copies without `undo`, which belongs to a step of the original."""
         return GuardState, (self.counters, self.windows, self.rings, self.limits)
 
     def note_all(self) -> None:
@@ -259,7 +259,7 @@ class Verdict:
         clean: float32 `()`: 1 if the apply stage replaces non-finite elements by 0.
         reason: int64 `()`: a `Reason`.
         total_norm: float64 `()`: norm of the finite elements before clipping.
-        torch_norm: float64 `()`: the norm as torch computes it: NaN or Inf if an element is.
+        torch_norm: float64 `()`: the norm as torch computes it: NaN or Inf if any element is.
         spikes: bool `(K,)`: which rules detected a spike.
         thresholds: float64 `(K,)`: the threshold of each rule; inf during its warm-up.
         changes: float32 `()`: 0 if no gradient has to be changed; None: not known.

@@ -33,7 +33,7 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
         stats: The stats of all ranks.
         signals: Losses and scaler.
         state: Counters and baselines, changed in place; None for a single call without rules.
-        policy: The settings. In raise mode, the caller calls `raise_if_nonfinite` before.
+        policy: The settings. In raise mode, the caller must call `raise_if_nonfinite` first.
 
     Returns:
         The verdict.

@@ -63,7 +63,8 @@ def propagated_norms(norms: Tensor, nonfinite_counts: Tensor) -> Tensor:
 
 
 SMALLEST_FACTOR = 2.0**-100
-"""Smallest factor of one multiplication; smaller ones are split into two normal float32."""
+"""Smallest factor of one multiplication. Smaller ones are split into two factors, so that each is a
+normal float32."""
 
 
 def unscaled(

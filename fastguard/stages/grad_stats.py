@@ -123,7 +123,7 @@ class GradStats:
 def torch_total_norm(stats: GradStats) -> Tensor:
     """Returns the norm of the whole model as torch computes it, float64 `()`.
 
-    NaN or Inf if an element is.
+    NaN or Inf if any element is.
     """
     on_host = stats.kind is PLAIN and stats.summary.device.type == "cpu"
     if on_host and not stats.segment_counts.any():

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 else:  # memoryview cannot be subscripted before Python 3.14
     Numbers = memoryview
 LARGEST_WINDOW = 2**20
-"""Limit of `warmup` and of the window of `AutoClip`, which takes 16 MB per segment."""
+"""Largest `warmup`, and largest `window` of `AutoClip`, which then takes 16 MB per segment."""
 
 
 class LimitStep(NamedTuple):
@@ -118,13 +118,14 @@ class ZClip(AdaptiveLimit):
 
         m + z^2 * s^2 / (n - m)
 
-    and enters the averages with this value. The larger the spike, the closer to m it is clipped.
+    and the averages use this value instead of n. The larger the spike, the closer to m it is
+    clipped.
 
     Args:
         z: Number of standard deviations above the mean from which a norm is clipped. Default: 2.5.
         alpha: Weight of the past in the moving averages, in [0, 1). Default: 0.97.
-        warmup: Number of norms whose mean and variance start the averages, at least 2; until then,
-            `max_norm` is the only limit. Default: 25.
+        warmup: Number of norms from which the first mean and variance are computed, at least 2;
+            until then, `max_norm` is the only limit. Default: 25.
         max_norm: A limit that always applies; None: no such limit. Default: 1.
 
     Raises:
@@ -159,7 +160,7 @@ class ZClip(AdaptiveLimit):
         return torch.where(spikes, limit, math.inf).clamp(max=self._fixed)
 
     def learn(self, norm: Tensor, state: Tensor, step: LimitStep) -> Sequence[Tensor]:
-        """Returns mean and variance including this norm; a spike enters with its limit."""
+        """Returns mean and variance including this norm, or including its limit for a spike."""
         mean, variance = state
         limit, spikes = self._spike_limit(norm, state, step)
         x, n = torch.where(spikes, limit, norm), step.seen + 1
@@ -172,7 +173,7 @@ class ZClip(AdaptiveLimit):
         return torch.where(warms, first, later), torch.where(warms, first_variance, later_variance)
 
     def _spike_limit(self, norm: Tensor, state: Tensor, step: LimitStep) -> tuple[Tensor, Tensor]:
-        """Returns the limit of each segment for the case of a spike, and whether it is one."""
+        """Returns the limit that applies to a spike, and whether the norm is one, per segment."""
         mean, variance = state
         excess = norm - mean
         spikes = (step.seen >= self.warmup) & (excess > self.z * variance.sqrt())
@@ -210,15 +211,15 @@ class ZClip(AdaptiveLimit):
 
 @dataclass(frozen=True)
 class AdaGC(AdaptiveLimit):
-    """Clips each tensor to its own moving average (Wang et al. 2025, arXiv 2502.11034).
+    """Clips each tensor relative to its own moving average (Wang et al. 2025, arXiv 2502.11034).
 
-    For a tensor with norm n, in a model with norm N, the limit is
+    For a tensor with gradient norm n, in a model with gradient norm N, the limit is
 
         n * max_norm / N      during the warm-up: the norm of the model is clipped to `max_norm`
         ratio * average       afterwards
 
-    where `average` is at first the smallest clipped norm of the warm-up, then the moving average of
-    the clipped norms. Use it with `clip_scope="tensor"`.
+    where `average` starts with the smallest clipped norm of the warm-up and is then the moving
+    average of the clipped norms. Use it with `clip_scope="tensor"`.
 
     Args:
         ratio: The limit as a multiple of the average; lambda_rel in the paper. Default: 1.05.
@@ -239,7 +240,7 @@ class AdaGC(AdaptiveLimit):
     warmup: int = 100
     max_norm: float = 1.0
 
-    initial: ClassVar[Sequence[float]] = (math.inf,)  # average, before a first minimum
+    initial: ClassVar[Sequence[float]] = (math.inf,)  # the average, before any norm
 
     def __post_init__(self) -> None:
         set_number(self, "ratio", _positive("AdaGC ratio", self.ratio))

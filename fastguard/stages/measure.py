@@ -3,8 +3,8 @@
     GradStats.power_sum[s] = sum over the finite elements g of segment s of |g * inv_scale|^p
 
 Where that sum can exceed the range of float64 (squares of float64 gradients, tenth powers of
-float32 gradients), the stages pass norms instead, computed from elements divided by the largest
-one: see `holds_norms`.
+float32 gradients), it is replaced by the norm, which is computed from the elements divided by the
+largest one: see `holds_norms`.
 
 I/O: reads every gradient once (N bytes) and writes O(S + T) numbers. Only a segment whose sum is
 not finite is read again, to count NaN, +Inf and -Inf per tensor.
@@ -20,7 +20,7 @@ from torch import Tensor
 from fastguard.errors.checked_numbers import number_of
 from fastguard.errors.plain_text import shown
 from fastguard.gradients.buckets import GradBuckets
-from fastguard.gradients.tensor_kinds import LACKING, refuse_wrapped
+from fastguard.gradients.tensor_kinds import UNSUPPORTED_ERRORS, refuse_wrapped
 from fastguard.gradients.transfer import moved
 from fastguard.stages import backend
 from fastguard.stages.formulas import holds_norms, norm_of_norms, root
@@ -49,7 +49,7 @@ def measure(
             part, found = backend.stages(bucket.device, bucket.kind).measure_bucket(
                 bucket, buckets.n_measured, buckets.n_tensors, norm_type, inv_scale
             )
-        except LACKING as error:
+        except UNSUPPORTED_ERRORS as error:
             refuse_wrapped(bucket.grads, error)
             raise
         part, found = moved(part, home), moved(found, home)

@@ -1,4 +1,4 @@
-"""`Reason`: why a step was not applied unchanged. Without torch, which readers don't need."""
+"""`Reason`: why a step was not applied unchanged. Programs that read records need no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class Reason(IntEnum):
-    """Why a step was not applied unchanged; the first reason that holds, in this order.
+    """Why a step was not applied unchanged. If several reasons hold, the first in this order.
 
     `LOSS_SCALE` replaces `NONFINITE_GRAD` if lowering the loss scale fixes the overflow.
     """
@@ -25,5 +25,5 @@ class Reason(IntEnum):
 
     @property
     def is_incident(self) -> bool:
-        """Whether the step needs a reaction; the scaler handles `LOSS_SCALE` itself."""
+        """Whether the step was faulty. False for `LOSS_SCALE`, which the scaler handles itself."""
         return self not in (Reason.NONE, Reason.LOSS_SCALE)

@@ -3,18 +3,20 @@
 One SUM collective over a float64 vector of shape `(4 S + 3 [+ 24] [+ W],)`: 248 bytes for one
 segment, independent of the size of the model and the number of ranks.
 
-    (4, S)   power sums, and numbers of NaN, +Inf and -Inf elements, each weighted by 1 / copies
+    (4, S)   power sums, and numbers of NaN, +Inf and -Inf elements; each divided by the number of
+             ranks that hold a copy
     1        number of loss scalers that found non-finite values, plus 2^-20 per rank whose
              non-finite values a lower loss scale does not fix
     2        number of ranks that hold non-finite values, and the sum of their rank numbers, which
              identifies the rank if there is only one
-    12, 12   per loss the sum over ranks, and the number of ranks that passed it (optimizers only);
-             the last entry is shared by all losses beyond the first eleven
+    12, 12   per loss the sum over ranks, and the number of ranks that passed it (only in steps of
+             an optimizer); all losses beyond the first eleven share the last entry
     W        the watched quantities, in steps in which they are watched: `fastguard.guard.watch`
 
-Further collectives: norms with p > 6 add a MAX over S. On a CPU, a step with non-finite values adds
-a MAX over 3 S, so that all ranks agree on the counts even where copies differ, and power sums out
-of the range of float64 add a MAX and a SUM over S, which sum norms instead.
+Further collectives: norms with p > 6 add a MAX of S numbers. On a CPU, a step with non-finite
+values adds a MAX of 3 S numbers, so that all ranks agree on the counts even where copies differ.
+Power sums outside the range of float64 add, on a CPU, a MAX and a SUM of S numbers, which combine
+norms instead.
 
 A collective yields the same bits on all ranks, and everything after it is computed from these bits
 alone. In a single process there is nothing to do.
@@ -44,9 +46,10 @@ if TYPE_CHECKING:
 
 ROUNDED_OFF = 1e-6
 """Tolerance for rounding weighted counts up: above the rounding error of weights such as 1/3, and
-below 1e-6, the weight of one of a million copies."""
+small enough that one element of a million copies still counts."""
 INCURABLE = 2.0**-20
-"""Added per rank to the number of scalers; exact in float64, and below 1 in total on 10^6 ranks."""
+"""Added to the number of scalers for each rank with a fault that a lower scale does not fix. Exact
+in float64; the sum over 10^6 ranks stays below 1."""
 
 
 LEAST = 2.0**-1022
@@ -125,8 +128,8 @@ def _as_power_sums(stats: GradStats) -> Tensor:
 def _exceeds_float64(power_sums: Tensor) -> bool:
     """Whether a power sum exceeds the range of float64, so that the ranks must sum norms instead.
 
-    All ranks see the same sums. Only called on a CPU, since a GPU would have to synchronise. On a
-    GPU, the norm becomes inf, which makes the step bad, or it is below 1e-48, too small to matter.
+    All ranks see the same sums. Called only on a CPU, since it would wait for a GPU. On a GPU, such
+    a norm becomes inf, which makes the step bad, or it is below 1e-48, too small to matter.
     """
     x = power_sums.numpy()
     return bool(((x == math.inf) | (x > 0) & (x < LEAST * 2.0**62)).any())
@@ -248,9 +251,9 @@ def _kept_constant(
 def _largest_counts(stats: GradStats, sharing: Sharing, flags: Tensor) -> Tensor:
     """Returns the largest count of any rank, float64 `(3, S)`: a lower bound for the totals.
 
-    Copies of a tensor may differ; the mean of their counts can then be below the count that a rank
-    reports. If the host knows that there are non-finite elements, the ranks exchange the maximum:
-    one MAX collective, only in bad steps. Otherwise these are the counts of this rank.
+    Copies of a tensor may differ; the mean of their counts can then be below the count of one rank.
+    If the host knows that there are non-finite elements, the ranks exchange the maximum: one MAX
+    collective, only in bad steps. Otherwise, returns the counts of this rank.
     """
     held = stats.segment_counts
     if len(sharing.weights) > 1:

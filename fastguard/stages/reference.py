@@ -49,8 +49,8 @@ def measure_bucket(
 ) -> tuple[Tensor, Tensor]:
     """Computes power sums and counts of one bucket, in float64.
 
-    All tensors are derived from the gradients and none is written to, so it also works for tensors
-    inside transforms and wrappers.
+    Every tensor is computed from the gradients, and none is changed in place, so it also works
+    within function transforms and for wrapper subclasses.
 
     Args:
         bucket: Gradients of one device and dtype.
@@ -139,8 +139,8 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
         thresholds = _thresholds(state, table)
         # False for NaN: a non-finite loss is a fault, not a spike.
         exceeds = (values > thresholds) & ~fault
-        lasting = (table.window > 0) & (state.rings[:, 2] >= table.window)
-        spikes = exceeds & ~lasting
+        persistent = (table.window > 0) & (state.rings[:, 2] >= table.window)
+        spikes = exceeds & ~persistent
         skip = fault | (spikes & table.skips).any()
         usable = ~fault if policy.nonfinite == "zero" else ~fault & ~bad_grad
         judged = values.isfinite() & usable  # a loss not passed in this step is NaN

@@ -25,9 +25,9 @@ Action = Literal["skip", "clip", "record"]
 ACTIONS = ("skip", "clip", "record")
 GRAD_NORM = "grad_norm"
 LARGEST_WINDOW = 2**20
-"""Values of a baseline: 8 MB, which each step reads."""
+"""Largest number of values in a baseline: 8 MB, which each step reads."""
 PATIENCE = 100
-"""Steps after which a warning names the losses of rules that were never passed."""
+"""Number of steps after which a warning names the losses that rules need but were never passed."""
 
 log: logging.Logger = logging.getLogger("fastguard")
 
@@ -173,7 +173,7 @@ class MissingLosses:
         return cls(missing) if missing else None
 
     def after(self, losses: Collection[str]) -> MissingLosses | None:
-        """Updates it after a step with losses of these names.
+        """Notes that a step was passed losses of these names.
 
         Returns:
             Itself; None once all losses have been passed, or the warning was given.

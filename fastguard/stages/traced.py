@@ -1,7 +1,8 @@
 """The stages for gradients without values, as during tracing: one custom op per stage.
 
-The ops run the actual stages once there are values. An op handles the gradients of one segment; for
-several segments, several ops are called, or results per tensor are combined.
+When the traced graph runs with values, the ops run the actual stages. An op handles the gradients
+of one segment. With several segments, `apply` calls one op per segment, and `measure_bucket`
+combines results per tensor.
 """
 
 from __future__ import annotations

@@ -149,13 +149,13 @@ def apply(
 ) -> None:
     """Scales and cleans one bucket in place: see `fastguard.stages.reference.apply`."""
     device = bucket.device
-    multiplier = multiplier.contiguous()  # an expanded number is not contiguous
+    multiplier = multiplier.contiguous()  # an expanded scalar is not
     table = table_of(bucket, multiplier.numel(), n_programs(device))
     _copy_in(table, bucket)
     apply_chunks(table, device, bucket.dtype, multiplier, clean, changes)
     for position, buffer in table.copies:
         bucket.grads[position].copy_(buffer)
-    # Autograd does not see writes of a kernel; the gradients of a run share its version counter.
+    # Autograd does not see the writes of a kernel. Gradients of a run share one version counter.
     increment_version(bucket.grads if bucket.runs is None else [run.flat for run in bucket.runs])
 
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastguard.gradients.tensor_kinds import LACKING, refuse_wrapped
+from fastguard.gradients.tensor_kinds import UNSUPPORTED_ERRORS, refuse_wrapped
 from fastguard.gradients.transfer import moved
 from fastguard.gradients.unit_buckets import UnitBucket
 from fastguard.stages import backend
@@ -58,7 +58,7 @@ def clip_units(
                 skips = moved(verdict.found_inf, part.device) != 0
                 coefs = torch.where(skips, 1.0, coefs)
             stages.scale_units(part, coefs)
-        except LACKING as error:
+        except UNSUPPORTED_ERRORS as error:
             refuse_wrapped(part.bucket.grads, error)
             raise
         part.bucket.write_back()
@@ -74,7 +74,7 @@ def smallest_of(coefs: Sequence[Tensor]) -> Tensor | None:
 
 
 def with_units(verdict: Verdict, smallest: Tensor | None) -> Verdict:
-    """Returns the verdict with `clip_coef` times the smallest unit coefficient, for the records."""
+    """Returns the verdict with `clip_coef` multiplied by the smallest unit coefficient."""
     if smallest is None:
         return verdict
     coef = verdict.clip_coef * moved(smallest, verdict.clip_coef.device)

@@ -47,7 +47,7 @@ def grads_of(parameters: list[Tensor]) -> list[Tensor]:
 def test_it_uses_its_own_stepper(kind, settings):
     stepper = stepper_for(kind(parameters_of(), **settings))
     assert type(stepper) is InUpdate
-    assert stepper.waits  # on a CPU that costs nothing
+    assert stepper.reads_first  # on a CPU that costs nothing
     assert stepper.skips == "in the update"  # shown by `describe` on a GPU
 
 

@@ -17,7 +17,7 @@ from fastguard import (
     SpikeRule,
     TrainingDivergedError,
 )
-from fastguard.guard.grad_scaler import floor_of, lower_scales_stay
+from fastguard.guard.grad_scaler import floor_of, keep_lower_scales
 
 NAN, INF = math.nan, math.inf
 FITS = 512.0  # the largest scale at which the fp16 gradients of `Run` are finite
@@ -257,7 +257,7 @@ def test_a_rollback_restores_a_smaller_scale():
     assert run.scaler.get_scale() == 2.0
 
 
-def test_lower_scales_stay():
+def test_keep_lower_scales():
     class Plugin:
         def __init__(self):
             self.scaler = scaler(8.0)
@@ -267,7 +267,7 @@ def test_lower_scales_stay():
         if now is not None:
             plugin.scaler.scale(torch.ones(()))
             plugin.scaler._scale.fill_(now)
-        with lower_scales_stay([plugin, nn.Linear(1, 1), object(), 3]):
+        with keep_lower_scales([plugin, nn.Linear(1, 1), object(), 3]):
             state = plugin.scaler.state_dict()
             plugin.scaler.load_state_dict({**state, "scale": restored})
         return plugin.scaler.get_scale()

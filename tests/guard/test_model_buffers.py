@@ -421,7 +421,7 @@ def test_invalid_arguments_are_named() -> None:
         protect_buffers(loop.model, loop.opt.optimizer)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"model is a list"):
         protect_buffers([loop.model], loop.opt)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"also holds a str"):
+    with pytest.raises(TypeError, match=r"`also` contains a str"):
         protect_buffers(loop.model, loop.opt, also=["amax"])  # type: ignore[list-item]
 
 

@@ -21,9 +21,9 @@ def take_back_casts(
 ) -> None:
     """Replaces loaded tensors that torch has cast by the saved ones.
 
-    The dtype of the state before loading takes precedence. If there was none, state in the shape of
-    the parameter takes the parameter's dtype for optimizers of torch, so that a state of float32
-    training can be loaded into 16-bit parameters; everything else keeps the saved dtype.
+    If there was state before loading, its dtype takes precedence. Otherwise the saved dtype is
+    kept, with one exception: for optimizers of torch, state with the shape of the parameter takes
+    the parameter's dtype, so that a state of float32 training can be loaded into 16-bit parameters.
 
     Args:
         optimizer: The optimizer after loading; changed in place.

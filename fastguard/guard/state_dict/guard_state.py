@@ -99,9 +99,10 @@ def load(saved: dict[str, Any] | None, policy: Policy, device: torch.device) -> 
 
 
 def fit(state: GuardState, before: Policy, policy: Policy, device: torch.device) -> None:
-    """Adapts the numbers of adaptive limits in a state to a changed policy.
+    """Adapts the learned numbers of adaptive limits in a state to a changed policy.
 
-    A rule of another class starts anew, as do new segments; otherwise learned numbers are kept.
+    They are reset for a rule of another class, or with other settings that change their number per
+    segment. Otherwise segments keep their numbers, and new segments start with fresh ones.
     """
     fresh = fresh_limits(policy, device)
     same_kind = type(before.adaptive) is type(policy.adaptive)
@@ -139,7 +140,7 @@ def counter_of(state: GuardState, i: int) -> int:
 
 
 def _with_all_counters(given: object) -> object:
-    """Adds a 0 to counters that were saved before skips for a loss scale were counted."""
+    """Appends a 0 to counters of a release that did not count skips for a loss scale yet."""
     if isinstance(given, Tensor) and given.shape == (N_COUNTERS - 1,):
         return torch.cat([given, given.new_zeros(1)])
     return given

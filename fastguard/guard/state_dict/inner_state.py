@@ -1,8 +1,8 @@
 """Loads the wrapped optimizer's part of a state dict, exactly as saved or not at all.
 
-The optimizer's own `load_state_dict` does the loading. But torch accepts the state of another
-optimizer, changes the optimizer before it finds an error, and casts state to the parameter's dtype
-even if it had another one.
+The optimizer's own `load_state_dict` does the loading. But torch's accepts the state of another
+optimizer, changes the optimizer before it finds an error, and casts state that was saved in another
+dtype to the parameter's dtype. This module adds a check, undoes a failed load, and reverts casts.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Finds out whether a loaded state belongs to another optimizer or model.
 
-torch loads such a state without error, and fails in the next step. The check runs after loading,
-since hooks of the optimizer may adapt a state dict, and torch adds settings that older releases did
-not have.
+torch loads such a state without error, and the next step fails. The check runs after loading,
+because hooks of the optimizer may adapt a state dict, and torch adds settings that older releases
+did not have.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def misfit(
     Args:
         optimizer: The optimizer after loading.
         live: Its state before loading.
-        groups: Its param groups before loading; `defaults` may have entries that the groups of a
-            custom optimizer never had.
+        groups: Its param groups before loading; only settings that they had are required, since
+            `defaults` of a custom optimizer may have entries that its groups lack.
     """
     name = type(optimizer).__name__
     for i, (group, own) in enumerate(zip(optimizer.param_groups, groups, strict=True)):

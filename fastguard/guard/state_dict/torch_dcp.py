@@ -4,10 +4,10 @@
   it creates its state. This step goes directly to the wrapped optimizer.
 - They keep only `state` and `param_groups` of a state dict, so the guard's state is stored in the
   first param group.
-- They create no state for an optimizer that has gradients, and with flat buckets every parameter
-  always has one, so gradients that are all zero are detached first.
-- They read a flattened state dict by the keys of the current param groups, so the first of these
-  needs an entry for the guard's state while they do.
+- They create no state for an optimizer whose parameters have gradients. With flat buckets every
+  parameter always has one, so gradients that are all zero are detached first.
+- They read a flattened state dict by the keys of the current param groups, so the first param group
+  needs an entry for the guard's state during loading.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ def embed(state_dict: dict[str, Any], optimizer: Optimizer) -> None:
 
 
 def make_room(optimizer: Optimizer, flat: FlatGradBuckets | None) -> None:
-    """Prepares a guard for loading a state dict or for creating its state.
+    """Prepares an optimizer for torch.distributed.checkpoint, if that reads its state.
 
-    Adds an entry for the guard's state to the param groups if a state dict to load has one. For a
-    flattened state dict without the guard's state no entry is added, as torch would miss it.
-    Detaches flat gradients that are all zero if there is no state yet, which waits for a GPU.
-
-    Called by the property `state`, which torch.distributed.checkpoint reads first when loading.
+    Called by the property `state`, which torch.distributed.checkpoint reads before it loads a state
+    dict or creates state. Does nothing for other callers. If a flattened state dict with the
+    guard's state is being loaded, an entry for it is added to the first param group; without it,
+    torch would raise an error for the missing key. If there is no state yet, flat gradients that
+    are all zero are detached, which waits for a GPU.
 
     Args:
         optimizer: The wrapped optimizer.

@@ -34,8 +34,8 @@ class WatchedGradients:
         scale: The loss scale of this step, `()`; None: there is none.
         local_squared_norm: Returns the squared norm `()` of this rank's gradients before they were
             reduced, including the loss scale; None: not available.
-        exact_weight: Returns the weight that the optimizer updates for a parameter: its float32
-            master if it keeps one; None: all parameters are their own.
+        exact_weight: Returns the tensor that the optimizer updates for a parameter: its float32
+            master copy, or the parameter itself. None: always the parameter itself.
     """
 
     layout: Layout
@@ -61,7 +61,7 @@ class WatchedGradients:
         return [p.detach() for p in local_parts([self.layout.parameters[i] for i in positions])]
 
     def exact_weights(self, positions: Sequence[int]) -> list[Tensor]:
-        """Returns what the optimizer updates: these parameters, or its copies in float32."""
+        """Returns what the optimizer updates: these parameters, or their float32 master copies."""
         if self.exact_weight is None:
             return self.weights(positions)
         exact = [self.exact_weight(self.layout.parameters[i]) for i in positions]
@@ -100,8 +100,8 @@ class Reading:
 
 
 ROOM = 110_000
-"""Bytes for the values of an entry in a line of JSON: four entries and the rest of a record stay
-below 512 KiB, the limit of readers for one line."""
+"""Maximum size of an entry in a line of JSON, in bytes. Four entries and the rest of a record stay
+below 512 KiB, the longest line that readers accept."""
 
 
 def by_name(names: Sequence[str], values: Iterable[float]) -> dict[str, float]:

@@ -76,7 +76,7 @@ def checksum(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def _sum_of_words(t: Tensor) -> Tensor:
-    """Returns the sum of the words of a tensor, int64 `()`; bytes after the last word are added."""
+    """Returns the sum of the words of a tensor, int64 `()`, plus up to 3 bytes after the last."""
     t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
     vector = flat(t.resolve_neg())
     if vector.storage_offset() * vector.itemsize % 4 or not vector.is_contiguous():
@@ -88,14 +88,14 @@ def _sum_of_words(t: Tensor) -> Tensor:
 
 
 def _number_of(i: int) -> int:
-    """Returns u of the i-th rank: 20 mixed bits, so that a wrong sign of d matches no rank."""
+    """Returns u of the i-th rank: 20 hashed bits, so that the wrong sign of d matches no rank."""
     x = (i + 1) * 2654435761 & WORD
     x = (x ^ x >> 16) * 73244475 & WORD
     return (x ^ x >> 16) & 0xFFFFF
 
 
 def differing(n: int, sums: Sequence[tuple[int, int, int]]) -> list[int]:
-    """Returns the rank that differs; all ranks if it is not unique; none if all are equal.
+    """Returns the rank that differs; all ranks if it cannot be told; none if all are equal.
 
     Args:
         n: The number of ranks.

@@ -20,7 +20,7 @@ from fastguard.stages.contract import Known
 from fastguard.stages.measure import measure
 
 ROUNDED = 1e-9
-"""Above the rounding error of sums with weights such as 1/3, below one zero in any tensor."""
+"""Shares up to this are rounding errors of sums with weights such as 1/3; one zero is more."""
 
 
 class TensorNorms:

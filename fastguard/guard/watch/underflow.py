@@ -44,7 +44,7 @@ class Underflow:
         """
         grads = [g for g in step.gradients(step.with_gradient) if g.numel()]
         total = sum(g.numel() for g in grads)
-        stride = max(1, math.ceil(total / SAMPLE)) | 1  # odd: no row length of 2**k divides it
+        stride = max(1, math.ceil(total / SAMPLE)) | 1  # odd: shares no factor with rows of 2**k
         parts = [moved(_sampled(g, stride), step.device) for g in grads]
         sample = torch.cat(parts) if parts else torch.zeros(0, device=step.device)
         if step.inv_scale is not None:

@@ -1,10 +1,11 @@
 """`"update_ratio"`: |update| / |weight| per tensor, |weight|, and weights that are NaN or infinite.
 
-A ratio of about 1e-3 is typical of healthy training. The weights of `fastguard.optim` are its exact
-float32 ones: a 16-bit weight mostly stands still, and then jumps.
+A ratio of about 1e-3 is typical of healthy training. With `fastguard.optim`, the weights are its
+float32 master weights, since a 16-bit weight does not change in most steps and then jumps.
 
 I/O in a watched step: a copy of the weights (kept in memory until the end of the step), then two
-reads of the new weights and one of the copy. With shards, it is the ratio of this rank's part.
+reads of the new weights and one of the copy. For sharded parameters, the values are those of this
+rank's part.
 """
 
 from __future__ import annotations

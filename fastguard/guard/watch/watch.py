@@ -1,13 +1,13 @@
 """`Watch`: the quantities that a guarded optimizer watches, and the steps in which it reads them.
 
-A watched step first reads the quantities, then measures and decides as always, so watching does not
-change training by a single bit. In other steps nothing is read, allocated or exchanged. The values
-are transferred together with the record of the step: on a GPU in pinned memory, with the same
-event.
+A watched step first reads the quantities, then measures and decides as in every step, so watching
+does not change training by a single bit. In other steps nothing is read, allocated or exchanged.
+The values reach the host together with the record of the step: on a GPU through pinned memory,
+guarded by the same event.
 
-All ranks must watch the same steps, or their vectors would differ in length. So watched steps are
-counted from the first step of the process, which all ranks take together, and not by step number,
-which a rank may have loaded from another checkpoint.
+All ranks must watch the same steps, or the vectors that they exchange would differ in length. So
+watched steps are counted from the first step of the process, which all ranks take together, and not
+by the step number, which a rank may have loaded from another checkpoint.
 """
 
 from __future__ import annotations
@@ -281,17 +281,17 @@ def checked_names(names: object) -> tuple[str, ...]:
     given = list(names)
     for name in given:
         if not isinstance(name, str):
-            raise TypeError(f"watch holds {shown(name)}, which is not a name; {_KNOWN}")
+            raise TypeError(f"watch holds {shown(name)}, which is not a name; {_REMEDY}")
         if name not in QUANTITIES:
             raise ValueError(
                 f"watch holds {shown(name)}, which is unknown{nearest(name, QUANTITIES)}"
             )
         if given.count(name) > 1:
-            raise ValueError(f"watch holds {name!r} {given.count(name)} times; name it once")
+            raise ValueError(f"watch holds {name!r} {given.count(name)} times; pass it once")
     return tuple(name for name in QUANTITIES if name in given)
 
 
-_KNOWN = f"use names among {', '.join(QUANTITIES)}"
+_REMEDY = f"use names from {', '.join(QUANTITIES)}"
 
 
 def check_watchable(names: tuple[str, ...], steps_first: bool, optimizer: object) -> None:

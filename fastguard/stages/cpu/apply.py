@@ -25,9 +25,7 @@ FACTORS: dict[torch.dtype, type[np.float32 | np.float64]] = {
 }
 HALF = (torch.float16, torch.bfloat16)
 with lasting():
-    _IGNORED = torch.zeros(
-        (), device=CPU
-    )  # the found_inf output of the scaler's operation; not used
+    _IGNORED = torch.zeros((), device=CPU)  # output found_inf of the scaler's operation; not used
 
 
 def apply(
@@ -75,7 +73,7 @@ def _multiply(
         torch._foreach_mul_(grads, torch.tensor(SMALLEST_FACTOR, device=CPU))
         multiplier /= SMALLEST_FACTOR
     if len(grads) == 1:
-        grads[0].mul_(multiplier)  # rounds the factor as for a list of tensors
+        grads[0].mul_(multiplier)  # rounds the factor as _foreach_mul_ does
         return
     # A tensor, because _foreach_mul_ by a Python float takes six times as long on a CPU.
     factor = torch.from_numpy(np.array(multiplier, FACTORS[factor_dtype(dtype)]))
@@ -98,4 +96,4 @@ def _multiply_half(grads: Tensors, factor: Tensor) -> None:
     float32 factor again for each tensor.
     """
     torch._amp_foreach_non_finite_check_and_unscale_(grads, _IGNORED, factor)
-    torch.autograd.graph.increment_version(grads)  # that operation does not do it
+    torch.autograd.graph.increment_version(grads)  # the operation itself does not do this

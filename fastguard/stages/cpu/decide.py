@@ -1,9 +1,9 @@
 """The decide stage in Python floats, for a CPU, where reading a tensor needs no synchronisation.
 
-Computes the same as `reference.decide`, in the same order and with the same state: two dozen tensor
-operations on single numbers cost 40 µs on a CPU, the same arithmetic on Python floats 5 µs. The
-verdict also holds its values as Python numbers (`HostVerdict.known`), for the apply stage and the
-records.
+Computes the same as `reference.decide`, in the same order and with the same state. On a CPU, two
+dozen tensor operations on single numbers take 40 µs; the same arithmetic on Python floats takes
+5 µs. The verdict also holds its values as Python numbers (`HostVerdict.known`), for the apply stage
+and the records.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastguard.gradients.tensor_kinds import lasting
-from fastguard.stages.adaptive_limits import exact, numbers_of
+from fastguard.stages.adaptive_limits import compensate_eps, numbers_of
 from fastguard.stages.contract import GuardState, HostVerdict, Known, NonFinite, Policy, Signals
 from fastguard.stages.formulas import EPS, TINY, clip_coefficients, propagated_norms
 from fastguard.stages.grad_stats import GradStats
@@ -52,7 +52,8 @@ def decide(
         bad_loss = not all(map(math.isfinite, losses.values()))
     lowers = overflow and not bad_loss and _scale_falls(signals)
     grad_fault, loss_fault = _faults(policy.nonfinite, bad_grad, bad_loss, overflow, lowers)
-    # The norm of finite elements exceeds float64; in propagate mode clipped to zero, as in torch.
+    # The norm of finite elements exceeds float64. Propagate mode clips such gradients to zero, as
+    # torch does.
     too_large = total_norm == math.inf and policy.nonfinite != "propagate"
     fault = grad_fault or loss_fault or too_large
 
@@ -73,7 +74,7 @@ def decide(
     if policy.on_host and state is not None:
         enters = not skip and (policy.nonfinite == "zero" or not bad_grad)
         limit = _adapted(state, policy, total_norm, enters)
-        max_norm = exact(limit, total_norm)
+        max_norm = compensate_eps(limit, total_norm)
     coefs = _clip_coefs(stats, policy, max_norm, spike_limit, total_norm, sums, bad_grad)
     clip_coef = coefs if isinstance(coefs, Tensor) else _float64([coefs])
     multiplier, smallest = clip_coef, _smallest(coefs)
@@ -223,13 +224,13 @@ def _spikes(
     spikes = []
     for k, rule in enumerate(policy.rules):
         exceeds = not fault and values[k] > thresholds[k]  # False for NaN
-        lasting = rule.window > 0 and in_a_row[k] >= rule.window
-        spikes.append(exceeds and not lasting)
+        persistent = rule.window > 0 and in_a_row[k] >= rule.window
+        spikes.append(exceeds and not persistent)
     return spikes
 
 
 def _spike_limit(policy: Policy, spikes: list[bool], thresholds: list[float]) -> float:
-    """Returns the norm to which spikes are clipped; inf if no rule that clips saw a spike."""
+    """Returns the norm to which spikes are clipped; inf if no rule with "clip" found a spike."""
     judged = zip(policy.rules, spikes, thresholds, strict=True)
     return min((t for r, spike, t in judged if spike and r.action == "clip"), default=math.inf)
 

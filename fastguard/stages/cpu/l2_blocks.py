@@ -113,8 +113,8 @@ class Blocks(_Auditable):
 class JoinedBlocks(_Auditable):
     """Blocks of small tensors, which are gathered into vectors.
 
-    A block has `BLOCK` elements of a vector; the last block of a vector may have fewer. Vectors are
-    not kept, but the positions of their elements are, so that one audit can cover all blocks.
+    A block has `BLOCK` elements of a vector; the last block of a vector may have fewer. Only the
+    positions of the elements are kept, not the vectors, so that one audit can cover all blocks.
     """
 
     in_rows = 0
@@ -122,8 +122,8 @@ class JoinedBlocks(_Auditable):
     def __init__(self, tensors: Sequence[Tensor], sizes: Sequence[int]) -> None:
         self._tensors = tensors
         self._sizes = sizes
-        self._vectors: list[tuple[int, int]] = []  # each vector holds tensors `[start:stop]`
-        self._offsets: list[int] = []  # elements of these before the start of the vector
+        self._vectors: list[tuple[int, int]] = []  # vector k holds elements of tensors[start:stop]
+        self._offsets: list[int] = []  # number of elements of tensors[start] before vector k
         self._lengths: list[int] = []
         self._ends = [0]  # number of blocks before each vector, and in total
 
@@ -200,7 +200,7 @@ def exact_power_sum(tensors: Sequence[Tensor], sizes: Sequence[int]) -> float:
 def _float64_sum_of_arrays(arrays: Sequence[np.ndarray]) -> float:
     """Returns the sum of squares of float32 arrays, in float64 on one thread.
 
-    NumPy concatenates them as float64 in one pass; to concatenate first takes 1.5 times as long.
+    NumPy concatenates and converts them in one pass; two passes take 1.5 times as long.
     """
     total = 0.0
     wide = buffer("wide", WIDE, (WIDE,), torch.float64).numpy()
@@ -278,7 +278,7 @@ def as_arrays(tensors: Sequence[Tensor]) -> list[np.ndarray]:
 
 
 def _indexable(tensor: Tensor) -> _Array:
-    """Returns an array if possible, since indexing takes half the time; numpy has no bfloat16."""
+    """Returns an array if numpy has the dtype, since indexing it takes half the time."""
     return as_arrays([tensor])[0] if tensor.dtype is torch.float32 else tensor
 
 
@@ -290,5 +290,5 @@ def _float64(block: _Array) -> np.ndarray:
 
 
 def _no_warnings() -> np.errstate:
-    """Silences numpy's warnings about overflow and NaN, for which callers check the result."""
+    """Silences numpy's warnings about overflow and NaN; callers check the result for both."""
     return np.errstate(over="ignore", invalid="ignore")

@@ -1,11 +1,11 @@
-"""Sums of squares on a CPU, for dtypes below float64: at the speed of memory, accurate to 8e-8.
+"""Sums of squares on a CPU, for dtypes below float64: memory-bound, relative error below 8e-8.
 
 The elements are summed in *blocks*, in float32:
 
 - Large tensors: a block has eight rows of 256 elements. `torch.linalg.vector_norm` computes the
   norms of all rows in one read of the data, then the norms of eight row norms each.
-- Medium tensors: up to 10,000 elements are one block, summed by numpy's dot product, which keeps
-  more partial sums than `vector_norm` and returns a number instead of a tensor.
+- Medium tensors of up to 10,000 elements: a tensor is one block, summed by numpy's dot product,
+  which keeps more partial sums than `vector_norm` and returns a number instead of a tensor.
 - Vectors of 10,000 to a million elements: a block has 2048 elements; one batched matrix product on
   one thread sums all blocks. Small tensors are gathered into such vectors; if they have few
   elements in total, they are summed in float64 instead.
@@ -16,20 +16,20 @@ gradient, they do not, because all have the same sign (3e-7 was seen on constant
 norm has an error of 4e-2). So the bias is *measured* in an audit: `AUDITED` blocks, drawn with
 probability proportional to their contribution, are summed again in float64, and the total is
 corrected by their mean relative error. Drawing by contribution makes the estimate unbiased however
-unevenly the sum is distributed: if one block holds everything, every draw hits it and the result is
-exact. If the errors of the drawn blocks differ by more than on random data (as for blocks of
-several constants), the medium tensors are summed in float64 and 64 times as many row blocks are
+unevenly the sum is distributed: if one block contributes the whole sum, every draw hits it and the
+result is exact. If the errors of the drawn blocks differ by more than on random data (as for blocks
+of several constants), the medium tensors are summed in float64 and 64 times as many row blocks are
 drawn. Blocks are drawn at fixed quantiles, so the same gradients give the same norm bit for bit.
-The quantiles are not evenly spaced, or they would hit only one half of gradients that repeat with
-their period (alternating blocks of two constants: error 3e-7 if evenly spaced, 1e-8 as it is).
+The quantiles are not evenly spaced: with alternating blocks of two constants, evenly spaced ones
+would hit blocks of one constant only (error 3e-7; with these quantiles 1e-8).
 
-Limits of the audit: gradients constructed against it. A block of one constant has an error of up to
-7.3e-7 if read in rows, and 4.6e-6 as a dot product; if the drawn blocks round one way and most
-others the other way, the result has an error of that size (25 large constant tensors were
-constructed with an error of 6e-7 in the norm, and 200 of 9,999 elements with 1.2e-6). Draws that
-depend on the data would be harder to predict, but not safe either. An algorithm accurate for any
-data takes 2.5 times as long: converting elements to float64 in pieces that fit the level-2 cache,
-on two threads.
+The audit fails on gradients that were constructed to defeat it. A block of one constant has an
+error of up to 7.3e-7 if read in rows, and 4.6e-6 as a dot product. If the drawn blocks round one
+way and most others the other way, the result has an error of that size (25 large constant tensors
+were constructed with an error of 6e-7 in the norm, and 200 of 9,999 elements with 1.2e-6). Draws
+that depend on the data would be harder to predict, but could be defeated too. An algorithm that is
+accurate for any data takes 2.5 times as long: it converts elements to float64 in pieces that fit
+the level-2 cache, on two threads.
 
 Rejected alternatives: float64 throughout (1.8x slower), `vector_norm(dtype=torch.float64)` (20x),
 rows of 32 (1.4x, and still errors of up to 9e-8), squares into a buffer and `torch.sum` (1.6x,
@@ -82,7 +82,7 @@ _FEW, _MANY = _quantiles(AUDITED), _quantiles(64 * AUDITED)
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """Tensors prepared for `power_sum`: views and numpy arrays, valid while addresses don't change.
+    """Tensors prepared for `power_sum`: views and numpy arrays, valid while no tensor is moved.
 
     Attributes:
         small: Small tensors, which are gathered.

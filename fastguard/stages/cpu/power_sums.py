@@ -1,13 +1,13 @@
-"""Power sums and counts of gradients on a CPU, at the speed of memory.
+"""Power sums and counts of gradients on a CPU, limited by memory bandwidth.
 
 Formula: `power_sum = sum(|x|^p)`. For p = 2 and dtypes below float64, `l2_sums` computes it; all
 other cases (other p, float64 gradients, many segments of one small tensor each) sum in float64.
 
-The sum also tells whether all elements are finite: if it is NaN or Inf, an exact pass in float64
-follows, which counts NaN, +Inf and -Inf and sums the finite elements. It also follows if float32
-may have failed: an overflow makes the sum infinite, and below `n_elements * 2**-126 * 1e9` squares
-may have been lost to underflow. If a sum exceeds the range of float64, elements are divided by the
-largest one and the result is the norm: see `fastguard.stages.formulas.holds_norms`.
+The sum also shows whether all elements are finite: if it is NaN or Inf, an exact pass in float64
+follows, which counts NaN, +Inf and -Inf and sums the finite elements. The same pass corrects
+float32 sums: after an overflow the sum is infinite, and below `n_elements * 2**-126 * 1e9` squares
+may have been lost to underflow. Where sums can exceed the range of float64, elements are divided by
+the largest one and the result is the norm: see `fastguard.stages.formulas.holds_norms`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PIECE = 2**18  # elements that are converted to float64 at a time: 2 MB
 SMALL = 2**12  # up to this number of elements, single-tensor segments are summed together
 FEW = 8  # fewer such segments are summed one by one
 TINY_SQUARE = 2.0**-126  # smallest normal float32: smaller squares may be flushed to zero
-TINY_POWER = 2.0**-960  # float64 powers that are flushed to zero are below 2**-62 of this
+TINY_POWER = 2.0**-960  # a float64 power that is flushed to zero is less than 2**-62 times this
 
 
 Counts = tuple[int, int, int]
@@ -97,10 +97,10 @@ def power_sums(
 
 
 def _parts(bucket: GradBucket) -> list[Part]:
-    """Returns the segments of a bucket; cached if it has runs, as long as their addresses hold.
+    """Returns the segments of a bucket; cached if it has runs, until their memory moves.
 
-    Addresses change when memory is moved to be shared with another process; numpy arrays of it
-    would then be stale.
+    Memory moves when a tensor is shared with another process; numpy arrays of the old memory would
+    then be stale.
     """
     if bucket.runs is None:
         return list(_by_segment(bucket))
@@ -137,8 +137,8 @@ def by_number(pairs: Iterable[tuple[int, T]]) -> dict[int, list[T]]:
 def _sums_of_small_segments(parts: Sequence[Part], norm_type: float) -> dict[int, float]:
     """Returns the float64 power sums of segments that consist of one small tensor, by segment.
 
-    Sums many at a time, since one at a time costs 9 µs per segment. Norms per tensor of a model
-    with many layers consist mostly of such segments.
+    Sums many at a time, since one at a time costs 9 µs per segment. With one segment per tensor,
+    most segments of a model with many layers are such.
     """
     single = [(part.segment, part.tensors[0]) for part in parts if len(part.tensors) == 1]
     small = [(segment, t) for segment, t in single if 0 < t.numel() <= SMALL]

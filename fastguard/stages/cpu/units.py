@@ -2,8 +2,8 @@
 
 Each unit is a row. Its sum of squares is the float64 sum of float32 dot products of at most `BLOCK`
 elements, with a relative error below 5e-7. A row whose sum is not finite is computed again in
-float64. Squares that underflow in float32 occur in norms below 1e-15, which are below every limit
-unless `clip_factor * eps` is that small; then small sums are also computed again.
+float64. Underflow in float32 affects only norms below 1e-15. These are below every limit unless
+`clip_factor * eps` is that small; only then, rows with small sums are computed again too.
 
 Uses NumPy on one thread: torch takes ten times as long if another process keeps a core busy.
 """

@@ -1,4 +1,4 @@
-"""Gathers many CPU tensors into few vectors: a call of torch costs as much as reading 10 kB."""
+"""Gathers many CPU tensors into few vectors, since a torch call takes as long as reading 10 kB."""
 
 from __future__ import annotations
 
@@ -83,10 +83,10 @@ def _join(tensors: Sequence[Tensor]) -> Tensor:
 def buffer(name: str, n: int, most: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Returns a working buffer of this thread, allocated once per name.
 
-    New pages would cost more than reading the data. The buffer is a slice around the middle of the
-    allocation: two threads that split it in half then write to the same addresses in each call.
-    Otherwise a thread would write to memory in the cache of the other core; without a shared
-    last-level cache, fetching it takes as long as all the rest.
+    Allocating new pages would cost more than reading the data. The buffer is a slice around the
+    middle of the allocation, so that two threads that split it in half write to the same addresses
+    in each call. Otherwise a thread would write to memory in the cache of the other core; without a
+    shared last-level cache, fetching it takes as long as everything else together.
 
     Args:
         name: Key of the buffer; a later call with the same name overwrites its contents.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastguard import GuardedOptimizer
-from fastguard.guard.compiled_state import FROM_LR
+from fastguard.guard.compiled_state import STATE_FROM_LR
 from guardtest import long_tests
 from guardtest.compiled import (
     OPTIMIZERS,
@@ -36,7 +36,7 @@ def test_a_story_of_skips(name):
         opt.step()
         plain.step()
         after = tensors_of(opt.optimizer)
-        if seed == 0 and not isinstance(opt.optimizer, FROM_LR):
+        if seed == 0 and not isinstance(opt.optimizer, STATE_FROM_LR):
             # the state is created with torch's initial values
             assert_same_bits(fresh, {k: after[k] for k in fresh})
             assert_same_bits(_started(name), after)

@@ -157,9 +157,9 @@ def test_no_gradient_at_all():
 
 
 def test_graphs_are_limited(monkeypatch, caplog):
-    monkeypatch.setattr(compiled_step, "MOST_GRAPHS", 2)
+    monkeypatch.setattr(compiled_step, "MAX_GRAPHS", 2)
     (params, opt), (others, plain) = pair(lambda ps: torch.optim.SGD(ps, lr=0.1))
-    assert not opt._stepper.waits
+    assert not opt._stepper.reads_first
     for seed, options in enumerate([True, False, True, False, True]):
         for some, o in ((params, opt), (others, plain)):
             give(some, seed, math.nan if seed == 3 else None)
@@ -167,7 +167,7 @@ def test_graphs_are_limited(monkeypatch, caplog):
             o.param_groups[0]["maximize"] = options if seed < 2 else seed
             o.step()
     assert opt._stepper._n_compiled == 2
-    assert opt._stepper.waits and "after reading the verdict" in opt.describe()
+    assert opt._stepper.reads_first and "after reading the verdict" in opt.describe()
     assert sum("2 updates of SGD have been compiled" in r.getMessage() for r in caplog.records) == 1
     assert opt.skipped_steps == 1
     assert_close(params, others)

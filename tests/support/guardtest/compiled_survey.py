@@ -32,7 +32,7 @@ rounding of the float32 learning rate to 1 %; the others stay below 1e-3."""
 REASONS = {
     "it reads a value from the device in Python": "reads a value in Python",
     "it uses a tensor that is not a direct entry": "keeps tensors outside of `state`",
-    "which a step skipped on the device cannot": "keeps values in Python",
+    "which would change even if the device skips": "keeps values in Python",
     "whose param_groups belong to another": "wraps another optimizer",
 }
 OTHER_REASON = "cannot be traced"
