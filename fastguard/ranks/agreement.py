@@ -3,14 +3,14 @@
 With different limits, modes or rules, ranks would make different decisions from the same numbers,
 and the replicas would silently diverge. With different numbers of segments, even the vectors that
 they exchange would differ in length. Therefore the ranks first compare a hash of each argument: one
-MAX collective over the hashes and their negatives, 208 bytes, tells every rank which arguments
+MAX collective over the hashes and their negatives, 208 bytes, shows every rank which arguments
 differ.
 
-If tensors or param groups have coefficients of their own, each coefficient has a position in the
+If each tensor or param group has its own clip coefficient, each coefficient has a position in the
 vector. Ranks with the same parameters in a different order would clip a parameter by the norm of
-another one, so the order of names and shapes is compared too. Names are used if all ranks have
-them. Without names, replicas are compared by checksums of their values and gradients; shards of the
-same shape cannot be told apart.
+another one, so the order of the parameters is compared too: by name and shape if all ranks have
+names. Without names, replicas are compared by checksums of their values and gradients; shards of
+the same shape cannot be told apart.
 
 The ranks compare again when the number of segments changes, for example because parameters were
 added. Other changes, such as a new `max_norm`, are not checked, since that would need a collective
@@ -43,8 +43,8 @@ class Place(NamedTuple):
     Attributes:
         name: Its name; None: it has none.
         shape: Its shape.
-        values, gradient: Checksums that are equal on all ranks; None: it has a name, or the ranks
-            hold different parts of it.
+        values, gradient: Checksums, which must be equal on all ranks; None: it has a name, or the
+            ranks hold different parts of it.
     """
 
     name: str | None
@@ -68,10 +68,10 @@ def check_agreement(
     """Compares the arguments of a guard over its team. Waits for the other ranks and the GPU.
 
     Args:
-        arguments: Arguments that must be equal on all ranks, as text, including `COUNTS`; the same
-            names on every rank.
-        places: With several coefficients, the parameters in the order of the coefficients; the keys
-            describe them in errors. None: there is only one coefficient.
+        arguments: Arguments that must be equal on all ranks, as strings by name, including
+            `COUNTS`. Every rank passes the same names.
+        places: With several coefficients, the parameters in the order of the coefficients, by
+            description for errors. None: there is only one coefficient.
         team: The ranks that decide together.
 
     Raises:
@@ -111,7 +111,7 @@ def _misplaced(everywhere: Sequence[dict[str, list[Place]]], ranks: Sequence[int
     """
     for described in _descriptions([[*chain(*places.values())] for places in everywhere]):
         for what in everywhere[0]:
-            # Sorted: the order within a param group, with one coefficient, does not matter.
+            # Sorted, since the order within a param group does not matter: it has one coefficient.
             held = [sorted(map(described, places[what])) for places in everywhere]
             for column in zip(*held, strict=True):
                 if len(set(column)) > 1:
@@ -122,8 +122,8 @@ def _misplaced(everywhere: Sequence[dict[str, list[Place]]], ranks: Sequence[int
 def _descriptions(everywhere: Sequence[Sequence[Place]]) -> Iterator[Callable[[Place], str]]:
     """Yields functions that describe parameters, so that equal ones have equal descriptions.
 
-    Checksums that differ between ranks, as after NaN in the gradients of one rank, do not tell the
-    order and are left out.
+    Checksums that differ between ranks, as after a NaN in the gradients of one rank, do not show
+    the order and are left out.
     """
     if all(place.name is not None for places in everywhere for place in places):
         yield Place.by_name

@@ -86,7 +86,7 @@ def refuse_several_ranks() -> None:
     others."""
     if several_ranks():
         raise ValueError(
-            "a loss was given on one of several ranks, which would then decide differently from "
+            "a loss was passed on one of several ranks, which could then decide differently from "
             "the others; pass group=fastguard.Replicated(torch.distributed.group.WORLD) to the "
             "guard if all ranks hold the same parameters (DDP), group=the_process_group if they "
             "hold different ones, or do not pass a loss"

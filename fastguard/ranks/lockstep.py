@@ -54,7 +54,7 @@ class Peers:
         return found
 
     def together(self, work: Callable[[], T]) -> T:
-        """Runs `work` on every rank; if it fails on any rank, all ranks raise that error."""
+        """Runs `work` on every rank; if it fails on any rank, all ranks raise the first error."""
         if self.size == 1:
             return work()
         result, error = _attempt(work)

@@ -6,9 +6,10 @@ missing in some batches. The list of names is kept in the store of the process g
 new name appends it there. This needs no collective and does not wait for other ranks; a known name
 costs one lookup.
 
-The layout cannot grow, since the other ranks would have to know before they send, and on a GPU the
-host would have to wait for that. When all positions are taken, further names share the last one on
-every rank. (An error on one rank would leave the others waiting.)
+The layout cannot grow, since the other ranks would have to know about it before they send their
+vectors, and on a GPU the host would have to wait for that. When all positions are taken, further
+names share the last one on every rank. (This is no error, since an error on one rank would leave
+the others waiting.)
 """
 
 from __future__ import annotations
@@ -68,9 +69,10 @@ class LossNames(Sequence[str]):
         late = [name for name, place in zip(names, self.places(names), strict=True) if place == OWN]
         if late:
             raise ValueError(
-                f"no position is left for the rule on loss {late[0]!r}: several ranks combine "
-                f"{OWN} losses by name, and have {', '.join(map(printable, self._names))}; remove "
-                "a rule, or pass sums of parts as one loss"
+                f"no position is left for the rule on loss {late[0]!r}: several ranks combine at "
+                f"most {OWN} losses by name, and these are "
+                f"{', '.join(map(printable, self._names))}; remove a rule, or combine losses "
+                "before passing them"
             )
 
     def places(self, names: Sequence[str]) -> list[int]:
@@ -103,9 +105,10 @@ class LossNames(Sequence[str]):
         if name not in self._names and not self._warned:
             self._warned = True
             log.warning(
-                "no position is left for loss %r: several ranks combine %d losses by name, and "
-                "have %s. It and all further ones are recorded as %r: their sum, which is NaN if "
-                "any is NaN on any rank; pass sums of parts to record them by name",
+                "no position is left for loss %r: several ranks combine at most %d losses by name, "
+                "and these are %s. This and all further losses are recorded together as %r: their "
+                "sum, which is NaN if any is NaN on any rank; to record them by name, combine "
+                "losses before passing them",
                 name,
                 OWN,
                 ", ".join(self._names),

@@ -66,7 +66,7 @@ def check_plain_shards(
     remedy = "pass group=torch.distributed.group.WORLD, or the process group of the shards"
     if isinstance(group, Replicated):
         raise ValueError(
-            f"group=Replicated(...) says that all ranks hold the same tensors, but the parameters "
+            f"group=Replicated(...) means that all ranks hold the same tensors, but the parameters "
             f"are shards of {kind} in plain tensors; {remedy}"
         )
     if instead is not None:
@@ -99,7 +99,7 @@ def check_sharded_optimizer(optimizer: object, group: Group) -> None:
 
 
 _cleared = WeakIdKeyDictionary()
-"""The lists that were found to be without shards: the length of each, by its first tensor."""
+"""Lists in which no shards were found, as the length of the list by its first tensor."""
 
 
 def is_managed(p: Tensor) -> bool:
@@ -146,11 +146,11 @@ def _are_flat_shards(flattened: Sequence[Tensor]) -> bool:
     flat = [t for t in flattened if hasattr(t, "_unpadded_unsharded_size")]
     if flat:
         return any(map(_is_split, flat))
-    # Original parameters: each shard is a range of the flat parameter, or empty; it is 1-d.
+    # Original parameters: each shard is a range of the flat parameter, possibly empty, and 1-d.
     ranges = [t for t in flattened if t.dim() == 1]
     if not ranges:
         return False
-    # With NO_SHARD a whole bias is 1-d too, so only the flat parameters tell.
+    # With NO_SHARD, a whole bias is 1-d too, so only the flat parameters show whether it is split.
     flat = _flat_parameters_of(ranges)
     if flat:
         return any(map(_is_split, flat))

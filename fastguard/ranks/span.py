@@ -1,10 +1,10 @@
 """Finds the ranks that are connected by the meshes of some tensors, and a process group over them.
 
-A mesh contains the ranks of one slice of its root mesh: if the root has pipeline stages,
+A submesh contains the ranks of one slice of its root mesh: if the root has pipeline stages,
 `root["dp"]` on rank 0 contains ranks of the first stage only. The ranks that exchange numbers are
 those connected by slices: all ranks in the same slice as this one, all ranks in the same slice as
-one of these, and so on. Each of them finds the same set, because the slices of one kind partition
-the whole root. Ranks outside the set (other pipeline stages) do not take part.
+one of these, and so on. Each of them finds the same set, because the slices along the same
+dimensions partition the whole root. Ranks outside the set (other pipeline stages) do not take part.
 
     root (pp=2, dp=2, tp=2); tensors on root["dp"] and root["tp"]    the 4 ranks of a stage
     the same tensors, group=root["pp"].get_group()                   all 8 ranks
@@ -56,15 +56,15 @@ def span_of(meshes: Sequence[DeviceMesh], own: ProcessGroup | None) -> Span:
         own: The process group that the user gave, or None.
 
     Raises:
-        ValueError: Two root meshes, or one and the group, overlap and neither contains the other,
-            so that ranks would find different sets.
+        ValueError: Two root meshes, or a root mesh and the group, overlap and neither contains the
+            other, so that ranks would find different sets.
     """
     # By identity: equal meshes of two roots, or of two runs in one process, span different ranks.
     parts = (dist.group.WORLD, own, *meshes)
     key = tuple(map(id, parts))
     known = _spans.get(key)
     if known is None:
-        # Stored with its parts, so that no other object gets the id of one.
+        # Stored with its parts: while they are alive, no other object gets one of their ids.
         known = _spans[key] = (parts, _found(meshes, own))
         while len(_spans) > KEPT:
             _spans.popitem(last=False)

@@ -8,8 +8,8 @@ DTensors or in a `Replicated` group; 1 for a plain tensor in a plain process gro
 element of the model counts once, however it is distributed. Ranks with an empty shard or without
 tensors add nothing.
 
-Tensors with the same weight, `1 / copies`, form a class. Each class is measured as a segment of its
-own, so that the stages need not know about weights.
+Tensors with the same weight, `1 / copies`, form a class. Each class is measured as a separate
+segment, so that the measure stage needs no weights.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Team:
         return not (served and torch.accelerator.is_available())
 
     def sharing(self, tensors: Sequence[Tensor]) -> Sharing:
-        """Returns the weights of tensors; cached as long as their placements do not change."""
+        """Returns the weights of tensors; cached until their placements change."""
         specs = [None] if self._all_plain else list(map(_spec_of, tensors))
         known = self._specs
         if self._sharing is None or len(specs) != len(known) or not all(map(is_, specs, known)):
@@ -203,8 +203,8 @@ def _warn_of_larger_root(span: Span) -> None:
         return
     _warned_of.add(span.ranks)
     log.warning(
-        "the meshes of the parameters span %s of the %d ranks of their root mesh, and only these "
-        "ranks share the norm and the decision. If the others hold other parts of the model "
+        "the meshes of the parameters span only %s of the %d ranks of their root mesh, so the norm "
+        "and the decision cover only these ranks. If the others hold other parts of the model "
         "(pipeline stages), pass a group that includes them, such as "
         "group=mesh['pp'].get_group()",
         len(span.ranks),

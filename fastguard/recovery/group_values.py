@@ -1,4 +1,4 @@
-"""What `GuardedLR` knows of param groups: which they are, their scheduled and actual values."""
+"""What `GuardedLR` stores about param groups: their identity, scheduled and actual values."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ class KnownGroups:
         self._known[before:] = [(group, _first_parameter(group)) for group in groups[before:]]
 
     def check_same(self, groups: Sequence[Group]) -> None:
-        """Raises a ValueError if a group was removed and another one has its place.
+        """Raises a ValueError if a group was removed and another one has its index.
 
-        A group may be another dict with the same parameters, as after `load_state_dict`, or the
-        same dict with other parameters.
+        A group counts as the same if it is the same dict, even with other parameters, or another
+        dict with the same first parameter, as after `load_state_dict`.
         """
         for i, (group, (known, parameter)) in enumerate(zip(groups, self._known, strict=False)):
             first = _first_parameter(group)
             if group is not known and first is not parameter:
                 raise ValueError(
-                    f"param group {i} of the optimizer is another one than before; after removing "
-                    "a param group, create a new GuardedLR"
+                    f"param group {i} of the optimizer is not the same as before; after removing a "
+                    "param group, create a new GuardedLR"
                 )
             self._known[i] = group, first
 
@@ -72,7 +72,7 @@ class GroupValues:
     def join(self, groups: Sequence[Group]) -> None:
         """Adds new groups; their current values become the scheduled ones.
 
-        If an interrupt stops it, the next call repeats it.
+        After an interrupt, the next call starts again.
         """
         before = len(self.scheduled)
         joining = [self._setting.read(group) for group in groups[before:]]
@@ -97,8 +97,10 @@ class GroupValues:
         self._written, self._to_write = list(self.scheduled), list(self.scheduled)
 
     def adopt_changed(self, groups: Sequence[Group]) -> None:
-        """Makes values that other code has changed the scheduled ones. Syncs with the GPU if they
-        are tensors there."""
+        """Makes values that other code has changed the scheduled ones.
+
+        Waits for a GPU if the values are tensors on it.
+        """
         for i, group in enumerate(groups):
             now = self._setting.read(group)
             if now not in (self._written[i], self._to_write[i]):
@@ -107,7 +109,7 @@ class GroupValues:
     def keep_changed(self, groups: Sequence[Group], values: list[float | None]) -> None:
         """Sets to None the entries of `values` whose groups other code has changed.
 
-        Groups with a tensor learning rate are not checked, since that would sync with the GPU.
+        Groups with a tensor learning rate are not checked, since that would wait for a GPU.
         """
         for i, group in enumerate(groups[: len(values)]):
             own = (self._written[i], self._to_write[i])

@@ -4,11 +4,11 @@
     lr = max(floor, start + (backoff_factor * schedule - start) * n / steps)
 
 Here n is the number of applied steps, and start the initial value of the warm-up. The schedule is
-any torch scheduler, stepped as usual: once per step, once per epoch, or with a metric. The rest
-follows the optimizer's steps automatically: warm-up, floor, back-off after an incident, and
-recovery, which undoes one back-off after every `recovery` applied steps in a row. If the schedule
-falls below the floor, the rate is clamped, which is logged once and then counted. A warm-up that
-starts below the floor is clamped silently.
+any torch scheduler, stepped as usual: once per step, once per epoch, or with a metric. Warm-up,
+floor, back-off after an incident and recovery need no calls, since they follow the optimizer's
+steps. Recovery undoes one back-off after every `recovery` applied steps in a row. If the schedule
+falls below the floor, the rate is clamped: this is logged the first time, and counted. A warm-up
+that starts below the floor is clamped silently.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class GuardedLR(LRScheduler):
     epoch, or with each new metric for `ReduceLROnPlateau`. Warm-up, floor and back-off act before
     each optimizer step, however rarely `step` is called.
 
-    With a fused optimizer on a GPU, which does not synchronise, it acts on the verdict of step k at
+    With a fused optimizer on a GPU, whose steps do not sync, it acts on the verdict of step k in
     step k + 1, on all ranks alike. Tensor learning rates are updated in place.
 
     A param group added later keeps its own learning rate and uses the last entry of a per-group
@@ -118,7 +118,7 @@ class GuardedLR(LRScheduler):
         self._is_due = False  # whether a step was applied since the schedule's last step
         self._is_behind = False  # whether values remain to be written
         self._learned: tuple[StepRecord | None, Counts] = (None, Counts())
-        # Whether a trainer writes the learning rates: between two blocks of `in_force`.
+        # Whether a trainer writes the learning rates, as it does between two `in_force` blocks.
         self._is_trainers_turn = False
         self._inbox = self.optimizer.subscribe()
         self._known = KnownGroups()
@@ -142,10 +142,10 @@ class GuardedLR(LRScheduler):
         return self.backoff_factor * self._lowered
 
     def step(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """Advances the schedule by one if an optimizer step was applied since the last call.
+        """Steps the schedule if an optimizer step was applied since the last call.
 
-        A schedule that uses a metric, such as `ReduceLROnPlateau`, advances whenever it is given
-        one, and not otherwise.
+        A schedule that uses a metric, such as `ReduceLROnPlateau`, steps if and only if a metric is
+        passed.
 
         Args:
             args, kwargs: Arguments for the schedule's `step`: a metric, or the (fractional) epoch
@@ -221,7 +221,7 @@ class GuardedLR(LRScheduler):
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as plain values. Waits for the verdict of the last step.
 
-        It includes the wrapped schedule's state, and the verdicts not acted on yet.
+        It includes the wrapped schedule's state, and verdicts that were not acted on yet.
         """
         self._register_groups()
         return {
@@ -293,7 +293,7 @@ class GuardedLR(LRScheduler):
     def _catch_up(self) -> bool:
         """Processes the steps since the last call; returns whether values are to be written.
 
-        If an interrupt stops it, the next call goes on.
+        After an interrupt, the next call continues.
         """
         self._register_groups()
         for _ in range(len(self._inbox)):
@@ -382,7 +382,7 @@ class GuardedLR(LRScheduler):
             )  # fmt: skip
 
     def _show(self) -> None:
-        """Writes the values to the groups; the scheduled ones while a trainer owns the groups."""
+        """Writes the rates in force; while a trainer writes the groups, the scheduled rates."""
         if self._is_trainers_turn:
             self._lr.restore(self._groups)
         else:

@@ -18,7 +18,7 @@ STORY = 8
 """Number of bad steps listed in the error that ends a run."""
 
 PATIENCE = 10
-"""After this many times `every` unsuitable steps without a snapshot, a warning is logged."""
+"""After `PATIENCE * every` unsuitable steps without a snapshot, a warning is logged."""
 
 
 class Moment(NamedTuple):
@@ -56,7 +56,7 @@ class IncidentLog:
         self.rollbacks: int = 0
         self._restarts = 0
         self._applied = self._unsuitable = 0  # steps since the last snapshot
-        # A snapshot is due after this many times `every`; inf after an unsuitable step.
+        # A snapshot is due after `_waits * every` applied steps; inf after an unsuitable step.
         self._waits: float = 1
         self._skips = self._spikes = 0
         self._bad: deque[tuple[Moment, Any]] = deque(maxlen=POSITIONS)
@@ -92,8 +92,8 @@ class IncidentLog:
     def is_due(self) -> bool:
         """Whether a snapshot is due.
 
-        After a step with an incident, it is due only after another `every` steps, to wait for a
-        step without one.
+        If the last step was an incident, a snapshot is due `every` applied steps later than usual,
+        to wait for a step without an incident.
         """
         return self._applied >= self._waits * self.every
 
@@ -158,8 +158,8 @@ class IncidentLog:
         if len(self._bad) == POSITIONS and not self._has_warned_of_lost:
             self._has_warned_of_lost = True
             log.warning(
-                "Rollback: more than %d bad steps since the oldest snapshot; after a rollback, "
-                "Rewind.skip will lack the first ones",
+                "Rollback: there were more than %d bad steps since the oldest snapshot; after a "
+                "rollback to it, Rewind.skip will lack the first of them",
                 POSITIONS,
             )
         moment = self.now(record.step)
@@ -169,8 +169,8 @@ class IncidentLog:
     def _warn_if_none_is_possible(self, record: StepRecord) -> None:
         if self._unsuitable == PATIENCE * self.every:
             log.warning(
-                "Rollback: no snapshot was possible for a long time: %d steps since the last one "
-                "were bad, and every=%d needs that many good ones. Last bad step: %s",
+                "Rollback: no snapshot was possible for a long time: %d steps were bad since the "
+                "last one, and every=%d requires that many applied steps. Last bad step: %s",
                 self._unsuitable,
                 self.every,
                 record,

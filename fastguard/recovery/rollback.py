@@ -70,24 +70,25 @@ class Rollback:
     all ranks restore the same snapshot, or none does. Tensor learning rates are restored in place.
     A rollback never raises the scale of a `GradScaler`, since it would only overflow again.
 
-    After a param group was added, earlier snapshots can no longer be loaded, so the next good step
-    is saved.
+    After a param group was added, earlier snapshots can no longer be loaded, so a snapshot is taken
+    after the next good step.
 
-    After a state was loaded into the optimizer, earlier steps no longer count, and the next good
-    step is saved. Until then a rollback would restore a snapshot from before the load; to avoid
-    that, call `snapshot` once everything is loaded.
+    After a state was loaded into the optimizer, earlier steps no longer count, and a snapshot is
+    taken after the next good step. Until then a rollback would restore a snapshot from before the
+    load; to avoid that, call `snapshot` once everything is loaded.
 
-    With a fused optimizer on a GPU, which does not synchronise, it acts on the verdict of step k at
-    step k + 1, but waits for the verdict of a step that may be saved.
+    With a fused optimizer on a GPU, whose steps do not sync, it acts on the verdict of step k in
+    step k + 1, but waits for the verdict of a step after which a snapshot may be taken.
 
     Args:
         optimizer: The guarded optimizer, which is part of every snapshot.
         objects: The other objects of the run, by name, such as model, scheduler, GradScaler, EMA
             and data loader; each has `state_dict` and `load_state_dict`. Random number generators
             are always included.
-        every: Applied steps between snapshots. A snapshot waits for a step without an incident, for
-            at most `every` more steps; after that, a step that was applied despite an incident
-            (cleaned, or with a spike while `after_spikes` is None) may be saved. Default: 100.
+        every: Applied steps between snapshots. A snapshot is postponed until a step without an
+            incident, for at most `every` more applied steps. After that, it may also follow a step
+            that was applied despite an incident (cleaned, or with a spike while `after_spikes` is
+            None). Default: 100.
         keep: Number of snapshots kept in host memory; a `store` has its own setting. Default: 2.
         after_skips: Skipped steps in a row that trigger a rollback; None: no limit. Steps skipped
             only to lower a loss scale do not count. Default: 5.
@@ -200,8 +201,8 @@ class Rollback:
     def step(self, position: Any = None) -> Rewind | None:
         """Processes the steps since the last call; call it after every `optimizer.step`.
 
-        One call may also cover several steps. It waits for the verdict of the last step only if a
-        snapshot depends on it.
+        One call may also cover several steps. It waits for the verdict of the last step only if
+        that decides whether to take a snapshot now.
 
         Args:
             position: The current data position: any value that identifies this batch. With a
@@ -220,7 +221,7 @@ class Rollback:
         self._positions.append((self.optimizer.steps_taken, position))
         reason = self._learn_all()
         if reason is None and self._incidents.is_due_after(1):
-            # Fetched for this inbox only: our snapshots must not change the timing of others.
+            # Only for this inbox: our snapshots must not change when other subscribers get records.
             self._inbox.settle()
             reason = self._learn_all()
         if reason is not None:
@@ -337,9 +338,9 @@ def _check_reachable(after_skips: int | None, limit: int | None) -> None:
     """Raises if the optimizer's own limit would end the run before a rollback."""
     if after_skips is not None and limit is not None and after_skips > limit:
         raise ValueError(
-            f"after_skips={after_skips} is never reached: the optimizer ends the run after more "
-            f"than max_consecutive_skips={limit} skips in a row; use after_skips <= {limit}, or "
-            "None"
+            f"after_skips={after_skips} is never reached, because the optimizer ends the run after "
+            f"more than max_consecutive_skips={limit} skips in a row; use after_skips <= {limit}, "
+            "or None"
         )
 
 
@@ -404,6 +405,9 @@ def _same_tensors(optimizer: GuardedOptimizer) -> Iterator[None]:
 
 
 def _resumed(optimizer: GuardedOptimizer, store: CheckpointStore | None) -> bool:
-    """Whether the optimizer has just loaded the last clean checkpoint, so that none is needed."""
+    """Whether the optimizer has just loaded the last clean checkpoint of the store.
+
+    Then no first snapshot is needed.
+    """
     newest = None if store is None else store.last_clean()
     return newest is not None and 0 < newest.step == optimizer.steps_taken

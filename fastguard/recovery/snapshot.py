@@ -6,11 +6,11 @@ on the device, not on the host. State that the next forward pass may change (bat
 EMA) is copied on the current stream. With DTensors, each rank copies its own shard.
 
 A copy can be checked for NaN and Inf while it is made. Tensors on a GPU are read once more there.
-Tensors on the host are summed piece by piece while the copied piece is in cache, which costs 0.35
-of a plain copy; a separate read would cost 0.5. Only the share `CHECKED_SHARE` of the tensors on
-the host is checked during the copy, and the rest at the next snapshot, when the result is needed:
-two snapshots of 1.25 plain copies each delay a run less than one of 1.0 and one of 1.4. Not every
-copy is checked: see `snapshot_stores.InMemory`.
+Tensors on the host are summed piece by piece while the copied piece is in cache, which takes 0.35
+times as long as a plain copy; a separate read would take 0.5. Only the share `CHECKED_SHARE` of the
+tensors on the host is checked during the copy, and the rest at the next snapshot, which needs the
+result: two snapshots with the cost of 1.25 plain copies each disturb a run less than one of 1.0 and
+one of 1.4. Not every copy is checked: see `snapshot_stores.InMemory`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from fastguard.stages.measure import measure
 
 RNG = "rng"
 CHECKED_SHARE = 0.7
-"""Share of the host's bytes that are checked during the copy. Of 0.6, 0.66, 0.7 and 0.74, this
-value made the cost of two successive snapshots most equal: 1.26 and 1.27 plain copies on two cores.
-"""
+"""Share of the bytes of host tensors that is checked during the copy. Of 0.6, 0.66, 0.7 and 0.74,
+this value makes the costs of two successive snapshots most similar: 1.26 and 1.27 plain copies on
+two cores."""
 
 
 class Snapshot:
@@ -93,7 +93,7 @@ class Snapshot:
         return self._copied
 
     def nonfinite(self) -> list[str]:
-        """Returns the names of saved tensors that contain NaN or Inf, and of numbers that are NaN.
+        """Returns the names of saved tensors with NaN or Inf, and of saved numbers that are NaN.
 
         Infinite numbers are allowed, since `ReduceLROnPlateau` starts with one. Waits for the copy,
         and checks what was not checked before.

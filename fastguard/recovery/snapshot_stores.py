@@ -84,12 +84,12 @@ class _Slot(Snapshot):
 
 
 class InMemory:
-    """Snapshots in host memory; a new one overwrites the oldest beyond `keep`.
+    """Snapshots in host memory; when there are `keep`, a new one overwrites the oldest.
 
     There is one exception. If `keep` is more than 1 and the oldest snapshot may be the only finite
     one, it is kept, so that unusable snapshots (for example with NaN in an EMA) cannot displace it.
-    The new snapshot then overwrites the newest one, and is itself checked during the copy; the part
-    that was not checked is read at the next snapshot. As a result, every second one is checked.
+    The new snapshot then overwrites the newest one, and most of it is checked during the copy; the
+    rest is checked at the next snapshot. As a result, every second snapshot is checked.
 
     Args:
         optimizer: The optimizer; its next step waits on the device for the latest copy.
@@ -173,8 +173,8 @@ class InMemory:
 class InStore:
     """Snapshots in a `CheckpointStore`, from which a restarted process can continue.
 
-    The store verifies each snapshot after writing it, and keeps as many as its own arguments say.
-    Disk errors are logged, and the run continues.
+    The store verifies each snapshot after writing it; its own arguments determine how many it
+    keeps. Disk errors are logged, and the run continues.
 
     Args:
         store: The store, whose ranks roll back together.
@@ -204,7 +204,7 @@ class InStore:
             where = self._store.directory
             raise NothingToRestore(f"{where} has no usable snapshot: {error}") from error
         try:
-            # The steps of later checkpoints will be repeated, so set those aside.
+            # The steps of later checkpoints will be repeated, so these checkpoints are set aside.
             self._store.rollback()
         except (CheckpointError, OSError) as error:
             log.error(

@@ -1,4 +1,4 @@
-"""The step counts of `GuardedLR`, and what it saves of steps that it has not processed yet."""
+"""The step counts of `GuardedLR`, and what it saves about steps that it has not processed yet."""
 
 from __future__ import annotations
 

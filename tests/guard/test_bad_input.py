@@ -65,7 +65,7 @@ def test_a_positional_max_norm():
     parameters = new_parameters()
     with pytest.raises(TypeError, match=r"got 1.0 as second.*\(optimizer, max_norm=1.0\)"):
         GuardedOptimizer(sgd(parameters), 1.0)
-    with pytest.raises(TypeError, match=r"got SpikeRule.*takes keywords"):
+    with pytest.raises(TypeError, match=r"got SpikeRule.*takes only keyword"):
         GuardedOptimizer(sgd(parameters), SpikeRule(), 2.0)
     assert list(inspect.signature(GuardedOptimizer).parameters)[:2] == ["optimizer", "max_norm"]
 

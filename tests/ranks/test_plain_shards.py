@@ -98,7 +98,7 @@ def test_shards_without_a_group_are_an_error(
             assert "shards of FullyShardedDataParallel in plain tensors" in said
             assert "pass group=torch.distributed.group.WORLD" in said
             assert "with HYBRID_SHARD the process group that shards one replica" in said
-        assert "group=Replicated(...) says that all ranks hold the same tensors" in replicated
+        assert "group=Replicated(...) means that all ranks hold the same tensors" in replicated
 
 
 def without_a_norm(use_orig_params: bool) -> tuple[list[str], float]:
