@@ -22,7 +22,7 @@ from fastguard.records.regular_files import open_regular
 from fastguard.stages.spike_rules import SpikeRule, Threshold
 
 WITH_EXPONENT = re.compile(r"[-+]?[\d.]+e[-+]?\d+", re.IGNORECASE)
-YAML_TEXT = "; YAML reads it as text: write it with a point and a sign, as 1.0e-6"
+YAML_TEXT = "; YAML reads it as a string: write it with a point and a sign, as in 1.0e-6"
 
 _LARGEST = 1 << 17  # bytes; PyYAML takes 20 µs for a value of two bytes
 _MOST_DOTS = 1000  # in a line; the time that tomllib takes for `a.a.a = 1` is quadratic in them

@@ -35,7 +35,7 @@ def describe_culprits(culprits: Sequence[Culprit], n_culprits: int | None = None
 
 
 def nearest(key: str, valid: Collection[str]) -> str:
-    """Returns a hint for an error about an invalid name: the most similar valid name, or some."""
+    """Returns a hint for an error about an invalid name: the most similar valid name, or a list."""
     return did_you_mean(key, valid) or f"; valid are {', '.join(list(valid)[:12])}"
 
 

@@ -46,8 +46,8 @@ HANDLER = LastResort()
 def announce(text: str) -> None:
     """Logs at level INFO, and also prints the text if logging is not configured.
 
-    If the program has not set a level, Python's default level, WARNING, is ignored. If it has set
-    one, for the root logger or for `fastguard`, that level decides.
+    A level that the program has set, for the root logger or for `fastguard`, is respected. Python's
+    default level, WARNING, is not.
     """
     untouched = LOGGER.level == logging.NOTSET and logging.getLogger().level == logging.WARNING
     if LOGGER.isEnabledFor(logging.INFO) or not (untouched and HANDLER.is_in_charge()):

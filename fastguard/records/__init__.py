@@ -8,5 +8,5 @@ Modules:
     json_lines_sink, loggers    destinations of records: JSON lines, TensorBoard, loggers
     line_writer, rotated_files, regular_files, strict_json, read_json_lines    files of records
     subscription    inboxes for code that acts on records
-    advice          problems that show only over many records, reported once
+    advice          detects problems that show only over many records; warns once
 """

@@ -25,15 +25,16 @@ ROUGH = 1e-2
 """Tolerance in bfloat16, where torch rounds the norm and the coefficient to three digits."""
 
 AT_LIMIT, NEAR_LIMIT, CONSTANT = 20, 100, 100
-"""Steps in a row after which each fault is reported. An unclipped norm varies: it falls within 1e-4
-of a given number once in thousands of steps, and does not stay within 1 % below it."""
+"""Numbers of matching steps after which the fault is reported: the norm is within `EXACT` of the
+limit, within `ROUGH`, or constant. The norm of unclipped gradients varies: it is within 1e-4 of a
+given number once in thousands of steps, and does not stay within 1 % below it."""
 
 HIT = 3
 """What a matching step adds to a count; a step that does not match subtracts 1."""
 
 LONGEST_SEARCH = 160
-"""Skipped steps in which a scaler halves its scale from the largest float32 to the smallest, with
-some retries."""
+"""Number of skipped steps in which a scaler can halve its scale from the largest float32 to the
+smallest, with some retries."""
 
 
 class Advice:
@@ -69,8 +70,8 @@ class Advice:
 class ClippedBefore:
     """Detects from the norms of a run whether gradients were already clipped.
 
-    A step that was not clipped lowers a count but does not reset it, so that a loop that clips
-    most of its steps, not all, is detected too.
+    A step that was not clipped lowers a count but does not reset it, so that a loop that clips in
+    most of its steps is detected too.
     """
 
     def __init__(self) -> None:
@@ -83,7 +84,7 @@ class ClippedBefore:
         if self.has_warned or not 0.0 < norm < math.inf:
             return
         if 0.0 < max_norm < math.inf and self._is_at_limit(norm, max_norm):
-            self._warn(f"{max_norm:g}, the guard's own max_norm")
+            self._warn(f"{max_norm:g}, which is the guard's own max_norm")
         elif self._is_constant(norm):
             self._warn(f"{self._first:.4g}, as if clipped to a limit other than the guard's")
 
@@ -100,7 +101,7 @@ class ClippedBefore:
         return self._at_limit >= HIT * AT_LIMIT or self._near_limit >= HIT * NEAR_LIMIT
 
     def _is_constant(self, norm: float) -> bool:
-        """Whether the norm stays at a number that a person would choose as a limit.
+        """Whether the norm stays at a round number, as a person would choose for a limit.
 
         Norms that are all bitwise equal do not count: clipped norms differ by rounding errors,
         whereas a toy model with a constant gradient has exactly the same norm at every step.
@@ -134,8 +135,8 @@ def _is_round(x: float) -> bool:
 
 def _warn_scale_does_not_fall(steps: int) -> None:
     log.warning(
-        "%d steps in a row were skipped to lower the loss scale, more than it takes from any scale "
-        "to its floor. The scaler may not be lowering it: call scaler.update() after each step, "
+        "%d steps in a row were skipped to lower the loss scale, enough to lower any scale to its "
+        "minimum. The scaler may not be lowering it: call scaler.update() after each step, "
         "without passing a scale",
         steps,
     )

@@ -4,8 +4,8 @@ The values of a row, in order:
 
     total_norm, clip_coef, skipped, cleaned, reason, step, consecutive skips, NaN, +Inf, -Inf, lr,
     number of culprits, (index, NaN, +Inf, -Inf) of the first 8, L losses, K spikes, K thresholds,
-    if several ranks decide together: for each of the L losses whether it was given, the number of
-        culprit ranks, and the sum of their numbers
+    if several ranks decide together: for each of the L losses whether it was passed, the number of
+        ranks with non-finite values, and the sum of their rank numbers
     with an adaptive limit: the limit of the whole model's norm
 
 Rows are stored in a ring on the device; each is copied to a ring in pinned memory, followed by an
@@ -159,7 +159,7 @@ def unpack(
 
     Args:
         row: float64 `(width,)`, see `pack`.
-        loss_names: Names of its L losses; losses that no rank gave are left out.
+        loss_names: Names of its L losses; losses that no rank passed are left out.
         is_joint: Whether several ranks decided the step.
         has_limit: Whether the row ends with the limit.
     """
@@ -221,7 +221,7 @@ class Ring:
         event = self._events[k]
         host.copy_(row, non_blocking=event is not None)
         if event is not None:
-            # Not the current device's stream: the gradients may be on another device.
+            # The stream of the row's device, which need not be the current device.
             event.record(torch.cuda.current_stream(row.device))
         return Arrival(host, event)
 

@@ -3,7 +3,7 @@
 The first `BURST` incidents of a kind (same action and reason) are logged, then one per `INTERVAL`
 seconds; the others are only counted. The count ("... and 17 more") is logged before the next line
 of that kind, at the first good step after the interval, or at the end of the run, whichever comes
-first. Records and sinks contain every incident.
+first. Records and sinks receive every incident.
 """
 
 from __future__ import annotations

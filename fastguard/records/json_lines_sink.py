@@ -29,16 +29,16 @@ log: logging.Logger = logging.getLogger("fastguard")
 class JsonLinesSink:
     """Appends one JSON object per line; NaN and Inf become `"NaN"`, `"Infinity"`, `"-Infinity"`.
 
-    A line is passed to the system in one write, so a killed process leaves at most one truncated
-    last line, which readers skip; the next run starts on a new line. Full files are renamed to
-    `records.1.jsonl`, `records.2.jsonl`, ... and the oldest beyond `keep` are deleted.
+    A line is written with one system call, so a killed process leaves at most one truncated last
+    line, which readers skip; the next run starts on a new line. Full files are renamed to
+    `records.1.jsonl`, `records.2.jsonl`, ..., and only the newest `keep` of them are kept.
 
     Every file begins with a header, a line with versions, host, device and settings; see
     docs/loggers.md. Readers of fastguard skip it.
 
     Only one process may write to a file at a time. Its threads may share a sink, and several sinks
-    may share a path. A sink that was copied to another process (by a fork or by pickling) loses and
-    counts its records for as long as the first process has the file open.
+    may share a path. A sink that was copied to another process (by a fork or by pickling) cannot
+    write while the first process has the file open; it counts its records as lost.
 
     Args:
         path: The file; its folder is created.
@@ -108,7 +108,7 @@ class JsonLinesSink:
         self._writer = LineWriter.of(path)
 
     def __getstate__(self) -> tuple[Path, int, int | None, str | None, bool]:
-        # A descriptor is not valid in another process, so a copy opens the file at its first write.
+        # A file descriptor is not valid in another process, so a copy opens the file itself.
         return self._writer.path, self.max_bytes, self.keep, self.name, self.host
 
     def __setstate__(self, state: tuple[Path, int, int | None, str | None, bool]) -> None:
@@ -179,7 +179,7 @@ class JsonLinesSink:
 
 
 def tell_guard(sink: object, description: str, device: torch.device) -> None:
-    """Adds a guard to the header of a sink, if it has one; see `JsonLinesSink.add_guard`."""
+    """Adds a guard to the header of a sink, if the sink writes one; see `JsonLinesSink`."""
     if isinstance(sink, JsonLinesSink):
         sink.add_guard(description, device)
 

@@ -46,8 +46,8 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.
 class LineWriter:
     """Appends lines to a file and rotates it; created by `LineWriter.of`.
 
-    While a line is being written, a signal handler may write another line or close the file. Such a
-    nested call writes to the open file if there is one; it never opens or closes it.
+    While a line is being written, a signal handler may write another line or close the writer. Such
+    a nested call writes to the open file if there is one; it never opens or closes a file.
 
     Attributes:
         path: The absolute path, since a program may change its working directory.
@@ -155,7 +155,8 @@ class LineWriter:
     def _stat(self) -> os.stat_result | None:
         """Returns the `stat` of the open file; None if the descriptor no longer refers to it.
 
-        A daemon may close all descriptors, and the next file that it opens gets the same number.
+        A process that becomes a daemon may close all descriptors, and the next file that it opens
+        gets the same number.
         """
         if self._file < 0:
             return None
@@ -198,11 +199,11 @@ class LineWriter:
             if identity_at(self.path) == self._identity:  # otherwise it has already been renamed
                 full = rotated_files(self.path)
                 number = 1 + (number_of(self.path, full[-1]) if full else 0)
-                while (new := full_file(self.path, number)).is_dir():  # a folder that is not ours
+                while (new := full_file(self.path, number)).is_dir():  # a folder of another program
                     number += 1
                 os.rename(self.path, new)
             self._take(_opened(self.path))
-        except BlockingIOError:  # another process has just locked it, and will now release it
+        except BlockingIOError:  # another process has just locked it, and is about to release it
             return
         except OSError as error:
             if not self._cannot_rotate:

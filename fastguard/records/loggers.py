@@ -104,9 +104,9 @@ def scalars(record: StepRecord, prefix: str = "train") -> dict[str, float]:
 
     Returns:
         The values by name. Values that are not finite are left out, which makes a gap in plots;
-        `skipped` shows the incident. Only the gradient norm may be NaN or Inf: it is then the norm
-        that torch would compute, since the norm of the finite elements would look like a dip. A
-        loss named `seg` becomes `train/seg_loss`.
+        `skipped` shows the incident. Only the gradient norm may be NaN or Inf: it is the norm as
+        torch computes it, since the norm of the finite elements would look like a dip. A loss named
+        `seg` becomes `train/seg_loss`.
 
     Example:
         >>> from fastguard import StepRecord
@@ -115,7 +115,7 @@ def scalars(record: StepRecord, prefix: str = "train") -> dict[str, float]:
     """
     values = {"clip_coef": record.clip_coef, "lr": record.lr}
     values |= {"skipped": float(record.action == "skipped")}
-    # "seg_loss", not "loss/seg": in MLflow's file store, a metric "loss" excludes a folder "loss".
+    # "seg_loss", not "loss/seg": MLflow's file store cannot have a metric and a folder "loss".
     values |= {name if "loss" in name else f"{name}_loss": v for name, v in record.losses.items()}
     values |= _watched(record)
     values = {name: value for name, value in values.items() if math.isfinite(value)}

@@ -5,8 +5,8 @@
 Losses on a CPU are counted immediately. Losses on a GPU are copied, as float64, into the next row
 of a buffer on the device. When its `ROWS` rows are full, they are copied to the host
 asynchronously; the host reads them when the next `ROWS` rows are full, so it almost never blocks.
-(Sums on the device were tried: a dozen launches per batch instead of one per loss.) `compute`
-synchronises.
+(The alternative, sums on the device, takes a dozen launches per batch instead of one per loss.)
+`compute` synchronizes.
 
 If no batch is valid, the mean is None, and the text says so. Memory does not grow with the number
 of batches: only the first `KEPT_BAD` bad batches are listed.
@@ -66,7 +66,7 @@ class LossSummary:
         means: Mean by name; None if no batch was valid.
         weights: Sum of the weights of the valid batches, by name.
         finite: Number of valid batches, by name.
-        nonfinite: Number of other batches, by name.
+        nonfinite: Number of batches with a non-finite loss, by name.
         batches: Total number of batches.
         bad: The first bad batches.
     """
@@ -86,7 +86,7 @@ class LossSummary:
     def __str__(self) -> str:
         """Formats one line per loss, and one for the bad batches."""
         if not self.means:
-            return "no loss was given"
+            return "no loss was passed"
         lines = [self._line(name) for name in self.means]
         if self.bad:
             lines.append("not finite in " + "; ".join(map(str, self.bad)))

@@ -1,4 +1,4 @@
-"""Validates losses, averages micro-batches, and moves losses to the deciding device."""
+"""Validates losses, averages micro-batches, and moves losses to the device of the decision."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastguard.gradients.transfer import moved, numbers_on
 from fastguard.stages.spike_rules import GRAD_NORM
 
 LOSS = "loss"
-"""The name of a loss given without a name."""
+"""The name of a loss that was passed without a name."""
 
 
 Loss = Tensor | float | Mapping[str, Tensor | float]
@@ -114,16 +114,16 @@ class ObservedLosses:
         return [*self._batches]
 
     def give_back(self, batches: list[Mapping[str, Tensor | float]]) -> None:
-        """Takes back the micro-batches of a failed step, in case it is retried."""
+        """Restores the micro-batches of a failed step, in case it is retried."""
         self._batches = batches
         self.keep_for_retry()
 
     def keep_for_retry(self) -> None:
-        """Marks the step as failed; if losses are observed before a retry, they replace these."""
+        """Marks the step as failed: losses observed before the next step replace the kept ones."""
         self._given_back = bool(self._batches)
 
     def keep(self) -> None:
-        """Marks the failed step as being retried: its losses are kept, and more may be added."""
+        """Marks the failed step as being retried: its losses stay, and new ones are added."""
         self._given_back = False
 
 

@@ -4,7 +4,7 @@
 files of gigabytes, at about 3 µs per line: it parses a block in one call into plain dicts. Lines
 that are not records (truncated by a kill, zeroed by a crash, edited by hand) are skipped and
 counted; headers are skipped. The records of a run are in the current file of a `JsonLinesSink` and
-the full files beside it.
+its rotated files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fastguard.records.rotated_files import open_run
 from fastguard.records.run_header import is_header, parse_header
 from fastguard.records.step_record import FIELDS, StepRecord
 
-try:  # twice as fast as json, which is still needed for what orjson refuses, such as a bare NaN
+try:  # twice as fast as json, which parses what orjson refuses, such as a bare NaN
     from orjson import loads as _loads
 except ImportError:
     _loads: Callable[[bytes], Any] = json.loads
@@ -195,7 +195,7 @@ _FLOATS = ("total_norm", "clip_coef", "lr", "limit", "time")
 def read_records(path: str | os.PathLike[str], *, strict: bool = False) -> Iterator[StepRecord]:
     """Yields the records of a `JsonLinesSink`, oldest first, including rotated files.
 
-    The run may still be writing; records up to about the time of the call are read. Headers are
+    The run may continue writing; records up to about the time of the call are read. Headers are
     skipped.
 
     Args:
@@ -204,7 +204,7 @@ def read_records(path: str | os.PathLike[str], *, strict: bool = False) -> Itera
             Default: False.
 
     Raises:
-        FileNotFoundError: Neither this file nor a full one beside it exists.
+        FileNotFoundError: Neither this file nor a rotated one exists.
         IsADirectoryError: The path is a folder.
         OSError: A file cannot be read, or is a pipe or a device.
         ValueError: With `strict`, a line is not a record; the message names file and line.

@@ -35,8 +35,8 @@ KEPT = 4096
 """Number of records kept for `records()` and for `history`; older ones are dropped."""
 
 INBOX = 1 << 16
-"""Number of records kept for a subscriber that takes none: 36 MB, and more steps than most epochs
-have."""
+"""Maximum number of records kept for a subscriber that takes none: 36 MB, and more steps than most
+epochs have."""
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ class Recorder:
     loss scale at level INFO; frequent repeats are only counted. Memory is bounded: `KEPT` finished
     records, `ROWS` in transfer or not yet made, and `INBOX` per live subscriber.
 
-    One thread takes the steps; others may read and fetch records meanwhile. One thread at a time
+    One thread takes the steps; others may read records at the same time. One thread at a time
     finishes records.
 
     Attributes:
@@ -81,7 +81,7 @@ class Recorder:
         self._failed_sinks: set[int] = set()
         self._inboxes: list[weakref.ref[Inbox]] = []
         self.undelivered: list[StepRecord] = []
-        # Reentrant: a sink may ask for records, and a thread that was interrupted may go on.
+        # Reentrant: a sink may ask for records, and an interrupted thread may call again.
         self._finishing = threading.RLock()
         self._all.add(self)
 
@@ -103,7 +103,7 @@ class Recorder:
     def add(self, outcome: Outcome) -> None:
         """Adds the outcome of a step. Blocks only if the device is `ROWS` steps behind.
 
-        If it was interrupted, it may be called again with the same outcome, and resumes.
+        After an interrupt, it may be called again with the same outcome, and resumes.
 
         A step captured in a CUDA graph leaves no record, since no host code runs when the graph is
         replayed. A step on placeholders has nothing to record.
@@ -202,7 +202,7 @@ class Recorder:
         for ref in self._inboxes[:]:  # a copy: a subscriber may disappear meanwhile
             if (inbox := ref()) is not None:
                 inbox.receive(self.undelivered)
-        self.undelivered = []  # by a new list, the inboxes know that nothing of it was taken
+        self.undelivered = []  # a new object, since inboxes count what they took from each list
         return last
 
     def drain(self) -> list[StepRecord]:
@@ -218,14 +218,14 @@ class Recorder:
     def _finish_oldest(self, oldest: Pending | Settled) -> None:
         """Delivers the oldest record, then removes it from the queue.
 
-        If an interrupt stops it, the next call repeats it; each recipient still gets the record
-        only once.
+        After an interrupt, the next call repeats it; each recipient still gets the record only
+        once.
         """
         made = self._made
         if made is None or made[0] is not oldest:
             made = self._made = oldest, oldest.record()
         self._finish(made[1])
-        if self._oldest() is oldest:  # else a sink has called `wait` meanwhile
+        if self._oldest() is oldest:  # otherwise, a sink has called `wait`, which removed it
             self._pending.popleft()
 
     def _finish(self, record: StepRecord) -> None:
@@ -249,11 +249,12 @@ class Recorder:
         """
         if self._called[0] is not record:
             self._called = (record, 0, 0)
-        # Another record: a sink has asked for records, which called the other sinks and went on.
+        # Ends early if a sink asked for records: that call has called the other sinks with this
+        # record, and may have gone on to the next one.
         while self._called[0] is record and (k := self._called[1]) < len(self.sinks):
             tries = self._called[2]
             try:
-                # Set before the call, in case the sink asks for the records.
+                # Set before the call, in case the sink asks for records.
                 self._called = (record, k + 1, 0)
                 self.sinks[k](record)
             except Exception as error:  # a sink can fail in any way; the run continues

@@ -1,4 +1,4 @@
-"""Lists and reads the files of one run: the current `records.jsonl` and the full files beside it.
+"""Lists and reads the files of one run: the current `records.jsonl`, and full files beside it.
 
 A writer renames a full file to `records.1.jsonl`, `records.2.jsonl`, ... and starts a new one.
 Readers may run at the same time: they see all records up to some moment, in order, without gaps.
@@ -87,13 +87,13 @@ def identity_at(path: Path) -> Identity | None:
 
 def index_of(identity: Identity, files: Sequence[Path]) -> int | None:
     """Returns the index of the file with this identity, or None."""
-    for i in reversed(range(len(files))):  # from the newest, which is most often the one
+    for i in reversed(range(len(files))):  # from the newest, which is the most frequent case
         if identity_at(files[i]) == identity:
             return i
     return None
 
 
-def around(
+def split_at_current(
     path: Path, current: Identity | None, newest: Path | None
 ) -> tuple[list[Path], list[Path]]:
     """Returns the full files that are older and newer than a file opened as the current one.
@@ -105,12 +105,12 @@ def around(
     """
     i, listed = None, rotated_files(path)
     for _ in range(_TRIES):
-        # A listing may miss a file that is renamed meanwhile. It is complete if the opened file
-        # still has its name, or if it lists that file and all later numbers.
+        # A listing may miss a file that is being renamed. It is complete if the opened file still
+        # has its name, or if it contains that file and all later numbers.
         if current is None or identity_at(path) == current:
             return listed, []
         i = index_of(current, listed)
-        if i is not None and _have_no_hole(path, listed[i:]):
+        if i is not None and _are_consecutive(path, listed[i:]):
             break
         listed = rotated_files(path)
     if i is not None:
@@ -120,7 +120,8 @@ def around(
     return listed[:first], listed[first:]
 
 
-def _have_no_hole(path: Path, files: Sequence[Path]) -> bool:
+def _are_consecutive(path: Path, files: Sequence[Path]) -> bool:
+    """Whether the numbers of these full files have no gap."""
     numbers = [number_of(path, file) for file in files]
     return numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
@@ -128,11 +129,11 @@ def _have_no_hole(path: Path, files: Sequence[Path]) -> bool:
 def open_run(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
     """Yields the files of a run, oldest first, as path and open file.
 
-    The writer may rotate meanwhile; the files hold all records up to about the time of the call. A
-    warning is logged if full files were deleted before they could be read.
+    The writer may rotate meanwhile; the files contain all records up to about the time of the call.
+    A warning is logged if full files were deleted before they could be read.
 
     Raises:
-        FileNotFoundError: Neither this file nor a full one beside it exists.
+        FileNotFoundError: Neither this file nor a full one exists.
         OSError: A file cannot be read, or is a pipe, a device or a folder.
     """
     before = rotated_files(path)
@@ -141,7 +142,7 @@ def open_run(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
         if current is not None:
             stack.callback(current.close)
         found = None if current is None else identity_of(os.fstat(current.fileno()))
-        older, newer = around(path, found, before[-1] if before else None)
+        older, newer = split_at_current(path, found, before[-1] if before else None)
         if current is None and not older:
             raise FileNotFoundError(2, "No such file or directory", str(path))
         yield from _each(path, older)
@@ -161,7 +162,7 @@ def _each(path: Path, files: Sequence[Path]) -> Iterator[tuple[Path, BinaryIO]]:
                 file = _opened(name)
                 if file is not None:
                     ahead.append((name, file))
-                elif begun or ahead:  # a gap; only the oldest files may disappear unnoticed
+                elif begun or ahead:  # a gap; a writer deletes only the oldest files by itself
                     deleted += 1
             if ahead:
                 begun = True
@@ -172,7 +173,8 @@ def _each(path: Path, files: Sequence[Path]) -> Iterator[tuple[Path, BinaryIO]]:
         for _, file in ahead:
             file.close()
         if deleted:
-            log.warning("%s: %d full files were deleted before they could be read", path, deleted)
+            files = "rotated file was" if deleted == 1 else "rotated files were"
+            log.warning("%s: %d %s deleted before being read", path, deleted, files)
 
 
 def _opened(path: Path) -> BinaryIO | None:

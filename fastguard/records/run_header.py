@@ -4,8 +4,8 @@
      "python": "3.11.2", "torch": "2.13.0", "triton": "3.4.0", "host": "node7",
      "device": "cuda:0 NVIDIA H100", "guards": ["guarding AdamW: 75 tensors, ..."]}
 
-Every file begins with one. A process that appends to a file writes another one before its first
-record. Readers of records skip headers; `"kind"` distinguishes the two.
+Every file begins with a header. A process that appends to an existing file writes another header
+before its first record. Readers of records skip headers, which have a `"kind"`.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def is_header(value: Any) -> bool:
 
 
 def parse_header(line: bytes | str) -> RunHeader | None:
-    """Returns the header that a line is, or None."""
+    """Returns the header in a line; None if the line is no header."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):
@@ -158,7 +158,7 @@ def header_of(value: dict[str, Any]) -> RunHeader:
 
 
 def device_text(device: torch.device) -> str:
-    """Returns the name of a device, for CUDA with the model of the GPU. Does not synchronise."""
+    """Returns the name of a device; for CUDA with the model of the GPU. Does not synchronize."""
     if device.type != "cuda":
         return str(device)
     import torch
@@ -170,6 +170,6 @@ def _triton() -> str | None:
     for name in _TRITON:
         try:
             return metadata.version(name)
-        except (metadata.PackageNotFoundError, OSError):  # no descriptor is free, for one
+        except (metadata.PackageNotFoundError, OSError):  # OSError: no free descriptor, for example
             continue
     return None

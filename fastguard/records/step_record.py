@@ -16,8 +16,8 @@ LOSS_SCALE = Reason.LOSS_SCALE.label
 """The reason of a skip that only lowers a loss scale, which is not an incident."""
 
 REPLICA_DRIFT = "replica_drift"
-"""The reason of a step in which replicas differ; also the key of the result in
-`StepRecord.watch`."""
+"""The reason of a step in which replicas differ, and the key of the result in `StepRecord.watch`.
+"""
 
 MOST_OF_A_TAG = 400
 """Maximum characters of a tag in a log line."""
@@ -49,12 +49,12 @@ class StepRecord:
         culprit_ranks: Number of ranks with non-finite values; 0 in one process.
         culprit_rank: That rank, if there is only one; `culprits` are its parameters.
         limit: The total norm above which gradients are clipped: `max_norm`, or the limit set by an
-            adaptive rule. With several segments, the total norm of gradients whose segments are
-            all at their limits. `inf`: no limit.
+            adaptive rule. With several segments, the total norm if all segments are at their
+            limits. `inf`: no limit.
         watch: Results of `GuardedOptimizer(watch=...)`, by quantity; empty if the step was not
             watched. docs/watch.md describes each quantity.
-        time: When the host decided or enqueued the step, in Unix seconds; NaN if unknown. Records
-            that differ only in it are equal.
+        time: When the host decided or enqueued the step, in Unix seconds; NaN if unknown. Ignored
+            when records are compared.
     """
 
     step: int
@@ -81,10 +81,10 @@ class StepRecord:
 
     @property
     def is_incident(self) -> bool:
-        """Whether the step needs a reaction: a warning, a lower learning rate, or a rollback.
+        """Whether the step calls for a reaction: a warning, a lower learning rate, or a rollback.
 
         True for every skipped step and every step with a reason, except an overflow that only
-        lowers a loss scale: in a healthy run, a `GradScaler` finds its scale that way.
+        lowers a loss scale: in a healthy run too, a `GradScaler` finds its scale that way.
 
         Example:
             >>> StepRecord(1, 2.0, 1.0, "skipped", "nonfinite_grad").is_incident

@@ -1,9 +1,9 @@
 """Encodes values as JSON that every parser reads.
 
 JSON (RFC 8259) has no NaN or infinity. Python writes them anyway, and jq, JavaScript and most
-databases refuse such a line. Here they become the strings `"NaN"`, `"Infinity"` and `"-Infinity"`,
-as in the JSON mapping of Protocol Buffers; `float()` converts them back. null would be shorter, but
-would not distinguish a NaN loss from a missing one.
+databases reject such a line. Here they become the strings `"NaN"`, `"Infinity"` and `"-Infinity"`,
+as in the JSON mapping of Protocol Buffers; `float()` converts them back. `null` would be shorter,
+but would not distinguish a NaN loss from a missing one.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def strict(value: Any) -> Any:
 def shortened(value: Any, room: int = MOST_CHARACTERS) -> Any:
     """Converts a value like `strict`, with limited size and depth.
 
-    `…` marks omitted parts. Never raises, even if a method of the value does; a text says then that
-    the value cannot be shown.
+    `…` marks omitted parts. Never raises: if a method of the value does, the result is a text that
+    says that the value cannot be shown.
 
     Args:
         value: Any value; it may be cyclic, nested beyond the recursion limit, or a huge integer.

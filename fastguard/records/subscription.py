@@ -1,8 +1,8 @@
 """`Inbox`: delivers the records of a run to code that acts on them, such as a schedule.
 
-All inboxes of a run are filled at the same point of a step, the same on every rank and in every
-rerun, because subscribers act on the records when they receive them. An owner may fetch records
-earlier, for its own inbox only.
+Subscribers act on records when they receive them. So all inboxes of a run are filled at a fixed
+point of a step, which is the same on every rank and in every rerun. The owner of an inbox may fetch
+records earlier, for this inbox only.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ log: logging.Logger = logging.getLogger("fastguard")
 class Inbox(deque["StepRecord"]):
     """A queue of the records of a run, each once and in order; take them out with `popleft`.
 
-    The run holds only a weak reference to it. Beyond `maxlen` records the oldest are lost, and one
-    warning is logged.
+    The run holds only a weak reference to it. If it holds more than `maxlen` records, the oldest
+    are lost, and one warning is logged.
 
     Args:
         records: Initial records.
@@ -54,7 +54,7 @@ class Inbox(deque["StepRecord"]):
         return [*self._expected, *waiting[self._taken_of(waiting) :]]
 
     def expect(self, records: Sequence[StepRecord]) -> None:
-        """Sets records of an earlier run, which this run continues, to arrive before the next."""
+        """Sets records that precede the next one, from an earlier run that this run continues."""
         self._expected = list(records)
 
     def receive(self, records: Sequence[StepRecord]) -> None:
@@ -66,7 +66,7 @@ class Inbox(deque["StepRecord"]):
         """
         taken = self._taken_of(records)
         new = [*self._expected, *records[taken:]] if self._expected or taken else records
-        if new and not (self and self[-1] is new[-1]):  # else an interrupt came after `extend`
+        if new and not (self and self[-1] is new[-1]):  # otherwise, interrupted after `extend`
             overflows = self.maxlen is not None and len(self) + len(new) > self.maxlen
             self.extend(new)
             if overflows and not self._has_warned:

@@ -1,4 +1,4 @@
-"""Records in the making: the values of a step, until they reach the host and a record is needed."""
+"""Unfinished records: the values of a step, until they have reached the host and are needed."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def send_watched(outcome: Outcome) -> tuple[Watched, Tensor] | None:
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A record in transfer to the host, with the values that only the host knows."""
+    """A record in transfer to the host, with the values that are already on the host."""
 
     key: object
     arrival: Arrival

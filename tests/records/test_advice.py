@@ -53,7 +53,7 @@ def test_gradients_clipped_beforehand_to_our_limit_are_reported_once(
     opt = train(400, before=clip, max_norm=clip, dtype=dtype, sink=sink)
     opt.records()
     (message,) = told(log)
-    assert f"{clip:g}, the guard's own max_norm" in message
+    assert f"{clip:g}, which is the guard's own max_norm" in message
     assert "remove that call" in message
 
 
@@ -75,7 +75,7 @@ def test_segments_clipped_beforehand_to_our_limit_are_reported_once(scope, log):
     opt.records()
     (message,) = told(log)
     limit = 0.1 * math.sqrt(len(model) if scope == "group" else len([*model.parameters()]))
-    assert f"{limit:g}, the guard's own max_norm" in message
+    assert f"{limit:g}, which is the guard's own max_norm" in message
 
 
 @pytest.mark.parametrize("limit", [5.0, None])

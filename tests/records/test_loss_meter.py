@@ -62,7 +62,7 @@ def test_each_named_loss_is_checked_alone_and_may_be_missing():
 @pytest.mark.parametrize(
     "meter, says",
     [
-        (LossMeter(), "no loss was given"),
+        (LossMeter(), "no loss was passed"),
         (filled(NAN, NAN), "loss: no valid batch (2 seen, all not finite)"),
         (filled(1.0, weight=0.0), "loss: no valid batch (1 seen, all of weight 0)"),
     ],

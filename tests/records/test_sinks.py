@@ -321,7 +321,7 @@ def test_files_deleted_before_they_could_be_read_are_reported(
         full.unlink()  # the run goes on and keeps one full file
     seen += [r.step for r in reading]
     assert seen[0] == 1 and seen[-1] == 400 and len(seen) < 400
-    assert "full files were deleted before they could be read" in caplog.text
+    assert "rotated files were deleted before being read" in caplog.text
 
 
 def test_loggers_get_watched_values_and_no_name_is_both_metric_and_folder() -> None:

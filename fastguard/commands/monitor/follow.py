@@ -15,11 +15,11 @@ from pathlib import Path
 
 from fastguard.records.rotated_files import (
     Identity,
-    around,
     identity_at,
     identity_of,
     open_at,
     rotated_files,
+    split_at_current,
 )
 
 BLOCK = 1 << 20
@@ -103,7 +103,7 @@ class Follower:
         full = rotated_files(self.path)
         current = open_at(self.path)
         found = None if current is None else identity_of(os.fstat(current))
-        older, _ = around(self.path, found, full[-1] if full else None)
+        older, _ = split_at_current(self.path, found, full[-1] if full else None)
         for path in older:  # the sink may have deleted the first ones
             file = open_at(path)
             if file is not None:
@@ -118,7 +118,7 @@ class Follower:
     def _open_next(self) -> bool:
         """Opens the file after the one being read; returns False if there is none yet."""
         current = open_at(self.path)  # before listing, so that no file is missed
-        older, newer = around(self.path, self._identity, self._newest)
+        older, newer = split_at_current(self.path, self._identity, self._newest)
         for path in newer:
             file = open_at(path)
             if file is not None:
