@@ -1,4 +1,4 @@
-"""Validates and normalises arguments passed to the store."""
+"""Validates and normalizes arguments passed to the store."""
 
 from __future__ import annotations
 

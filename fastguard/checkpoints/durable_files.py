@@ -162,8 +162,8 @@ class Lock:
     """Allows one writer per folder; the system releases the lock when the process dies.
 
     Uses `flock`. A POSIX record lock would be lost as soon as any code in the process opens and
-    closes the file, as a backup of the folder does. Forked data loader workers inherit the lock, so
-    they close it first: a killed run can be restarted while its workers are still exiting.
+    closes the file, as a backup of the folder does. Forked data loader workers inherit the lock and
+    close it at once, so that a killed run can be restarted while its workers are still exiting.
     """
 
     _held: dict[str, Lock] = {}  # noqa: RUF012  (per process: folder -> lock)
@@ -189,7 +189,7 @@ class Lock:
                 f"{folder} is open for writing in process {owner}; wait for that process or stop "
                 "it, choose another directory, or open this one with read_only=True"
             ) from None
-        if os.fstat(self._handle).st_nlink == 1:  # else the lock file is also a file elsewhere
+        if os.fstat(self._handle).st_nlink == 1:  # otherwise, it is a hard link to another file
             # If the disk is full, the lock still holds, but does not contain the process id.
             with contextlib.suppress(OSError):
                 os.ftruncate(self._handle, 0)

@@ -62,7 +62,8 @@ class Folder:
     Args:
         path: The folder; created if opened for writing.
         read_only: Take no lock and change nothing.
-        mode: `"min"` or `"max"`: which metric is best; None keeps the stored mode.
+        mode: `"min"` or `"max"`: whether the smallest or the largest metric is best; None keeps the
+            stored mode.
         ignore: Patterns of tensors whose NaN and Inf do not count; None keeps the stored ones.
         peers: The ranks that share the folder. Every rank calls every method that changes it.
 
@@ -260,7 +261,8 @@ class Folder:
                 stuck.append(name)
                 log.warning("cannot remove %s: %s", self.path / name, error)
         self._manifest = replace(self._manifest, removing=tuple(stuck))
-        # Written without these names, so that a file restored under such a name is not removed.
+        # Written again without the removed names, so that a file that is later restored under such
+        # a name is not removed.
         with contextlib.suppress(OSError):
             self._manifest.write(self.path)
 

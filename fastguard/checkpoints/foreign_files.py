@@ -134,10 +134,10 @@ def good_source(target: Path, ignore: Sequence[str] = ()) -> tuple[Path | None, 
     It is the complete and finite file with the latest epoch, not later than that of the target. If
     no epoch is known, the step decides; if no step is known, the modification time.
 
-    Files without tensors (settings, a schedule) are never chosen. A folder may hold several models,
-    so a candidate must share at least half of the tensors, by name and shape, of the smaller of the
-    two files: half, because data positions and histories change their shapes; of the smaller file,
-    because an optimizer has no state before its first step.
+    Files without tensors (settings, a schedule) are never chosen. Since a folder may contain
+    several models, a candidate must share tensors with the target, by name and shape: at least half
+    of the tensors of the smaller file. Half, because data positions and histories change their
+    shapes; of the smaller file, because an optimizer has no state before its first step.
 
     Args:
         target: The file to be replaced; it may be damaged or missing.

@@ -172,7 +172,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def is_foreign(folder: Path) -> bool:
-    """Whether the manifest was written by another tool; web pages and downloaders have one too."""
+    """Whether another tool wrote `manifest.json`; web apps and downloaders use that name too."""
     body = _parsed(folder)
     return body is not None and body.get("format") != FORMAT
 

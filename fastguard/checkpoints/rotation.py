@@ -16,9 +16,7 @@ def best(entries: Sequence[Entry], mode: str) -> Entry | None:
     """
     found: Entry | None = None
     for entry in entries:
-        if (
-            entry.metric is None or not entry.clean or entry.metric != entry.metric
-        ):  # NaN is never best
+        if entry.metric is None or not entry.clean or entry.metric != entry.metric:  # excludes NaN
             continue
         if (
             found is None
@@ -32,8 +30,8 @@ def best(entries: Sequence[Entry], mode: str) -> Entry | None:
 def kept(entries: Sequence[Entry], keep: int, keep_clean: int, mode: str) -> tuple[Entry, ...]:
     """Returns the entries to keep: the newest, the newest clean ones, and the best.
 
-    A checkpoint saved before the first step needs no special rule: it is clean, so it is kept until
-    there are `keep_clean` later clean ones.
+    A checkpoint saved before the first step needs no special rule: it is kept, because it is clean,
+    until there are `keep_clean` later clean ones.
     """
     clean = [entry for entry in entries if entry.clean]
     staying = {entry.serial for entry in [*entries[-keep:], *clean[-keep_clean:]]}

@@ -18,7 +18,8 @@ Handler = Callable[[int, FrameType | None], Any] | int | None
 class SignalFlag:
     """Records that a signal was received.
 
-    Leaving it as a context manager, or calling `restore()`, reinstalls the previous handlers.
+    As a context manager, it reinstalls the previous handlers at the end of the block; so does
+    `restore()`.
     """
 
     def __init__(self, signals: Sequence[int]) -> None:

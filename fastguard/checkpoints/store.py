@@ -34,7 +34,7 @@ log: logging.Logger = logging.getLogger("fastguard")
 
 
 class CheckpointStore(StoreView):
-    """A directory of checkpoints and a manifest of which are finite, intact, best and last.
+    """A directory of checkpoints, with a manifest that says which are finite, intact and best.
 
     Each checkpoint is written to a temporary file and read back, to compare its checksums and to
     check every tensor for NaN and Inf; only then is it renamed. After `kill -9` at any moment, the
@@ -173,7 +173,7 @@ class CheckpointStore(StoreView):
         every: int | None = None,
         **rest: Any,
     ) -> Entry | None:
-        """Saves every `every` steps, and when a signal asked the run to end.
+        """Saves every `every` steps, and after a signal that ends the run.
 
         Call it at the end of the loop body, when model, optimizer, scheduler and data position all
         belong to the same step. If nothing is due, it only makes a comparison.
@@ -212,7 +212,7 @@ class CheckpointStore(StoreView):
         return entry
 
     def save_on_signal(self, *signals: int, exit: bool = True) -> SignalFlag:
-        """Makes a signal end the run with a verified checkpoint at the next `maybe_save`.
+        """Makes a signal end the run at the next `maybe_save`, which saves a verified checkpoint.
 
         The handler only sets a flag, since it may run in the middle of a step. Call this in the
         main thread. Signals may reach the ranks in different steps, so with a `group` every
@@ -252,8 +252,8 @@ class CheckpointStore(StoreView):
     def rollback(self, to: Which = "last-clean") -> Entry:
         """Atomically makes an earlier checkpoint the last one; later checkpoints are set aside.
 
-        Checkpoints saved after it leave the list; their files keep `.replaced` appended to their
-        names until the next rollback. Training continues from `entry.step`.
+        Later checkpoints are removed from the list; their files are kept until the next rollback,
+        with `.replaced` appended to their names. Training continues from `entry.step`.
 
         Args:
             to: A checkpoint as in `load`. It is read from disk first.

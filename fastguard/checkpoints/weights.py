@@ -2,9 +2,10 @@
 
 Trainers also save optimizers, schedules, random states, histories and data in files with
 checkpoint suffixes. Such a file must not replace a checkpoint of the weights. File formats do not
-mark weights, so this module excludes every tensor that is known to be something else: the contents
-of an optimizer's state dict (recognised by its `param_groups`, at any depth), and tensors with
-names such as `scheduler`, `rng_state` or `loss`.
+mark weights, so this module excludes tensors that are known to be something else: the contents of
+an optimizer's state dict (recognized by its `param_groups`, at any depth), and tensors with names
+such as `scheduler`, `rng_state` or `loss`. If any other floating-point tensor remains, the file
+contains weights.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from fastguard.checkpoints.reading.spans import Contents
 
 _GROUPS = re.compile(r"(?:^|(?<=\.))param_groups\.")
 # keys of an optimizer's state dict, plain or guarded
-_OF_AN_OPTIMIZER = {"state", "param_groups", "fastguard"}
-_BESIDE = re.compile(
+_OPTIMIZER_KEYS = {"state", "param_groups", "fastguard"}
+# names at the top level, or of files, that are not names of weights
+_NON_WEIGHT_NAMES = re.compile(
     r"""
     .*optim.* | (?:lr_?)?sched.* | .*scaler.* | .*(?:rng|random).* | .*sampler.*
     | callbacks? | loops?
@@ -51,7 +53,7 @@ def holds_weights(contents: Contents) -> bool:
 
 def name_rules_out_weights(path: Path) -> bool:
     """Whether the file name rules out weights, as do `optimizer.pt` and `rng_state.pth`."""
-    return any(_BESIDE.fullmatch(part) for part in re.split(r"[.\-]", path.name)[:-1])
+    return any(_NON_WEIGHT_NAMES.fullmatch(part) for part in re.split(r"[.\-]", path.name)[:-1])
 
 
 def _optimizers(contents: Contents) -> set[str]:
@@ -66,8 +68,8 @@ def _optimizers(contents: Contents) -> set[str]:
 
 def _may_be_a_weight(name: str, optimizers: set[str]) -> bool:
     first = name.partition(".")[0]
-    if _BESIDE.fullmatch(first) or _DATA.fullmatch(name) or _STATES.fullmatch(name):
+    if _NON_WEIGHT_NAMES.fullmatch(first) or _DATA.fullmatch(name) or _STATES.fullmatch(name):
         return False
-    if "" in optimizers and first in _OF_AN_OPTIMIZER:
+    if "" in optimizers and first in _OPTIMIZER_KEYS:
         return False
     return not any(prefix and name.startswith(prefix) for prefix in optimizers)

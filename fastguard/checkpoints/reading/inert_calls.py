@@ -95,7 +95,7 @@ def call(function: Any, arguments: tuple[Any, ...]) -> Any:
 
 
 def give_state(target: Any, state: Any, charge: Callable[[int], None]) -> None:
-    """Handles the BUILD opcode for targets that are neither a stand-in nor a dict.
+    """Handles the BUILD opcode for targets that are neither a `StandIn` nor a dict.
 
     Raises:
         UnsafeFile: It would modify a name or a call.
@@ -193,7 +193,7 @@ def _bytearray(*arguments: Any) -> Any:
 
 
 def _joined(separator: str) -> Callable[..., str]:
-    """Returns a function that joins path or device parts, limited against repeated joining."""
+    """Returns a function that joins the parts of a path or device; limits the length."""
 
     def join(*parts: Any) -> str:
         if not all(isinstance(part, str | int) for part in parts):

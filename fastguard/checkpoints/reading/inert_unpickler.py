@@ -69,8 +69,7 @@ class InertUnpickler(BoundedReader):
             if self._budget < 0:
                 raise DamagedFile(
                     f"its pickle seems built to be slow or huge: after {n_steps:,} steps it "
-                    "exceeds "
-                    "what a checkpoint needs"
+                    "exceeds what a checkpoint needs"
                 )
             handler = handlers.get(code)
             if handler is None:

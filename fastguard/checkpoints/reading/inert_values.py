@@ -1,4 +1,4 @@
-"""Values that a pickle is turned into when read inertly: containers, references, stand-ins."""
+"""The values that `load_inert` makes from a pickle: containers, references, stand-ins."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Inspection:
         bad: `(name, nan, posinf, neginf)` for each tensor with non-finite elements, in file order,
             except tensors that are infinite by design.
         damaged: Names of the records whose checksum differs from the stated one.
-        meant: The tensors that are infinite by design, as in `bad`, and what each is.
+        meant: The tensors that are infinite by design, in the form of `bad`, each with the reason.
     """
 
     size: int

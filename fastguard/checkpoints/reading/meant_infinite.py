@@ -72,7 +72,7 @@ class _Place:
 def meant_infinite(
     file: BinaryIO, contents: Contents, counts: Mapping[str, Sequence[int]]
 ) -> dict[str, str]:
-    """Returns, by name, the tensors whose infinities are intended, and what each is.
+    """Returns the tensors whose infinities are intended: the reason by name.
 
     Args:
         file: The open file; possible masks are read again.

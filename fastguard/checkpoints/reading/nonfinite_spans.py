@@ -26,8 +26,8 @@ from fastguard.stages.measure import measure
 
 BLOCK = 64 * 2**20  # bytes read at once from a tensor with gaps
 WORK, LEAST_WORK, SMALLEST_WORK, SMALLEST_COUNT = 64, 2 << 30, 20_000, 100_000
-"""Bytes that may be examined again to separate views: at most 64 times the file, and 2 GB. A tensor
-counts as at least 20 kB, or 100 kB if its elements are counted one by one."""
+"""Limit of the bytes that may be examined again to separate views: 64 times the size of the file,
+plus 2 GB. A tensor counts as at least 20 kB, or 100 kB if its elements are counted."""
 _MOST = 2**63 - 1  # largest count
 CARRY = 16  # bytes of the previous piece: the widest element (complex128) may straddle two pieces
 
@@ -36,8 +36,8 @@ CARRY = 16  # bytes of the previous piece: the widest element (complex128) may s
 class _Region:
     """A gapless range of bytes from which tensors of one dtype take their elements.
 
-    Views overlap: a thousand views of the same bytes are summed once, and are separated only where
-    something non-finite lies.
+    Views may overlap: a thousand views of the same bytes are summed once, and are examined
+    separately only where the sum is not finite.
     """
 
     dtype: torch.dtype

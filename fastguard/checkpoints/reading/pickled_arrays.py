@@ -1,4 +1,4 @@
-"""Reads numpy arrays stored in the pickle itself, as far as their numbers can be checked.
+"""Reads numpy arrays that are stored in the pickle itself, if their numbers can be checked.
 
 Plain numbers become a tensor, as does each field of a structured array. Arrays that cannot be
 checked (objects, number types of another machine) are reported as unread.

@@ -1,4 +1,4 @@
-"""Lists what `torch.load(weights_only=True)`, torch's default, refuses in a file."""
+"""Lists the names in a file that `torch.load(weights_only=True)`, torch's default, refuses."""
 
 from __future__ import annotations
 

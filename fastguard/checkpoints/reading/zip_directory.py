@@ -72,7 +72,7 @@ def read_directory(file: IO[bytes], size: int) -> list[ZipRecord]:
             raise _differs("its records lie in several folders, or in none")
         records.append((entry, _local(file, entry, start, name)))
     if at != len(raw):
-        raise _damaged("its directory has another length than it says")
+        raise _damaged("its directory does not have the stated length")
     _check_names([record.name for _, record in records])
     ordered = sorted(records, key=lambda pair: pair[1].header)
     _check_places(file, ordered, start)

@@ -14,10 +14,11 @@ from fastguard.checkpoints.sharded.shared_tensors import is_shard, tensors
 class Layouts:
     """The mesh and the placements of each loaded tensor in this process.
 
-    They are those of the tensor with the same name in the objects to restore. Optimizer state that
-    does not exist yet gets those of a parameter with the same shape and placements. Otherwise the
-    saved placements are used, on the mesh with the saved shape, or on the only mesh with as many
-    dimensions. If there is no such mesh, the whole tensor is loaded as a plain tensor.
+    A tensor gets the mesh and placements of the tensor with the same name in the objects to
+    restore. If there is none, as for optimizer state that does not exist yet, it gets those of a
+    tensor with the same shape and placements. Otherwise, the saved placements are used, on the mesh
+    with the saved shape, or on the only mesh with as many dimensions. If there is no such mesh, the
+    whole tensor is loaded as a plain tensor.
 
     Args:
         objects: The objects to restore, by name.
@@ -29,8 +30,8 @@ class Layouts:
             if callable(getattr(value, "state_dict", None)):
                 found = tensors(value.state_dict(), name)
                 self._known |= {path: t for path, t in found if is_shard(t)}
-        # The existing tensor is kept, since FSDP with tensor parallelism shards one dimension
-        # twice, in an order that the saved placements do not contain.
+        # Stores a tensor and not only its placements: with FSDP and tensor parallelism, a dimension
+        # is sharded twice, in an order that the saved placements do not contain.
         self._alike = {(tuple(t.shape), _sharded(t.placements)): t for t in self._known.values()}
         self._meshes = {tuple(t.device_mesh.shape): t.device_mesh for t in self._known.values()}
 

@@ -1,8 +1,8 @@
-"""Reads the pickle `.metadata` of `torch.distributed.checkpoint` inertly and rebuilds it.
+"""Reads the pickle `.metadata` of `torch.distributed.checkpoint` without executing it.
 
 torch unpickles this file without restrictions. Here it is read like any checkpoint (`load_inert`:
-nothing is called and the work is bounded), and each value is checked while the torch objects are
-built from it.
+nothing is called and the work is bounded). Then torch's objects are built from the values, each of
+which is checked.
 """
 
 from __future__ import annotations

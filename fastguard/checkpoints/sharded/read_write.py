@@ -156,8 +156,7 @@ def read(
         opened: Its files as hashed before; None to open them now.
 
     Raises:
-        CheckpointError: It was saved by another number of ranks, and each rank has values of its
-            own.
+        CheckpointError: It was saved by another number of ranks, which had different values.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.filesystem import FileSystem
