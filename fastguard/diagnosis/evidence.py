@@ -40,7 +40,7 @@ class Evidence:
         self.subject = subject
         self._kept = kept
 
-    def untouched(self, work: Callable[[], T]) -> T:
+    def isolated(self, work: Callable[[], T]) -> T:
         """Runs `work` from the saved state and restores that state afterwards."""
         self._kept.restore()
         try:
@@ -51,7 +51,7 @@ class Evidence:
     @cached_property
     def step(self) -> Observation:
         """One step, as the subject is trained."""
-        return self.untouched(lambda: observe(self.subject))
+        return self.isolated(lambda: observe(self.subject))
 
     @cached_property
     def step_in_float32(self) -> Observation:
@@ -64,7 +64,7 @@ class Evidence:
                 wide = replace(self.subject, autocast=nullcontext())
                 return observe(wide, widened_batch(self.subject.batch))
 
-        return self.untouched(work)
+        return self.isolated(work)
 
     @cached_property
     def gradients(self) -> dict[str, Values]:
@@ -92,7 +92,7 @@ class Evidence:
     @cached_property
     def part_gradients(self) -> dict[str, dict[str, float]]:
         """Gradient norms by part of the loss and by trained parameter."""
-        return self.untouched(lambda: part_gradients(self.subject, self.trained))
+        return self.isolated(lambda: part_gradients(self.subject, self.trained))
 
     @cached_property
     def part_gradients_nearby(self) -> dict[str, dict[str, float]]:
@@ -102,7 +102,7 @@ class Evidence:
             perturb(self.trained)
             return part_gradients(self.subject, self.trained)
 
-        return self.untouched(work)
+        return self.isolated(work)
 
     @property
     def no_steps_reason(self) -> str:
@@ -140,7 +140,7 @@ class Evidence:
         if self.step.failures:
             loss_fn, step = _mean_of_output, None
         with contextlib.suppress(Exception):  # errors here also occur in `step`, which reports them
-            report = self.untouched(
+            report = self.isolated(
                 lambda: explain_nonfinite(
                     self.subject.model,
                     self.subject.batch,
@@ -156,7 +156,8 @@ class Evidence:
     def repaired(self) -> Evidence:
         """Evidence for the same batch with NaN and Inf set to 0, if they reach the loss.
 
-        A non-finite batch causes all later findings; this evidence reveals the other problems.
+        A non-finite batch would cause all later findings; with the repaired batch, checks can find
+        other problems.
         """
         report = self.explained
         if report is None or report.origin != "batch":
@@ -173,14 +174,14 @@ class Evidence:
     @cached_property
     def real_steps(self) -> RealSteps:
         """A few real steps; requires a finite loss."""
-        return self.untouched(lambda: take_steps(self.subject, self.trained))
+        return self.isolated(lambda: take_steps(self.subject, self.trained))
 
     @cached_property
     def further_batches(self) -> list[Any]:
         """The first batches of `data`."""
         if self.subject.data is None:
             return []
-        return self.untouched(lambda: list(islice(self.subject.data or (), N_BATCHES)))
+        return self.isolated(lambda: list(islice(self.subject.data or (), N_BATCHES)))
 
     def batches(self) -> Iterator[tuple[str, Any, Any]]:
         """Yields `(name prefix, inputs, targets)` for the batch and the batches of `data`."""

@@ -1,9 +1,9 @@
-"""Recognises what a loss function received: logits, probabilities or log-probabilities.
+"""Recognizes what a loss function received: logits, probabilities or log-probabilities.
 
 A loss expects one of these kinds but does not check it: cross-entropy of probabilities, or the
-negative log-likelihood of logits, silently gives a wrong number. Probabilities are recognised by
-their sum over an axis. Numbers between 0 and 1 that do not sum to 1 may be logits; the operation
-that produced them decides.
+negative log-likelihood of logits, silently gives a wrong number. Probabilities are recognized by
+their sum over an axis. Numbers between 0 and 1 that do not sum to 1 may still be logits; they count
+as probabilities only if the operation that produced them yields probabilities.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class LossInput:
         function: The loss function.
         argument: `"input"` or `"target"`.
         problem: `"activated"`: the activation that the loss applies was already applied. `"twice"`:
-            likewise, but applying it twice changes nothing. `"form"`: a log is missing or
-            superfluous. `"axis"`: normalised over an axis other than the classes. `"swapped"`:
+            likewise, but applying it twice changes nothing. `"form"`: a logarithm is missing, or
+            one too many. `"axis"`: normalized over an axis other than the classes. `"swapped"`:
             input and target are exchanged. `"length"`: targets longer than their inputs are
             dropped from the loss.
         seen: A description.
@@ -84,7 +84,7 @@ class LossInput:
 
 
 class Makers:
-    """Remembers which activation produced a tensor, across changes of its shape and dtype."""
+    """Remembers which activation produced a tensor, even if its shape or dtype changed since."""
 
     def __init__(self) -> None:
         # By id of the tensor. Holding the tensor prevents reuse of its id.

@@ -18,7 +18,7 @@ from fastguard.diagnosis.replay.replay import copied
 from fastguard.diagnosis.replay.subject import Subject
 
 MOST = 8
-"""Maximum number of parts to check, since each takes its own backward pass."""
+"""Maximum number of parts to check, since each needs a separate backward pass."""
 
 
 def part_gradients(

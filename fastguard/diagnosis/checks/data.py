@@ -21,8 +21,8 @@ from fastguard.errors import describe_culprits
 CHECK = "data"
 
 RANGE = 100.0  # normalised inputs reach about 5; raw images reach 255
-FEWEST_LABELS = 16  # fewer labels may be equal by chance
-FEWEST_ELEMENTS = 4  # samples with fewer elements may be equal by chance
+MIN_LABELS = 16  # fewer labels may be equal by chance
+MIN_ELEMENTS = 4  # samples with fewer elements may be equal by chance
 
 
 def check(evidence: Evidence) -> Iterator[Finding]:
@@ -82,7 +82,7 @@ def _of_batch(prefix: str, inputs: Any, targets: Any, harmful: bool) -> Iterator
             yield _range(values)
     for name, tensor in known.items():
         is_labels = name.startswith(names[1]) and not tensor.is_floating_point()
-        if is_labels and tensor.numel() >= FEWEST_LABELS and (tensor == tensor.flatten()[0]).all():
+        if is_labels and tensor.numel() >= MIN_LABELS and (tensor == tensor.flatten()[0]).all():
             yield Finding(
                 CHECK,
                 "one-label",
@@ -240,7 +240,7 @@ def _samples(inputs: Any, targets: Any) -> Iterator[tuple[bytes, bytes]]:
     """Yields a hash of each sample's inputs and targets, along the first axis of every tensor."""
     first, second = tensors(inputs), tensors(targets)
     sizes = {t.shape[0] if t.ndim else 0 for t in (*first, *second)}
-    if len(sizes) != 1 or not first or sum(t[:1].numel() for t in first) < FEWEST_ELEMENTS:
+    if len(sizes) != 1 or not first or sum(t[:1].numel() for t in first) < MIN_ELEMENTS:
         return
     if any(float(t.float().std()) == 0 for t in floats(first) if t.numel() > 1):
         return  # constant data has its own finding

@@ -235,7 +235,7 @@ def _is_small_nearby(evidence: Evidence, name: str) -> bool:
 
 @torch.no_grad()
 def _sum_over_samples(evidence: Evidence) -> Iterator[Finding]:
-    """Detects a sum: its value is the sum, not the mean, of the losses of two halves."""
+    """Detects a summed loss: its value is the sum, not the mean, of the losses of two halves."""
     loss_fn, output, targets = evidence.subject.loss_fn, evidence.step.output, None
     targets = evidence.subject.targets
     lengths = {t.shape[0] if t.ndim else 0 for t in tensors((output, targets))}

@@ -89,8 +89,8 @@ def _mixes(evidence: Evidence, n: int) -> bool:
         subject.model.eval()
         return floats(observe(subject, batch, backward=False).output)
 
-    before = evidence.untouched(lambda: outputs(subject.batch))
-    after = evidence.untouched(lambda: outputs(changed))
+    before = evidence.isolated(lambda: outputs(subject.batch))
+    after = evidence.isolated(lambda: outputs(changed))
     for a, b in zip(before, after, strict=False):
         if a.shape != b.shape or not a.ndim or a.shape[0] != n:
             continue

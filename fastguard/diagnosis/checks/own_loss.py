@@ -14,7 +14,7 @@ _TARGETS = frozenset("target targets label labels y y_true tgt gt ground_truth".
 
 
 def step_for(evidence: Evidence) -> str:
-    """Returns a `step=` for a remedy that passes the targets to the model; empty if it has none."""
+    """Returns the `step=` to suggest for a model that takes the targets; empty if it takes none."""
     batch = evidence.subject.batch
     inputs, targets = split(batch)
     if targets is None:
@@ -48,7 +48,7 @@ def plain_step(evidence: Evidence) -> str:
 
 
 def hint_for(evidence: Evidence) -> str:
-    """Returns a sentence on what a model with its own loss needs; may be empty."""
+    """Returns advice for a model that may compute its own loss, without a period; may be empty."""
     step = step_for(evidence)
     if step:
         return f"a model that takes its targets and returns its own loss needs {step}"

@@ -6,8 +6,8 @@ produced those. From a bad loss the trace leads back to events with finite input
 origins. Non-finite values that never reach the loss are not on such a path and are not reported.
 
 A -Inf that the program *wrote* (an attention mask: `masked_fill(mask, -inf)`) is `placed`. An
-operation that writes it or passes it on is not an origin, but an operation that computes a NaN from
-it (the softmax of a row of -Inf) is.
+operation that writes it or passes it on is not an origin, but one that computes a NaN from it (the
+softmax of a row of -Inf) is an origin.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Event:
         index: Number of the operation.
         operation: `aten.div.Tensor`.
         causes: What produced its non-finite inputs.
-        placed: Whether it wrote, or passed on, an Inf that the program asked for.
+        placed: Whether it wrote, or passed on, an Inf that the program wrote deliberately.
         inputs, outputs: Ranges; only recorded at origins.
         precision: Whether float32 would have been finite; None if not tried.
         explanation: The explanation by its arguments; None if only the ranges may explain it.

@@ -58,7 +58,7 @@ class NonFiniteReport:
 
     @property
     def found(self) -> bool:
-        """Whether the step contains a non-finite value that mattered."""
+        """Whether a non-finite value reached the loss or a gradient."""
         return self.origin is not None
 
     def __str__(self) -> str:

@@ -63,8 +63,8 @@ class State:
     """The state before a diagnosis, which can be restored repeatedly.
 
     `ModuleState` saves modules, their parameters and buffers, and random number generators. This
-    class also saves lists, dicts, sets and deques in modules, parameters that only the optimizer
-    holds, and the optimizer. Gradients are saved by reference, because nothing writes to them.
+    class also saves lists, dicts, sets and deques in modules, parameters that are only in the
+    optimizer, and the optimizer. Gradients are saved by reference, because nothing writes to them.
     """
 
     def __init__(self, subject: Subject) -> None:
