@@ -168,7 +168,7 @@ def test_other_strides_at_the_same_address_have_another_table():
 
 def test_each_form_of_a_long_list_at_the_same_addresses_has_its_own_table():
     """Long lists are recognised by their form, without reading their sizes again."""
-    x = torch.randn(layout_guards.FEWEST, 12)
+    x = torch.randn(layout_guards.MIN_TENSORS, 12)
     looks = {
         "rows": lambda: [row[:6] for row in x],
         "shorter": lambda: [row[:5] for row in x],
@@ -183,8 +183,8 @@ def test_each_form_of_a_long_list_at_the_same_addresses_has_its_own_table():
             table = chunks.table_of(bucket, 1, 3)
             assert tables.setdefault(name, table) is table
             pieces = table.layout.pieces.view(-1, 3)
-            assert pieces[:, 1].tolist() == [look()[0].numel()] * layout_guards.FEWEST
-            assert len(table.copies) == (layout_guards.FEWEST if name == "with holes" else 0)
+            assert pieces[:, 1].tolist() == [look()[0].numel()] * layout_guards.MIN_TENSORS
+            assert len(table.copies) == (layout_guards.MIN_TENSORS if name == "with holes" else 0)
     assert len(set(map(id, tables.values()))) == len(looks)
 
 
