@@ -5,7 +5,7 @@
 
     AdamW, Adam, SGD, Lion: the formulas of `fastguard.optim.reference`, operation by operation
 
-Update clipping lowers the learning rates before: see `update_clipping`.
+Update clipping lowers the learning rates before this pass: see `update_clipping`.
 
 I/O per element, AdamW: 28 bytes in float32; 14 in bfloat16; 28 with bfloat16 weights and gradients
 and a float32 master and moments, 26 with a remainder in place of the master. The gradient is never

@@ -1,4 +1,4 @@
-"""Update clipping: the mean square of the update of each tensor, and the learning rate it lowers.
+"""Update clipping: lowers the learning rate of each tensor by the mean square of its update.
 
     sum[t]   = sum of int64((g / max(sqrt(w) / sqrt(bc2), eps))^2 * scale[t])
     r        = sum[t] / (scale[t] * size[t])
@@ -7,10 +7,10 @@
 g and w are the gradient and the second moment as in `update`, which computes them a second time.
 The terms of a sum are integers, so neither the order of additions nor the cut into chunks has an
 effect, and atomic additions are deterministic. A term that is NaN or infinite is left out, so that
-one such element does not reach the others.
+one such element does not affect the others.
 
-I/O per element of AdamW: 8 bytes more in float32 (28 become 36), 6 with 16-bit gradients and
-float32 moments; two launches more. Nothing is written but one number per tensor.
+Additional I/O per element of AdamW: 8 bytes in float32 (36 instead of 28), 6 with 16-bit gradients
+and float32 moments. There are two additional launches, which write one number per tensor.
 
 Machine code for sm_90, per element: 33 instructions in float32 (32 registers), 78 in bfloat16 with
 spikes and IEEE operations (55). With spikes, the update itself takes 36 instead of 27 in float32.

@@ -87,10 +87,11 @@ class AdamW(Adam):
         update_clipping: Divide the learning rate of a tensor by the root mean square of
             `grad / sqrt(second moment)` where that is above 1, as StableAdamW does (Wortsman et al.
             2023); default False.
-        spike_threshold: Limit each gradient element to the root of `spike_threshold` times its
-            second moment, as SPAM does (Huang et al. 2025), which uses 5000; default None.
+        spike_threshold: Limit the magnitude of each gradient element to
+            `sqrt(spike_threshold * second moment)`, as SPAM does (Huang et al. 2025) with 5000;
+            default None: no limit.
         momentum_reset: Restart the moments from 0 each time a parameter has taken this many steps,
-            as SPAM does, which uses 500; default None.
+            as SPAM does with 500; default None: never.
         reset_warmup: Number of steps, < `momentum_reset`, in which the learning rate rises again
             after a reset; default 150.
 

@@ -3,7 +3,7 @@
 A float32 `x` is split into a bfloat16 and the lower 16 bits of `x`, as int16:
 
     low  = bits(x) & 0xFFFF
-    high = (bits(x) >> 16) + (low >> 15)        rounded half up in magnitude
+    high = (bits(x) >> 16) + (low >> 15)        rounded to nearest, ties away from zero
     x    = ((high - (low >> 15)) << 16) | low   bit for bit
 
 Every NaN is first replaced by 0x7FC00000: the NaN of a GPU, 0x7FFFFFFF, would carry into the sign

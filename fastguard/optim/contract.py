@@ -107,8 +107,8 @@ class Update:
             bfloat16 weights lack. None: `parameters` are the weights.
         masters: T tensors, float32 or int16; empty without a master. Written.
         rounding: How values are rounded to 16 bits: states, and parameters without a master.
-            Nearest means to nearest even; a parameter with a remainder rounds half up in magnitude,
-            so that the two together equal the float32 weight bit for bit.
+            Nearest means ties to even. Parameters with a remainder are rounded with ties away from
+            zero, so that the two together equal the float32 weight bit for bit.
         counters: T numbers: the index of the first element of each tensor among all elements of the
             optimizer, modulo 2**32. Empty unless rounding is stochastic.
         amsgrad: Divide by the largest second moment so far (Adam, AdamW).

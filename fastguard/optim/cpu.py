@@ -88,9 +88,10 @@ def _by_coefficients(
 ) -> dict[_Key, list[int]]:
     """Groups positions of tensors by param group, multiplier, step count and clipping of units.
 
-    The tensors of a group have equal coefficients, up to the learning rate that update clipping
-    lowers; it needs a tensor that does not fit in a piece to be alone.
-    torch's fused Adam takes one step count per tensor, so the count is ignored there.
+    The tensors of a group have equal coefficients, except for the learning rate, which update
+    clipping may lower for each. With update clipping, a tensor that does not fit in a piece forms a
+    group of its own. For torch's fused Adam, which takes one step count per tensor, counts may
+    differ within a group.
     """
     counted = update.steps and not _fused_serves_several_steps(update)
     steps = torch.stack(list(update.steps)).tolist() if counted else [0.0] * len(update.parameters)
@@ -225,7 +226,7 @@ def _through_float32(
     step = update.steps[members[0]] if update.steps else None
     count = torch.ones(1, dtype=torch.float64) if step is None else step.double().reshape(1)
     row = update.hyper[group : group + 1]
-    # Those of the first tensor serve all, unless update clipping computes them piece by piece.
+    # The coefficients of the first tensor apply to all; update clipping adapts them to each piece.
     exact = _coefficients(update, members[:1], row, count)
     if update.spike_aware and exact[0, RESET] != 0.0:
         for name in names:
@@ -306,8 +307,8 @@ def _load_weight(update: Update, piece: Piece, scratch: Scratch) -> Tensor:
     if update.master is None:
         return scratch.widened("w", piece.parameters)
     w = scratch.widened("w", piece.parameters)
-    # The bits of the weight are `high << 16`; the remainder is signed: see `bits`. An addition of
-    # int16 to int32 would allocate the copy, which takes as long as all other conversions together.
+    # The bits of the weight are `high << 16`; the remainder is signed: see `bits`. Adding
+    # int16 to int32 would allocate a copy, which takes as long as all other conversions together.
     low = scratch.line("t", piece.n).view(torch.int32).copy_(joined(piece.masters))
     w.view(torch.int32).add_(low)
     return w

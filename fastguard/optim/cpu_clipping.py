@@ -86,7 +86,7 @@ def clip_short(
     terms = _terms(update, g, states, c, scratch)
     if len(sizes) == 1:
         sums = terms.sum(dtype=torch.float64).reshape(1)
-    else:  # a difference of running sums, which serves empty tensors too
+    else:  # differences of running sums, which also work for empty tensors
         running = torch.nn.functional.pad(terms.long().cumsum(0), (1, 0))
         ends = sizes.cumsum(0)
         sums = (running[ends] - running[ends - sizes]).double()

@@ -173,8 +173,8 @@ class FusedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this optimizer, or of torch's optimizer of the same name.
 
-        Every entry keeps its dtype of this optimizer; torch would cast all of them to the dtype of
-        the parameter.
+        Every entry gets the dtype that this optimizer uses for it; torch would cast all of them to
+        the dtype of the parameter.
 
         Args:
             state_dict: The state dict.

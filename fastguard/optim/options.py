@@ -35,8 +35,8 @@ OF_ADAMW: dict[str, Any] = {
 """The settings that only `AdamW` has in addition, with their defaults."""
 
 SPIKE_GRACE = 20
-"""No spike is clipped before this step, nor so many steps after a reset: the second moment of fewer
-gradients is no measure. It is `grad_accu_steps` in the code of the authors of SPAM."""
+"""Spikes are clipped from the step with this number on, and from this many steps after a reset on:
+the second moment of fewer gradients is unreliable. SPAM calls it `grad_accu_steps` in its code."""
 
 OF_TORCH: dict[str, Any] = {
     "foreach": None,
@@ -148,7 +148,7 @@ def _check_parameter(group: Mapping[str, Any], name: str, p: Tensor) -> None:
         )
     if master == "float32" and dtype not in (torch.bfloat16, torch.float16):
         raise ValueError(
-            f"master='float32' keeps float32 weights behind 16-bit ones, but {name} is {dtype}; "
+            f"master='float32' keeps float32 copies of 16-bit weights, but {name} is {dtype}; "
             f"{elsewhere} master=None"
         )
     if dtype is torch.float64 and group["state_dtype"] is not None:
@@ -159,7 +159,7 @@ def _check_parameter(group: Mapping[str, Any], name: str, p: Tensor) -> None:
     if group.get("update_clipping") and is_dtensor(p):
         raise ValueError(
             f"update_clipping=True needs the whole of each tensor, but {name} is a DTensor, of "
-            f"which this rank has a part; {elsewhere} update_clipping=False"
+            f"which this rank holds only a part; {elsewhere} update_clipping=False"
         )
     rounded = dtype.itemsize == 2 and master is None
     if group["rounding"] == "stochastic" and not rounded:

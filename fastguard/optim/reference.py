@@ -20,7 +20,7 @@
 Every operation is one IEEE operation in float32 (float64 for float64 parameters), rounded to
 nearest, in this order and without fused multiply-add. Coefficients are computed in float64 and
 rounded once. The terms of r are truncated to multiples of 1 / `SUM_SCALE`: their sum is exact in
-any order. Nothing syncs with the device: a skipped step selects the old values.
+any order. Nothing syncs with the device: if a step is skipped, `torch.where` keeps the old values.
 
 Sources: Loshchilov and Hutter 2019 (AdamW), Reddi et al. 2018 (amsgrad), Sutskever et al. 2013
 (SGD), Chen et al. 2023 (Lion), Huang et al. 2025 (SPAM, arXiv 2501.06842), Wortsman et al. 2023

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def transferable(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Returns a state dict whose tensors the ranks can exchange.
 
-    Neither gloo nor NCCL transfers int16, which a full state dict of shards needs, so remainders
-    are copied to int32 if there is a process group.
+    To gather a full state dict from shards, ranks send each other tensors, and neither gloo nor
+    NCCL can send int16. Remainders are therefore copied to int32 if there is a process group.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return state_dict

@@ -415,7 +415,7 @@ def test_a_number_that_yaml_reads_as_text_is_an_error_with_a_remedy(
         f"guard: {{max_norm: {given}}}",
     ):
         path.write_text(text)
-        with pytest.raises(TypeError, match=r"expected float; .* as 1\.0e-6$"):
+        with pytest.raises(TypeError, match=r"expected float; .* as in 1\.0e-6$"):
             GuardConfig.from_file(path)
     for text in ("high", "'inf'", "'0.5'"):
         path.write_text(f"guard: {{max_norm: {text}}}")

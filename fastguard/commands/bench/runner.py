@@ -23,7 +23,7 @@ from fastguard.commands.bench.machine import Ceilings, Evictor, available_bytes
 from fastguard.commands.bench.steps import STEPS, inner_optimizer
 from fastguard.commands.bench.workload import Case, Workload, bytes_needed
 
-FEWEST_ROUNDS, MOST_ROUNDS = 5, 101
+MIN_ROUNDS, MAX_ROUNDS = 5, 101
 OURS = ("fastguard", "GuardedOptimizer")
 SHORTEST_MS = 0.3  # on a CPU, calls shorter than this are repeated within a sample
 
@@ -53,7 +53,8 @@ class Row:
         ms: Time of a call until its result is available.
         host_ms, device_ms: Host and device time; equal to `ms` on a CPU.
         ratio: Baseline time divided by contender time, per round: above 1 is faster.
-        limit_percent: The minimum time to move the bytes of the case, divided by the median time.
+        limit_percent: The minimum time to move the bytes of the case, as a percentage of the median
+            of `device_ms`.
         norm_error: Relative error of the returned norm against float64; `inf` if the norm is
             infinite or NaN, None if none was returned.
     """
@@ -105,8 +106,9 @@ def run_case(
     Returns:
         One row per contender that could run, and `{contender: reason}` for the others.
     """
-    if bytes_needed(case) > 0.8 * available_bytes(device):
-        reason = f"needs {bytes_needed(case) / 1e9:.0f} GB of memory"
+    needed, usable = bytes_needed(case), 0.8 * available_bytes(device)
+    if needed > usable:
+        reason = f"needs {needed / 1e9:.1f} GB of memory, but may use only {usable / 1e9:.1f} GB"
         return [], dict.fromkeys(case.contenders, reason)
     with torch.no_grad():
         work = Workload(case, device)
@@ -208,8 +210,8 @@ def rounds(names: Iterable[str], seconds: float) -> Iterator[list[str]]:
     """Yields the order of each round, rotated by one each time, for about `seconds`."""
     order = list(names)
     stop = time.perf_counter() + seconds
-    for n in range(MOST_ROUNDS):
-        if n >= FEWEST_ROUNDS and time.perf_counter() > stop:
+    for n in range(MAX_ROUNDS):
+        if n >= MIN_ROUNDS and time.perf_counter() > stop:
             return
         yield order
         order = [*order[1:], order[0]]

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastguard.commands.demo.faults import FEWEST_STEPS, Fault, plan
+from fastguard.commands.demo.faults import MIN_STEPS, Fault, plan
 from fastguard.commands.demo.incidents import INCIDENTS
 from fastguard.commands.demo.shards import COMMAND, Shards, processes
 from fastguard.commands.demo.training import WAYS, Run, Settings, one_thread, train
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `fastguard demo`."""
-    steps = integer(FEWEST_STEPS, 1_000_000, why="in fewer steps, the faults would overlap")
+    steps = integer(MIN_STEPS, 1_000_000, why="in fewer steps, the faults would overlap")
     parser.add_argument(
         "--steps", type=steps, default=Settings().steps, help="steps of each run (%(default)s)"
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastguard.ranks.dtensors import local_parts
 
-FEWEST_STEPS = 20  # with fewer steps, the faults overlap
+MIN_STEPS = 20  # with fewer steps, the faults overlap
 EARLY, LATE = "blocks.0.qkv.weight", "head.weight"  # parameters whose gradients get Inf, NaN
 SPIKE = 1e4  # factor
 

@@ -14,7 +14,7 @@ from fastguard.commands.usage import UsageError
 
 CAP = 1_500_000
 """Maximum number of bytes read; more than a one-minute run uses."""
-FEWEST = 10_000
+MIN_CHARACTERS = 10_000
 """Minimum number of training bytes, and of held-out bytes."""
 
 
@@ -68,7 +68,7 @@ def load_text(folder: Path | None = None, cap: int = CAP) -> Text:
         if total >= cap:
             break
     training, validation = (b"".join(parts[held_out]) for held_out in (False, True))
-    if min(len(training), len(validation)) < FEWEST:
+    if min(len(training), len(validation)) < MIN_CHARACTERS:
         raise UsageError(
             f"{folder} holds {total} bytes of Python source, too little to train on; "
             "use a Python that ships its standard library as .py files"

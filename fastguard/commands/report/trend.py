@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 BINS = 128
-_FEWEST_BINS = 8  # in the rise, and after the lowest point
+_MIN_BINS = 8  # in the rise, and after the lowest point
 _EXPLAINED = 0.5
 _STILL_RISING = 0.1  # share of the rise that the last quarter must add; a straight line adds 0.25
 
@@ -53,14 +53,14 @@ def find_rise(step: np.ndarray, value: np.ndarray, *, factor: float = 1.5) -> Ri
     """
     finite = np.isfinite(value)
     x, y = step[finite], value[finite]
-    if len(y) < 2 * _FEWEST_BINS:
+    if len(y) < 2 * _MIN_BINS:
         return None
     logarithmic = bool(np.all(y > 0))
     scale = float(np.abs(y).max())  # squaring the largest float would overflow
     x, y = _binned(x, np.log(y) if logarithmic else y / (scale or 1.0))
     lowest = int(np.argmin(_running_median(y)))
     x, y = x[lowest:], y[lowest:]
-    if len(y) < _FEWEST_BINS:
+    if len(y) < _MIN_BINS:
         return None
     hinge, level, slope, unexplained = _fit(x, y)
     after = y[hinge:]
@@ -68,7 +68,7 @@ def find_rise(step: np.ndarray, value: np.ndarray, *, factor: float = 1.5) -> Ri
     least = math.log(factor) if logarithmic else (factor - 1) * abs(level)
     last, before_last = after[3 * len(after) // 4 :], after[len(after) // 2 : 3 * len(after) // 4]
     if (
-        len(after) < _FEWEST_BINS
+        len(after) < _MIN_BINS
         or rise < least
         or unexplained > (1 - _EXPLAINED) * float(np.sum((y - y.mean()) ** 2))
         or last.mean() - before_last.mean() < _STILL_RISING * rise

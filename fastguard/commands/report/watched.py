@@ -91,7 +91,7 @@ class Watched:
     def _batch(self) -> Iterator[str]:
         if self.noise is not None and self.noise[0] >= _BATCH_TOO_SMALL:
             yield (
-                f"The batch could be about {self.noise[0]:,.0f} times larger, according to the "
+                f"The batch could be about {self.noise[0]:,.0f} times as large, according to the "
                 f"gradient noise scale at step {self.noise[1]:,}."
             )
 

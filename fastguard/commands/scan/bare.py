@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from fastguard.commands.scan.values import Value
 
-FEWEST = 8
+MIN_LINES = 8
 """Minimum number of lines to process together."""
 
 _NUMBER = rb"[+-]?+(?:[0-9]++(?:\.[0-9]*+)?+(?:e[+-]?+[0-9]++)?+|nan|inf(?:inity)?+)(?![\w.])"
@@ -51,7 +51,7 @@ class Bare(NamedTuple):
 def bare_lines(lines: bytes, at: int) -> Bare | None:
     """The lines of numbers from `at` on, without the first; None if there are too few."""
     found = _LINES.match(lines, at)
-    if found is None or (n := found[0].count(b"\n")) < FEWEST:
+    if found is None or (n := found[0].count(b"\n")) < MIN_LINES:
         return None
     begin = found[0].index(b"\n") + 1
     text = found[0].lower()

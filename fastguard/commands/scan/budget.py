@@ -27,7 +27,7 @@ KNOWN = 8
 """Units for handling a line individually, without analysing it."""
 
 IN_RUN = 2
-"""Number of lines per unit that continue a run of bad lines."""
+"""Number of lines per unit, if they continue a run of bad lines."""
 
 ROW = 16
 """Units for one row of a table or one JSON object that is read individually."""
@@ -57,7 +57,7 @@ NONFINITE = re.compile(
 )
 _BLANK = re.compile(rb"\n[ \t\f\v\r]*+(?=\n|\Z)")
 _NAN = rb"[+-]?(?:nan|inf(?:inity)?|1\.#[a-z]+)(?![a-z0-9_/])"
-VALUES = (  # three, because each is searched by its first characters
+VALUES = (  # separate patterns, since `re` searches faster for fixed first characters
     re.compile(rb"[:=][ \t\"'(\[]{0,9}" + _NAN),
     re.compile(rb"loss[a-z0-9_]{0,20}[\"']?(?: is| became| turned)?[ \t\"'(\[]{1,9}" + _NAN),
     re.compile(rb"norm[a-z0-9_]{0,20}[\"']?(?: is| became| turned)?[ \t\"'(\[]{1,9}" + _NAN),

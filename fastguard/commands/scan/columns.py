@@ -20,7 +20,7 @@ KINDS = (_EPOCH, _BATCH, _STEP)
 """Patterns for the names of a place."""
 
 NAMED_BY = ("key", "metric", "name", "tag", "variable", "metric_name")
-"""Columns that contain the name of the metric in the column `value`."""
+"""Columns with the name of a metric, whose value is in the column `value`."""
 
 _INTEGER = re.compile(r"\d{1,15}(?:\.0{0,9})?|\d\.\d{1,20}e\+?0\d")  # 1.20e+02, of numpy
 _NUMBER = re.compile(r"\d{1,15}(?:\.\d{0,20})?")

@@ -55,7 +55,7 @@ class Cursor:
         return self._number
 
     def number_at(self, place: int) -> int:
-        """The line number at an offset behind the next line."""
+        """The line number at an offset in or after the next line."""
         return self.number + self._data.count(b"\n", self.at, place)
 
     def numbers(self, end: int, n: int) -> Sequence[int]:

@@ -39,7 +39,7 @@ DEPTHS = 8
 
 _CELLS = frozenset({int, float, bool, str, type(None)})
 COUNTED = "epoch"
-"""The name of an index into lists of numbers if none gives a place: the epoch, as in Keras."""
+"""What the index into lists of numbers counts, if no list is a place: epochs, as in Keras."""
 
 Batch = tuple[Sequence[int], Sequence[Mapping[str, Any]]]
 """Line numbers, and the objects of a document, or the rows formed by its lists."""
@@ -262,7 +262,8 @@ class _Lines:
         begins = self._at_depth(int(self._depths[before - 1]) + 1 if before else 1)
         first = np.searchsorted(begins, at)
         begins = begins[first : first + len(objects)]
-        # A string that ends in a backslash breaks the count; then the last object is not here.
+        # A string that ends in a backslash breaks the count of braces. In that case, the last
+        # object is not at the offset found here.
         if len(begins) == len(objects) and all(
             self._is_at(int(begins[i]), objects[i]) for i in (0, -1)
         ):

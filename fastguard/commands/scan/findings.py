@@ -32,7 +32,7 @@ STEPS = 10
 """Maximum number of steps kept per stretch."""
 
 TAIL = 1 << 16
-"""Number of trailing bytes in which the place is searched, of lines that are only counted."""
+"""Of lines that are only counted, only this many trailing bytes are searched for the place."""
 
 
 class Findings:

@@ -38,7 +38,7 @@ _ZEROS = re.compile(rb"\0{64,}+")
 """Zeros at the end of a block, which a crash during a write leaves in a text log."""
 
 LOOKED_AT = 1 << 16
-MOST, FEWEST = 0.04, 8
+MAX_SHARE, ALLOWED = 0.04, 8
 """Maximum share of control characters in text, and the number that is always accepted. Of random
 bytes, 9 % are control characters. All other bytes are accepted, for text of any encoding."""
 
@@ -63,7 +63,7 @@ def refuse_foreign(first: bytes) -> None:
         )
     text = _ZEROS.sub(b"", first[:LOOKED_AT]).strip(b"\0")
     controls = len(text) - len(text.translate(None, _CONTROLS))
-    if controls > max(FEWEST, MOST * len(text)):
+    if controls > max(ALLOWED, MAX_SHARE * len(text)):
         raise NotTextError(
             "it is binary, not a text log, or text in UTF-16 or UTF-32 without a byte order mark"
         )

@@ -23,7 +23,7 @@ from fastguard.commands.scan.vocabulary import is_bound, is_metric
 from fastguard.records.read_json_lines import are_records
 from fastguard.records.run_header import is_header
 
-FEWEST = 4
+MIN_OBJECTS = 4
 """Minimum number of objects with the same keys that are read together."""
 
 _NUMBERS = frozenset({int, float})
@@ -76,7 +76,7 @@ def rows_of(
 
     said = {tuple(name is None for name in named or ()) for named in places.values()}
     if len(said) > 1 and any(one[:1] != (False,) for one in said):
-        columns.odd.update(range(len(objects)))  # each object inherits what its place lacks
+        columns.odd.update(range(len(objects)))  # objects may inherit parts of their places
     return Rows(
         json_lines.NAME,
         numbers,
@@ -104,7 +104,7 @@ class _Columns:
         for (names, label), at in self.parts.items():
             part = objects if len(at) == len(objects) else [objects[i] for i in at]
             settings = json_lines.is_settings(names) and not any(map(series.judges, names))
-            if len(at) < FEWEST or settings or len(names) > json_lines.MOST or _are_ours(part):
+            if len(at) < MIN_OBJECTS or settings or len(names) > json_lines.MOST or _are_ours(part):
                 self.odd.update(at)
                 continue
             for name, column in _columns(part):

@@ -67,7 +67,7 @@ _CONFIG = re.compile(
     re.IGNORECASE,
 )
 HEAD = 400
-"""Number of characters of a line in which its place is searched; arrays follow."""
+"""Only this many characters of a line are searched for its place; what follows may be an array."""
 
 _HAS_DIGIT = re.compile(r"[0-9]")
 

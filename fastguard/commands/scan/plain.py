@@ -26,14 +26,14 @@ MEASURED_BYTES = re.compile(
 """Matches slightly more than `_MEASURED`, in lower-case UTF-8, over many lines at once."""
 
 MEASURED_IN = 2000
-"""Number of characters of a line in which a finite loss is searched."""
+"""Only this many characters of a line are searched for a finite loss."""
 
 LOSS_SCALE = "skipped because of loss_scale: "  # in log lines of fastguard; not an incident
 
 
 NOWHERE_IN = Where()
 NOT_ASKED = Where(*[(0, 0)] * 5)
-"""Stands for a place that was not searched yet."""
+"""Stands for a place that has not been looked up yet."""
 
 
 def may_measure(text: str) -> bool:

@@ -24,7 +24,7 @@ from fastguard.stages.formulas import TINY
 from fastguard.stages.spike_rules import SpikeRule
 
 RULE = SpikeRule(window=32, sigma=6.0, warmup=8)
-"""The window is shorter than the default, since many logs are short, with every tenth step."""
+"""The window is shorter than the default, since logs are short: many have only every tenth step."""
 
 KEPT = 100
 """Maximum number of spikes kept per series; the others are counted."""
@@ -46,8 +46,8 @@ spikes must be rarer than one in `RARE` values, or one must exceed four times th
 
 RARE = 2000
 
-FEWEST = 12
-"""Minimum number of points for judging growth."""
+MIN_POINTS = 12
+"""Minimum number of points from which growth is judged."""
 
 
 class Spike(NamedTuple):
@@ -164,7 +164,7 @@ class Series:
         alone = 0
         begin, n = 0, len(values)
         zeros = 0.0 in values and is_grad_norm(self.name)
-        one_by_one = n if n < FEWEST or zeros else RULE.warmup - len(self._ring)
+        one_by_one = n if n < MIN_POINTS or zeros else RULE.warmup - len(self._ring)
         while begin < one_by_one:
             self.take(lines[begin], place(begin), values[begin])
             begin, alone = begin + 1, alone + 1
@@ -206,7 +206,7 @@ class Series:
             return None
         points = self._points
         n = len(points)
-        if n < FEWEST:
+        if n < MIN_POINTS:
             return None
         values = [value for _, _, value in points]
         half = max(2, n // 40)
@@ -217,14 +217,14 @@ class Series:
         low, tail = smooth[low_at], smooth[low_at:]
         scale = low if low > 0 else max(smooth[: n // 2 + 1]) - low
         rise = end - low
-        if len(tail) < max(FEWEST // 2, n // 10) or not rise > 0.25 * scale:
+        if len(tail) < max(MIN_POINTS // 2, n // 10) or not rise > 0.25 * scale:
             return self._end_of_long(values)
         above = rise >= 0.5 * scale
         steady = _is_trend(values[low_at + 1 :])
         # Exclude the noise of a few points: all of the later half must lie above all values that
         # led to the low.
         later, earlier = values[low_at + len(tail) // 2 :], values[max(0, low_at - 2 * half - 4) :]
-        stays = above and len(later) >= FEWEST and min(later) > max(earlier[: 2 * half + 5])
+        stays = above and len(later) >= MIN_POINTS and min(later) > max(earlier[: 2 * half + 5])
         worse = n >= 20 and steady and begin > 0 and end >= 1.25 * begin
         if not ((above and (steady or stays)) or worse):
             return self._end_of_long(values)
@@ -298,7 +298,7 @@ def _is_trend(values: list[float]) -> bool:
     """Whether values trend upward, by the Mann-Kendall test: z > 3 and tau > 0.4."""
     values = values[:: max(1, len(values) // 100)]
     n = len(values)
-    if n < FEWEST // 2:
+    if n < MIN_POINTS // 2:
         return False
     order = sum(
         (later > earlier) - (later < earlier)

@@ -58,7 +58,7 @@ TOGETHER = 16
 """Minimum number of lines that are compared with a line at once."""
 
 MEANT = 12
-"""Maximum number of numbers in names and counts of a cached line."""
+"""A line with more numbers than this in its names and counts is not cached."""
 
 
 class Shape(NamedTuple):
@@ -160,7 +160,7 @@ class Shapes:
         text = text_of(line)
         lower = text.lower()
         if not (may_have(lower) or may_measure(text) or any(mark in lower for mark in _MARKS)):
-            return Shape(False)  # its place is searched only if it is needed
+            return Shape(False)  # its place is looked up only if it is needed
         bad, mentions = nonfinite_values(without_launcher(text))
         suspect = bool(bad) or mentions
         reading = self._ultralytics.read(text)
@@ -191,7 +191,7 @@ def alike(lines: bytes, at: int, line: bytes, where: Where) -> bytes:
     """The lines from `at` on that differ from a line only in digits, not in names or the epoch.
 
     Returns:
-        1, 2, 4, ... times `TOGETHER` lines, each with its line feed; b"" if there are fewer.
+        `TOGETHER * 2**k` lines, each with its line feed; b"" if there are fewer than `TOGETHER`.
     """
     stride = len(line) + 1
     shape = line.translate(SHAPE) + b"\n"

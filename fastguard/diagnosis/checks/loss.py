@@ -199,7 +199,7 @@ def _parts(evidence: Evidence) -> Iterator[Finding]:
                 "loss-parts",
                 "warning",
                 f"the gradient of {name} is {norm:.3g}, while that of the other parts on the same "
-                f"parameters is {rest:.3g}: {rest / norm:.3g} times larger, so {name} has almost "
+                f"parameters is {rest:.3g}: {rest / norm:.3g} times as large, so {name} has almost "
                 "no effect",
                 where=name,
                 value=rest / norm,

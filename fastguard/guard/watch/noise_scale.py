@@ -1,4 +1,4 @@
-"""`"noise_scale"`: how many times larger the batch could be (arXiv 1812.06162, appendix A).
+"""`"noise_scale"`: how many times as large the batch could be (arXiv 1812.06162, appendix A).
 
 With n ranks and B / n samples per rank, unbiased estimates of the squared norm of the true gradient
 and of the trace of the covariance are

@@ -8,7 +8,7 @@ from fastguard.commands.bench import Workload, run_case
 from fastguard.commands.bench.clock import Clock, Sample
 from fastguard.commands.bench.contenders import CONTENDERS, PEERS_ON_CUDA
 from fastguard.commands.bench.machine import ceilings, describe_machine, slug_of
-from fastguard.commands.bench.runner import FEWEST_ROUNDS, Spread, interleave, summarise
+from fastguard.commands.bench.runner import MIN_ROUNDS, Spread, interleave, summarise
 from guardtest.bench import CPU, LIMIT, ON_CPU, a_case
 
 
@@ -23,7 +23,7 @@ def test_rounds_interleave_and_rotate_the_contenders():
     contenders = {name: watched(name) for name in work.case.contenders}
     samples = interleave(contenders, work, seconds=0.0)
     counts = {name: len(s) for name, s in samples.items()}
-    assert counts == dict.fromkeys(contenders, FEWEST_ROUNDS)
+    assert counts == dict.fromkeys(contenders, MIN_ROUNDS)
     first, second = work.case.contenders
     assert seen[:8] == [first, second, second, first, first, second, second, first]
 

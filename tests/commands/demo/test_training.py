@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fastguard.commands.demo.faults import EARLY, FEWEST_STEPS, LATE, Kind, plan
+from fastguard.commands.demo.faults import EARLY, LATE, MIN_STEPS, Kind, plan
 from fastguard.commands.demo.model import GPT
 from fastguard.commands.demo.text import load_text
 from fastguard.commands.demo.training import (
@@ -121,7 +121,7 @@ def test_runs_are_reproducible_by_seed(text):
 # The parts.
 
 
-@pytest.mark.parametrize("steps", [FEWEST_STEPS, 21, 50, 400, 1001])
+@pytest.mark.parametrize("steps", [MIN_STEPS, 21, 50, 400, 1001])
 def test_faults_do_not_overlap_for_any_number_of_steps(steps):
     faults = plan(steps)
     when = [fault.step for fault in faults]

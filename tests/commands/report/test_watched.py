@@ -98,7 +98,7 @@ def test_noise_scale_and_underflow_are_reported():
         return {"noise_scale": 7.6, "underflow": lost | {"exponents": {"-8": 3}}}
 
     batch, lost = findings(watch_at)
-    assert batch.startswith("The batch could be about 8 times larger")
+    assert batch.startswith("The batch could be about 8 times as large")
     assert "20.0% in float16 (step 101)" in lost and "bfloat16" not in lost
 
 

@@ -84,8 +84,8 @@ def numbers(rng: random.Random) -> list[str]:
 def test_bulk_and_individual_reading_agree(lines_of, end: str, monkeypatch) -> None:
     logs = [end.join([*lines_of(random.Random(seed)), ""]).encode() for seed in range(80)]
     together = [as_dict("", scan_log(io.BytesIO(log))) for log in logs]
-    monkeypatch.setattr(objects, "FEWEST", 10**9)
-    monkeypatch.setattr(bare, "FEWEST", 10**9)
+    monkeypatch.setattr(objects, "MIN_OBJECTS", 10**9)
+    monkeypatch.setattr(bare, "MIN_LINES", 10**9)
     monkeypatch.setattr(Table, "_pattern", lambda self: None)
     for log, found in zip(logs, together, strict=True):
         alone = as_dict("", scan_log(io.BytesIO(log)))
