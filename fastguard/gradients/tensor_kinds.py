@@ -10,13 +10,14 @@ Tensors that are cached for later calls must be plain, so they are created in `l
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 
 import torch
 from torch import Tensor
+
+from fastguard.ranks.dtensors import imported_class
 
 _PLAIN_DISPATCH = Tensor.__torch_dispatch__  # type: ignore[attr-defined]  # the default
 _MODES = tuple(torch._C._TorchDispatchModeKey.__members__.values())  # fake, proxy, functional
@@ -119,4 +120,4 @@ def _placeholders() -> tuple[type, ...]:
         ("torch._subclasses.fake_tensor", "FakeTensor"),
         ("torch._subclasses.functional_tensor", "FunctionalTensor"),
     )
-    return tuple(getattr(sys.modules[m], name) for m, name in names if m in sys.modules)
+    return tuple(filter(None, (imported_class(module, name) for module, name in names)))

@@ -16,12 +16,20 @@ if TYPE_CHECKING:
 _local_of = attrgetter("_local_tensor")  # to_local() takes 10 µs per tensor, because of autograd
 
 
+def imported_class(module: str, name: str) -> type | None:
+    """Returns a class of torch; None if it was not imported yet, so that it has no instances.
+
+    Another thread may be in the middle of importing the module, which then lacks the class.
+    """
+    return getattr(sys.modules.get(module), name, None)
+
+
 def dtensor_types(kinds: Iterable[type]) -> tuple[type, ...]:
     """Returns those of the types that are DTensors. Never imports DTensor."""
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is None:
+    dtensor = imported_class("torch.distributed.tensor", "DTensor")
+    if dtensor is None:
         return ()
-    return tuple(kind for kind in kinds if issubclass(kind, module.DTensor))
+    return tuple(kind for kind in kinds if issubclass(kind, dtensor))
 
 
 def is_dtensor(t: Any) -> TypeGuard[DTensor]:
@@ -33,10 +41,13 @@ def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Returns this rank's part of each tensor, or the tensor itself, without copying."""
     known = dtensor_types(set(map(type, tensors)))
     parts = [_local_of(t) if type(t) in known else t for t in tensors]
-    functional = sys.modules.get("torch.distributed._functional_collectives")
-    if functional is None or set(map(type, parts)) <= {Tensor, torch.nn.Parameter}:
+    if set(map(type, parts)) <= {Tensor, torch.nn.Parameter}:
         return parts
-    unfinished = functional.AsyncCollectiveTensor
+    unfinished = imported_class(
+        "torch.distributed._functional_collectives", "AsyncCollectiveTensor"
+    )
+    if unfinished is None:
+        return parts
     return [t.wait() if isinstance(t, unfinished) else t for t in parts]  # type: ignore[attr-defined]
 
 

@@ -3,6 +3,7 @@
 import random
 import sys
 import threading
+import types
 
 import pytest
 import torch
@@ -138,3 +139,28 @@ def test_optimizers_in_threads_decide_independently():
         assert culprits == {f"parameter {number}"}
 
     together(work)
+
+
+class Redefined(torch.Tensor):
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        with torch._C._DisableTorchDispatch():
+            return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "torch.distributed.tensor",
+        "torch.distributed._functional_collectives",
+        "torch._subclasses.fake_tensor",
+        "torch._subclasses.functional_tensor",
+    ],
+)
+def test_another_thread_is_importing_a_module_of_torch(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, types.ModuleType(module))  # as at its first line
+    p = torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.tensor([3.0, 4.0])
+    fastguard.clip_grad_adaptive_([p], 1.0)
+    fastguard.GuardedOptimizer(torch.optim.SGD([p], lr=0.0)).step()
+    assert fastguard.get_total_norm([torch.ones(4).as_subclass(Redefined)]) == 2.0
