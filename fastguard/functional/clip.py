@@ -241,7 +241,7 @@ def clip_grads_with_norm_(
         return
     if not isinstance(total_norm, Tensor):
         # torch.as_tensor would cause a recompilation for every value.
-        total_norm = limit_like(number_of("total_norm", total_norm), torch.empty(0))
+        total_norm = limit_like(number_of("total_norm", total_norm), torch.empty(0, device="cpu"))
     norm = total_norm
     if is_dtensor(norm):  # torch returns the norm of DTensors as a Partial, not yet reduced
         norm = norm.full_tensor()

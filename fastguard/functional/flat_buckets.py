@@ -308,7 +308,7 @@ class FlatGradBuckets:
             )
         parameters = [items[i] for i in chosen]
         segment_of = [0] * len(chosen) if segments is None else [segments[i] for i in chosen]
-        views = [torch.empty(0)] * len(chosen)
+        views = [torch.empty(0, device="cpu")] * len(chosen)
         buffers = [
             new_buffer(key, ids, parameters, segment_of, views)
             for key, ids in grouped_positions(parameters).items()

@@ -224,7 +224,8 @@ def _through_float32(
 ) -> None:
     scratch = Scratch(update.dtype)
     step = update.steps[members[0]] if update.steps else None
-    count = torch.ones(1, dtype=torch.float64) if step is None else step.double().reshape(1)
+    one = torch.ones(1, dtype=torch.float64, device="cpu")
+    count = one if step is None else step.double().reshape(1)
     row = update.hyper[group : group + 1]
     # The coefficients of the first tensor apply to all; update clipping adapts them to each piece.
     exact = _coefficients(update, members[:1], row, count)
@@ -269,10 +270,10 @@ def _through_float32(
 def _coefficients(update: Update, members: list[int], row: Tensor, count: Tensor) -> Tensor:
     """Returns the coefficients of tensors of one param group and step count, float64 `(k, 13)`."""
     n = len(members)
-    elements = [float(update.parameters[i].numel()) for i in members]
-    return reference.coefficients(
-        update, row.expand(n, -1), count.expand(n), torch.tensor(elements, dtype=torch.float64)
+    elements = torch.tensor(
+        [float(update.parameters[i].numel()) for i in members], dtype=torch.float64, device="cpu"
     )
+    return reference.coefficients(update, row.expand(n, -1), count.expand(n), elements)
 
 
 def _fused(update: Update, hyper: dict[str, float], step: Any, exact: Tensor) -> _Fused:

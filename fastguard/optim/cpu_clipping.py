@@ -56,8 +56,8 @@ def clip_long(
         states = [scratch.widened(f"state {number}", of) for number, of in enumerate(piece.states)]
         limit_spikes(update, g, states[1], c, scratch)
         total += _terms(update, g, states, c, scratch).sum(dtype=torch.float64).item()
-    sizes = torch.tensor([float(update.parameters[i].numel())], dtype=torch.float64)
-    _lower(coefficients, torch.tensor([total], dtype=torch.float64), sizes)
+    sizes = torch.tensor([float(update.parameters[i].numel())], dtype=torch.float64, device="cpu")
+    _lower(coefficients, torch.tensor([total], dtype=torch.float64, device="cpu"), sizes)
 
 
 def clip_short(
@@ -81,7 +81,7 @@ def clip_short(
         The coefficients in the dtype of the arithmetic: numbers, or vectors where they differ from
         tensor to tensor.
     """
-    sizes = torch.tensor([p.numel() for p in piece.parameters])
+    sizes = torch.tensor([p.numel() for p in piece.parameters], device="cpu")
     c = _for_elements(coefficients, sizes, update.dtype, (SUM_SCALE,))
     terms = _terms(update, g, states, c, scratch)
     if len(sizes) == 1:

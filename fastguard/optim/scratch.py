@@ -20,7 +20,7 @@ class Scratch:
         """Returns the memory of a name for n elements; its content is arbitrary."""
         held = self._lines.get(name)
         if held is None or held.numel() < n:
-            held = self._lines[name] = torch.empty(n, dtype=self.dtype)
+            held = self._lines[name] = torch.empty(n, dtype=self.dtype, device="cpu")
         return held[:n]
 
     def widened(self, name: str, tensors: list[Tensor]) -> Tensor:

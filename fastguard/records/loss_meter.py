@@ -281,7 +281,7 @@ class _Waiting:
         if not filled.is_cuda:
             self.travelling = (filled.to("cpu", copy=True), None, batches)
             return
-        host = torch.empty(filled.shape, dtype=filled.dtype, pin_memory=True)
+        host = torch.empty(filled.shape, dtype=filled.dtype, device="cpu", pin_memory=True)
         host.copy_(filled, non_blocking=True)
         event = torch.cuda.Event()
         # The stream of the losses' device, which need not be the current device.

@@ -127,12 +127,12 @@ class Snapshot:
 def _values(tensor: Tensor) -> Tensor:
     """Returns a tensor that `measure` can read and that is finite if the given one is."""
     if is_lazy(tensor):
-        return torch.empty(0)
+        return torch.empty(0, device="cpu")
     if tensor.layout is not torch.strided or tensor.is_nested:
         tensor = tensor._values() if tensor.layout is torch.sparse_coo else tensor.values()
     if not has_plain_type(tensor):
         if not has_memory(tensor):  # a subclass without storage cannot be read
-            return torch.empty(0)
+            return torch.empty(0, device="cpu")
         with torch._C.DisableTorchFunctionSubclass():
             tensor = tensor.detach().as_subclass(Tensor)
     if tensor.dtype in FLOATING or tensor.is_complex():

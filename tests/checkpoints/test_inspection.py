@@ -315,3 +315,13 @@ def test_memory_is_below_that_of_the_largest_tensor(tmp_path, name):
     megabytes = float(done.stdout)
     print(f"verify of {large.stat().st_size / 2**20:.0f} MB used {megabytes:.1f} MB more")
     assert megabytes < 32  # half the tensor; the promise is 1.2 times it plus 64
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=ids)
+def test_the_default_device_changes_nothing(saved, dtype):
+    mask = torch.zeros(300, 300).masked_fill(torch.ones(300, 300).triu(1) > 0, -INF)
+    path = saved({"x": torch.tensor([1.0, NAN]).to(dtype), "attn_mask": mask, "a": np.array([INF])})
+    expected = inspect(path)
+    with torch.device("meta"):  # as after torch.set_default_device("cuda")
+        found = inspect(path)
+    assert (found.bad, found.meant) == (expected.bad, expected.meant)

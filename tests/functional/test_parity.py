@@ -113,6 +113,14 @@ def test_clip_grads_with_norm_is_torchs(case, total_norm, foreach):
     assert_same_grads(ours, theirs, rtol=4 * scale_rtol(torch.float32))
 
 
+@pytest.mark.parametrize("total_norm", [4.0, torch.tensor(4.0)])
+def test_the_default_device_changes_nothing(total_norm):
+    (p,) = parameters(torch.ones(2))
+    with torch.device("meta"):  # as after torch.set_default_device("cuda")
+        fastguard.clip_grads_with_norm_([p], 1.0, total_norm)
+    torch.testing.assert_close(p.grad, torch.full((2,), 0.25))
+
+
 @pytest.mark.parametrize("foreach", [None, True, False])
 @pytest.mark.parametrize("clip_value", [0.5, 0.0, 1e9, INF])
 @pytest.mark.parametrize("case", [case for case in CASES if case != "all None"])

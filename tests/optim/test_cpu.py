@@ -134,6 +134,18 @@ def test_the_size_of_pieces_does_not_change_the_result(case, monkeypatch):
         assert all(same_bits(t, b[name]) for name, t in a.items())
 
 
+@pytest.mark.parametrize("case", ["fp32", "bf16", "remainder", "stochastic", "clean", "all"])
+@pytest.mark.parametrize("kind", ["adamw", "amsgrad"])
+def test_the_default_device_changes_nothing(kind, case):
+    expected = the_update(kind, case)
+    update = copied(expected)
+    cpu.update(expected)
+    with torch.device("meta"):  # as after torch.set_default_device("cuda")
+        cpu.update(update)
+    theirs = written(expected)
+    assert all(same_bits(t, theirs[name]) for name, t in written(update).items())
+
+
 @pytest.mark.parametrize("reproducible", [False, True])
 def test_a_nan_gradient_makes_the_weight_nan(reproducible):
     update = the_update("adamw", "remainder", reproducible=reproducible)

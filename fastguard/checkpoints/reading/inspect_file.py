@@ -181,7 +181,7 @@ def _pieces(file: BinaryIO, digests: _Digests) -> Iterator[tuple[Tensor, int, in
         A uint8 buffer that begins with the last `CARRY` bytes of the previous piece, and the
         piece's first byte and end in the file. The buffer is reused two pieces later.
     """
-    buffers = [torch.empty(CARRY + PIECE, dtype=torch.uint8) for _ in range(2)]
+    buffers = [torch.empty(CARRY + PIECE, dtype=torch.uint8, device="cpu") for _ in range(2)]
     hashed: list[Future | None] = [None, None]
     start, last = 0, None
     with ThreadPoolExecutor(1) as pool:

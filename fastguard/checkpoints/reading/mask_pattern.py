@@ -38,7 +38,7 @@ def is_banded(file: BinaryIO, span: Span) -> bool:
             first -= 1
         moved = infinite[1:, 1:] == infinite[:-1, :-1]
         # the first row of the next matrix in a batch
-        begins = torch.arange(first + 1, first + len(infinite)) % n_rows == 0
+        begins = torch.arange(first + 1, first + len(infinite), device="cpu") % n_rows == 0
         if not (moved.all(dim=1) | begins).all():
             return False
         n_infinite += int(infinite.sum()) - (0 if before is None else int(before.sum()))
@@ -68,7 +68,7 @@ def _rows(file: BinaryIO, span: Span) -> Iterator[tuple[int, Tensor]]:
     n_columns = span.size[dimensions[-1]] if dimensions else 1
     width = n_columns * span.dtype.itemsize
     if not span.dense or span.dtype.is_complex or width > 16 * _BLOCK:
-        yield 0, torch.tensor([[math.nan]])
+        yield 0, torch.tensor([[math.nan]], device="cpu")
         return
     at_once = max(_BLOCK // width, 1)
     n_rows = span.n // n_columns

@@ -149,7 +149,7 @@ class SpanSearch:
             size, stride = [n, *(s for _, s in dims[1:])], [step, *(d for d, _ in dims[1:])]
             n_bytes = max(n_elements, math.prod(size)) * itemsize
             self._charge(span.name, max(n_bytes, SMALLEST_COUNT))
-            raw = torch.empty(n_elements * itemsize, dtype=torch.uint8)
+            raw = torch.empty(n_elements * itemsize, dtype=torch.uint8, device="cpu")
             self._read(raw, at, span.name)
             count_nonfinite([(span.name, raw.view(span.dtype).as_strided(size, stride))], found)
 

@@ -171,8 +171,9 @@ class NumpyArray:
         dtype = self._dtype
         assert dtype is not None
         if dtype.of_torch is not None:
-            data = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0)
-            yield data.to(torch.uint8).view(dtype.of_torch)
+            empty = torch.empty(0, dtype=torch.uint8, device="cpu")
+            data = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else empty
+            yield data.view(dtype.of_torch)
         elif dtype.plain is not None:
             yield from _tensors(np.frombuffer(raw, dtype.plain))
 
