@@ -25,7 +25,7 @@ WITH_EXPONENT = re.compile(r"[-+]?[\d.]+e[-+]?\d+", re.IGNORECASE)
 YAML_TEXT = "; YAML reads it as a string: write it with a point and a sign, as in 1.0e-6"
 
 _LARGEST = 1 << 17  # bytes; PyYAML takes 20 µs for a value of two bytes
-_MOST_DOTS = 1000  # in a line; the time that tomllib takes for `a.a.a = 1` is quadratic in them
+_MAX_DOTS = 1000  # in a line; the time that tomllib takes for `a.a.a = 1` is quadratic in them
 _TOO_DEEP = "it is nested too deeply for a configuration"
 
 T = TypeVar("T")
@@ -67,7 +67,7 @@ def read_text(path: Path) -> str:
 
 def _parse(text: str, suffix: str) -> Any:
     if suffix == ".toml":
-        if max(line.count(".") for line in text.split("\n")) > _MOST_DOTS:
+        if max(line.count(".") for line in text.split("\n")) > _MAX_DOTS:
             raise ValueError(_TOO_DEEP)
         return tomllib.loads(text)
     if suffix not in (".yaml", ".yml"):
@@ -83,8 +83,8 @@ def _parse(text: str, suffix: str) -> Any:
         def flatten_mapping(self, node: Any) -> None:
             """Merges `<<`, keeping one value of each key.
 
-            PyYAML keeps them all until the mapping is built: merging ten copies of ten copies, and
-            so on, would take any memory.
+            PyYAML keeps all values until the mapping is built, so nested merges (ten copies of ten
+            copies, and so on) would take unbounded memory.
             """
             super().flatten_mapping(node)
             last = {(k.tag, k.value) if k.id == "scalar" else k: (k, v) for k, v in node.value}

@@ -17,7 +17,7 @@ from fastguard.diagnosis.replay.losses import loss_parts
 from fastguard.diagnosis.replay.replay import copied
 from fastguard.diagnosis.replay.subject import Subject
 
-MOST = 8
+MAX_PARTS = 8
 """Maximum number of parts to check, since each needs a separate backward pass."""
 
 
@@ -31,7 +31,7 @@ def part_gradients(
     """
     with subject.autocast:
         parts = loss_parts(subject.step(subject.model, copied(subject.batch)))
-    if not 1 < len(parts) <= MOST:
+    if not 1 < len(parts) <= MAX_PARTS:
         return {}
     if any(part.requires_grad and hides_parameters(part) for part in parts.values()):
         return {}

@@ -17,7 +17,7 @@ Culprit = tuple[str, int, int, int]
 NAMED_CULPRITS = 8
 """How many parameters an error or a record lists; the rest are counted."""
 
-MOST_OF_A_NAME = 400
+MAX_NAME_LENGTH = 400
 """Maximum characters of a name in a message."""
 
 
@@ -29,7 +29,7 @@ def describe_culprits(culprits: Sequence[Culprit], n_culprits: int | None = None
         counts = [
             f"{n} {kind}" for n, kind in ((nan, "NaN"), (posinf, "+Inf"), (neginf, "-Inf")) if n
         ]
-        named.append(f"{printable(name, MOST_OF_A_NAME)} ({', '.join(counts)})")
+        named.append(f"{printable(name, MAX_NAME_LENGTH)} ({', '.join(counts)})")
     more = total - len(named)
     return ", ".join(named) + (f" and {more} more" if more > 0 else "")
 

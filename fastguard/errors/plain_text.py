@@ -40,10 +40,10 @@ def _escaped(character: str) -> str:
 
 
 def _bounded_repr(value: object, room: int) -> str:
-    """Returns the `repr` of a value, or a beginning of it that is longer than `room`.
+    """Returns the `repr` of a value, or a prefix of it that is longer than `room`.
 
-    The `repr` of a list that holds another list a thousand times, and so on, has no useful bound: a
-    pickle or a YAML file of a few bytes can describe one.
+    A short pickle or YAML file can describe a list that holds another list a thousand times, and so
+    on for several levels. The whole `repr` of such a list would be too long to create.
     """
     kind = type(value)
     form = _BRACKETS.get(kind.__repr__)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
-from fastguard.errors import MOST_OF_A_NAME
+from fastguard.errors import MAX_NAME_LENGTH
 from fastguard.errors.plain_text import printable, shown
 from fastguard.gradients.layout_guards import MIN_TENSORS, Form, Group, known_form, new_form
 from fastguard.gradients.tensor_kinds import PLAIN, PLAIN_TYPES, Kind, kind_of, watched, wraps
@@ -357,7 +357,7 @@ def _is_parameter(item: object, named: bool) -> bool:
 
 def name_of(i: int, names: Sequence[str] | None) -> str:
     """Returns the name of tensor `i`, or `parameter i` if there are no names."""
-    return printable(names[i], MOST_OF_A_NAME) if names is not None else f"parameter {i}"
+    return printable(names[i], MAX_NAME_LENGTH) if names is not None else f"parameter {i}"
 
 
 def _refuse_sparse(

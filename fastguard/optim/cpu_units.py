@@ -63,7 +63,7 @@ def unit_factors(
 
 
 def load_gradient(piece: Piece, multiplier: float, clean: bool, out: Tensor) -> None:
-    """Cleans and scales the gradient of a piece like `reference.scaled`, but for the sign.
+    """Cleans and scales the gradient of a piece like `reference.scaled`, except for the sign.
 
     Args:
         piece: The piece.

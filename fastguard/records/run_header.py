@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 KIND = "header"
 
-MOST_OF_A_TEXT = 2000
+MAX_TEXT_LENGTH = 2000
 """Maximum number of characters of a value when a header is read."""
 
 _STARTS = (b'{"kind": "header"', b'{"kind":"header"')  # the second: rewritten by another program
@@ -139,7 +139,7 @@ def header_of(value: dict[str, Any]) -> RunHeader:
         5.5
     """
     texts = {
-        key: printable(value[key], MOST_OF_A_TEXT)
+        key: printable(value[key], MAX_TEXT_LENGTH)
         for key in ("fastguard", "name", "python", "torch", "triton", "host", "device")
         if isinstance(value.get(key), str)
     }
@@ -149,7 +149,7 @@ def header_of(value: dict[str, Any]) -> RunHeader:
     return RunHeader(
         time=None if time is None else float(time),
         guards=tuple(
-            printable(guard, MOST_OF_A_TEXT)
+            printable(guard, MAX_TEXT_LENGTH)
             for guard in (guards[:_GUARDS] if isinstance(guards, list) else ())
             if isinstance(guard, str)
         ),

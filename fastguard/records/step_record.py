@@ -19,7 +19,7 @@ REPLICA_DRIFT = "replica_drift"
 """The reason of a step in which replicas differ, and the key of the result in `StepRecord.watch`.
 """
 
-MOST_OF_A_TAG = 400
+MAX_TAG_LENGTH = 400
 """Maximum characters of a tag in a log line."""
 
 
@@ -178,8 +178,8 @@ class StepRecord:
         return printable(" ".join(parts) + tag, limit)
 
     def _tag(self) -> str:
-        tag = " ".join(str(shortened(self.tag, room=MOST_OF_A_TAG)).split())
-        return printable(tag, MOST_OF_A_TAG)
+        tag = " ".join(str(shortened(self.tag, room=MAX_TAG_LENGTH)).split())
+        return printable(tag, MAX_TAG_LENGTH)
 
     def _causes(self, n_culprits: int, n_losses: float) -> Iterator[str]:
         """Yields phrases that say what was not finite or above a threshold, and where."""

@@ -13,14 +13,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-MOST_CHARACTERS = 1 << 15
+MAX_CHARACTERS = 1 << 15
 """Limit for a shortened value. A character takes at most 12 bytes in JSON, so a record's line stays
 below the 512 KiB that readers accept."""
 
 DEEPEST = 32
 _MORE = "…"
 _ITEM = 4  # characters that an item needs besides its text
-_MOST_BITS = 1024
+_MAX_BITS = 1024
 
 
 def strict(value: Any) -> Any:
@@ -45,7 +45,7 @@ def strict(value: Any) -> Any:
     return str(value)
 
 
-def shortened(value: Any, room: int = MOST_CHARACTERS) -> Any:
+def shortened(value: Any, room: int = MAX_CHARACTERS) -> Any:
     """Converts a value like `strict`, with limited size and depth.
 
     `…` marks omitted parts. Never raises: if a method of the value does, the result is a text that
@@ -91,7 +91,7 @@ class _Shortened:
 
     def _integer(self, value: int) -> Any:
         bits = int.bit_length(value)
-        if bits <= _MOST_BITS:
+        if bits <= _MAX_BITS:
             self._room -= bits // 4
             return value
         return f"{value >> (bits - 64) << 4:#x}"[:-1] + f"… ({bits} bits)"

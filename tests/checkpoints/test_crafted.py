@@ -147,10 +147,10 @@ def test_errors_of_invalid_safetensors_name_the_tensor(tmp_path, entry, says):
 
 
 def test_a_header_of_millions_of_brackets_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(safetensors, "_MOST_MARKS", 11)
+    monkeypatch.setattr(safetensors, "_MAX_MARKS", 11)
     path = write_safetensors(tmp_path / "x.safetensors", bytes(8), w=("F32", [2], [0, 8]))
     assert inspect(path).contents.n_tensors == 1  # 2 braces, 4 colons, 3 commas, 2 brackets
-    monkeypatch.setattr(safetensors, "_MOST_MARKS", 10)
+    monkeypatch.setattr(safetensors, "_MAX_MARKS", 10)
     with pytest.raises(DamagedFile, match="JSON is too large: 11 brackets, colons and commas"):
         inspect(path)
 

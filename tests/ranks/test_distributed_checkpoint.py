@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,6 @@ from torch.distributed.fsdp import fully_shard
 
 from fastguard import GuardedOptimizer, SpikeRule
 from guardtest.ranks import Ranks
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    with Ranks(2) as ranks:
-        yield ranks
-
 
 SPIKE = SpikeRule(window=3, warmup=2)
 

@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from guardtest.ranks import Ranks
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    with Ranks(2) as ranks:
-        yield ranks
-
-
-def a_model(dtype: torch.dtype) -> torch.nn.Module:
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)).to(
-        dtype
-    )
+from guardtest.rank_guards import a_model
 
 
 def trained(sharded: bool, master: str | None) -> list[list[float]]:
@@ -30,7 +15,7 @@ def trained(sharded: bool, master: str | None) -> list[list[float]]:
     from fastguard import GuardedOptimizer
 
     dtype = torch.float32 if master is None else torch.bfloat16
-    model = a_model(dtype)
+    model = a_model().to(dtype)
     if sharded:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.tensor import Shard, distribute_tensor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastguard
 import fastguard.optim
-from guardtest.ranks import Ranks
+from guardtest.rank_guards import a_model
 
 BF16 = torch.bfloat16
 # For this dtype `fully_shard` divides by itself; old versions of torch leave the mean to gloo,
@@ -38,21 +37,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    with Ranks(2) as ranks:
-        yield ranks
-
-
-def a_model(dtype: torch.dtype) -> torch.nn.Module:
-    torch.manual_seed(0)
-    layers = [torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)]
-    return torch.nn.Sequential(*layers).to(dtype)
-
-
 def build(wrap: str, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, Any]:
     """Returns a model and its guard; the model is plain, sharded ("fsdp") or replicated ("ddp")."""
-    model = a_model(dtype)
+    model = a_model().to(dtype)
     if wrap == "fsdp":
         for layer in (model[0], model[2], model):
             fully_shard(layer, mp_policy=MEANS)

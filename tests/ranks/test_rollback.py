@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,6 @@ from fastguard import CheckpointStore, GuardedOptimizer, Replicated, Rollback, T
 from guardtest.ranks import Ranks
 
 WAYS = ["ddp", "fsdp"]
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    with Ranks(2) as ranks:
-        yield ranks
 
 
 class Run:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,12 +20,6 @@ from fastguard import GuardedOptimizer, RankWatch, Replicated, StepRecord
 from guardtest.ranks import Ranks, collectives
 
 NAN, INF = math.nan, math.inf
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    with Ranks(2) as ranks:
-        yield ranks
 
 
 class Poison(torch.autograd.Function):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -14,12 +12,6 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from fastguard import GuardedOptimizer, Replicated, Rollback
 from guardtest.ranks import Ranks
 from guardtest.training import give_gradients, new_parameters
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    with Ranks(2) as ranks:
-        yield ranks
 
 
 def made(guarded: bool) -> tuple[list[torch.nn.Parameter], Any]:

@@ -186,7 +186,7 @@ def _check_opened_by_torch(file: BinaryIO, records: Mapping[str, Record]) -> Non
     """Checks that torch's own reader finds the same records at the same offsets.
 
     That reader allocates the stated size of some small records, so their sizes are checked first.
-    It ignores case, so that to torch a record `BYTEORDER` is the byte order.
+    It also ignores the case of names: it takes a record `BYTEORDER` for the record `byteorder`.
     """
     for name in _SMALL_RECORDS:
         if name in records and records[name].end - records[name].start > _SMALL:
@@ -220,7 +220,7 @@ def _read_legacy(file: IO[bytes], size: int) -> Contents:
     if load_inert(file) != _LEGACY_MAGIC:
         raise DamagedFile("neither a torch checkpoint nor, by its name, a safetensors file")
     if load_inert(file) != _LEGACY_VERSION:
-        raise DamagedFile("damaged: it has another version than torch's format before 1.6")
+        raise DamagedFile("damaged: its version is not that of torch's format before 1.6")
     load_inert(file)  # byte order and type sizes of the machine
     names: list[str] = []
     tree = load_inert(file, names=names, has_views=True)

@@ -48,7 +48,7 @@ _DTYPES = {
     name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)
 }  # torch.float32, ...
 _STORAGES = {name: dtype for dtype, name in torch.storage._dtype_to_storage_type_map().items()}
-_MOST_DIMENSIONS = 64  # the limit of torch's own loops over elements
+_MAX_DIMENSIONS = 64  # the limit of torch's own loops over elements
 
 
 class Call:
@@ -109,9 +109,9 @@ def give_state(target: Any, state: Any, charge: Callable[[int], None]) -> None:
 def _dimensions(values: Any) -> tuple[int, ...]:
     if not isinstance(values, tuple | list) or not all(type(v) is int for v in values):
         raise DamagedFile("damaged: a shape that is not a tuple of integers")
-    if len(values) > _MOST_DIMENSIONS:
+    if len(values) > _MAX_DIMENSIONS:
         raise DamagedFile(
-            f"a tensor of {len(values):,} dimensions; torch supports at most {_MOST_DIMENSIONS}"
+            f"a tensor of {len(values):,} dimensions; torch supports at most {_MAX_DIMENSIONS}"
         )
     if not all(-(2**63) <= v < 2**63 for v in values):
         raise DamagedFile("damaged: a shape larger than any memory")

@@ -16,7 +16,7 @@ class StorageRef:
         key: The name of the record.
         dtype: None if only the tensors that use the bytes define it.
         n: Number of elements.
-        start: First element; not 0 only in files of torch before 1.6.
+        start: First element; always 0, except in files of torch before 1.6.
         n_stored: Number of elements of the whole record.
         view: The name of the range, if it is stored as a part of the record; else None.
     """

@@ -41,7 +41,7 @@ _PARAMETER = frozenset({"weight", "weights", "token", "embed", "embedding", "pro
 _NEVER = _PARAMETER | {"scale", "scaler", "lr", "step", "momentum"}
 _OPTIMIZER = frozenset({"optimizer", "optimizers", "optim"})
 
-_MOST = 1000  # tensors; each is examined together with its neighbours
+_MAX_TENSORS = 1000  # each is examined together with its neighbors
 
 BOOKKEEPING = "bookkeeping beside the weights"
 EXTREME = "a bound, or an extreme with nothing observed yet"
@@ -80,7 +80,7 @@ def meant_infinite(
         counts: Numbers of NaN, +Inf and -Inf by tensor name.
     """
     asked = {name for name, (nan, pos, neg) in counts.items() if not nan and bool(pos) != bool(neg)}
-    if not asked or len(asked) > _MOST or contents.tree is None:
+    if not asked or len(asked) > _MAX_TENSORS or contents.tree is None:
         return {}
     spans = {span.name: span for span in contents.spans}
     left_to_read = max((span.end for span in contents.spans), default=0)

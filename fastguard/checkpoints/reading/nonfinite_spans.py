@@ -28,7 +28,7 @@ BLOCK = 64 * 2**20  # bytes read at once from a tensor with gaps
 WORK, LEAST_WORK, SMALLEST_WORK, SMALLEST_COUNT = 64, 2 << 30, 20_000, 100_000
 """Limit of the bytes that may be examined again to separate views: 64 times the size of the file,
 plus 2 GB. A tensor counts as at least 20 kB, or 100 kB if its elements are counted."""
-_MOST = 2**63 - 1  # largest count
+_MAX_COUNT = 2**63 - 1  # largest count
 CARRY = 16  # bytes of the previous piece: the widest element (complex128) may straddle two pieces
 
 
@@ -128,7 +128,7 @@ class SpanSearch:
         found: dict[str, list[int]] = {}
         self._count_blocks(span, span.start, dims, found)
         for name, counts in found.items():
-            self._counts[name] = [min(n * times, _MOST) for n in counts]
+            self._counts[name] = [min(n * times, _MAX_COUNT) for n in counts]
 
     def _count_blocks(
         self, span: Span, start: int, dims: Sequence[tuple[int, int]], found: dict[str, list[int]]

@@ -22,7 +22,7 @@ _PLAIN = frozenset(
 )  # types that torch has too, or that can be cast to one
 _LONG = f"f{np.dtype(np.longdouble).itemsize}", f"c{np.dtype(np.clongdouble).itemsize}"
 _NO_NUMBERS = "USMm"  # text, bytes, times: neither NaN nor Inf
-_MOST_FIELDS = 1000  # including fields of nested structures
+_MAX_FIELDS = 1000  # including fields of nested structures
 _DEEPEST = 20  # nested structures
 _LARGEST = 1 << 24  # bytes per element; a piece of an array holds at least one
 
@@ -69,11 +69,11 @@ class NumpyDtype:
             self.plain = self.plain.newbyteorder(order)
         elif isinstance(names, tuple) and isinstance(fields, dict):
             self.what = "structured"
-            parts = [fields[name] for name in names[:_MOST_FIELDS]]
+            parts = [fields[name] for name in names[:_MAX_FIELDS]]
             inner = [part[0] for part in parts if isinstance(part[0], NumpyDtype)]
             self.n_fields = 1 + sum(dtype.n_fields for dtype in inner)
             self.depth = 1 + max((dtype.depth for dtype in inner), default=0)
-            fits = self.n_fields <= _MOST_FIELDS and self.depth <= _DEEPEST
+            fits = self.n_fields <= _MAX_FIELDS and self.depth <= _DEEPEST
             self.plain = _structured(parts, size) if fits and len(inner) == len(names) else None
 
 

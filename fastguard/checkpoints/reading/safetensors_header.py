@@ -21,8 +21,8 @@ from fastguard.checkpoints.reading.spans import Contents, Span
 
 _MAX_HEADER = 100 * 2**20  # bytes; the reference implementation refuses longer ones
 _LARGEST = 2**64 - 1
-_MOST_MARKS = 5_000_000  # brackets, colons and commas in JSON: 400,000 tensors, 400 MB when parsed
-_MOST_DIMENSIONS = 64  # the limit of torch's own loops over elements
+_MAX_MARKS = 5_000_000  # brackets, colons and commas in JSON: 400,000 tensors, 400 MB when parsed
+_MAX_DIMENSIONS = 64  # the limit of torch's own loops over elements
 _DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -87,7 +87,7 @@ def json_without_doubles(raw: bytes) -> dict[str, Any]:
         ValueError: The text is not strict JSON; Python's extensions, such as NaN, are refused.
     """
     n_marks = sum(map(raw.count, (b",", b":", b"[", b"{")))
-    if n_marks > _MOST_MARKS:
+    if n_marks > _MAX_MARKS:
         raise DamagedFile(f"its JSON is too large: {n_marks:,} brackets, colons and commas")
     found = json.loads(
         raw.decode("utf-8"),
@@ -131,9 +131,9 @@ def _safetensor(name: str, entry: dict[str, Any], data: int, file_size: int) -> 
     size, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
     if any(type(number) is not int for number in (*size, begin, end)):
         raise DamagedFile(f"damaged: the shape or data_offsets of {name:.200} are not all integers")
-    if len(size) > _MOST_DIMENSIONS:
+    if len(size) > _MAX_DIMENSIONS:
         raise DamagedFile(
-            f"{name:.200} has {len(size):,} dimensions; torch supports at most {_MOST_DIMENSIONS}"
+            f"{name:.200} has {len(size):,} dimensions; torch supports at most {_MAX_DIMENSIONS}"
         )
     n_bits = bits
     for length in size:  # like the reference reader: a later 0 does not undo an overflow

@@ -27,7 +27,7 @@ _MAX16, _MAX32 = 0xFFFF, 0xFFFFFFFF
 _STREAMED, _UTF8 = 0x8, 0x800  # flags: sizes after the data; names in UTF-8
 _DOS_FOLDER = 0x10  # attribute of a folder: torch leaves the memory of such a record uninitialised
 _LONGEST_NAME = 500  # torch's reader truncates longer names
-_MOST_BYTES = 128 * 2**20  # directory size, about a million records
+_MAX_BYTES = 128 * 2**20  # directory size, about a million records
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def _place(file: IO[bytes], size: int) -> tuple[int, int, int]:
         n, length, start = exact
     if start + length != end:
         raise _differs("its directory is not where it says")
-    if length > _MOST_BYTES:
+    if length > _MAX_BYTES:
         raise DamagedFile(f"its directory is too large: {length:,} bytes")
     return n, start, end
 

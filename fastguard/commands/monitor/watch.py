@@ -27,10 +27,10 @@ INCIDENT = b'"reason": "'
 LAYERS = 3
 """Number of layers shown, those with the largest gradient norm."""
 
-MOST_NAMES = 64
+MAX_NAMES = 64
 """Maximum number of losses, thresholds and spikes kept per record."""
 
-MOST_OF_A_NAME, MOST_OF_A_TAG = 200, 2000
+MAX_NAME_LENGTH, MAX_TAG_LENGTH = 200, 2000
 """Maximum length in characters of a name and of a tag."""
 
 RATE_SECONDS = 30.0
@@ -175,16 +175,16 @@ def bounded(record: StepRecord) -> StepRecord:
         action=_name(record.action),
         reason=None if record.reason is None else _name(record.reason),
         culprits=tuple((_name(name), *counts) for name, *counts in culprits),
-        losses={_name(k): v for k, v in islice(record.losses.items(), MOST_NAMES)},
-        spikes=tuple(map(_name, record.spikes[:MOST_NAMES])),
-        thresholds={_name(k): v for k, v in islice(record.thresholds.items(), MOST_NAMES)},
-        tag=shortened(record.tag, room=MOST_OF_A_TAG),
-        watch=shortened(drift, room=MOST_OF_A_TAG) if drift else {},
+        losses={_name(k): v for k, v in islice(record.losses.items(), MAX_NAMES)},
+        spikes=tuple(map(_name, record.spikes[:MAX_NAMES])),
+        thresholds={_name(k): v for k, v in islice(record.thresholds.items(), MAX_NAMES)},
+        tag=shortened(record.tag, room=MAX_TAG_LENGTH),
+        watch=shortened(drift, room=MAX_TAG_LENGTH) if drift else {},
     )
 
 
 def _name(name: str) -> str:
-    return name if len(name) <= MOST_OF_A_NAME else name[: MOST_OF_A_NAME - 1] + "…"
+    return name if len(name) <= MAX_NAME_LENGTH else name[: MAX_NAME_LENGTH - 1] + "…"
 
 
 class Rate:

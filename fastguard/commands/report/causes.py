@@ -15,7 +15,7 @@ import numpy as np
 from fastguard.commands.report.columns import LR
 from fastguard.commands.report.summary import Summary
 
-_MOST_OF = 0.5
+_MIN_SHARE = 0.5
 _FIND = "fastguard.explain_nonfinite names the operation."
 
 
@@ -30,7 +30,7 @@ def likely_cause(summary: Summary, *, norm_rises: bool) -> str | None:
     if not total:
         return None
     for n, cause in _candidates(summary, norm_rises):
-        if n == total or (n > 1 and n >= _MOST_OF * total):
+        if n == total or (n > 1 and n >= _MIN_SHARE * total):
             share = "" if total == 1 else f" ({n:,} of {total:,} incidents)"
             return f"Likely cause{share}: {cause}"
     return "No cause stands out: the incidents have too little in common."

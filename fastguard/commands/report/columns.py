@@ -16,20 +16,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastguard.errors import MOST_OF_A_NAME, NAMED_CULPRITS, Culprit
+from fastguard.errors import MAX_NAME_LENGTH, NAMED_CULPRITS, Culprit
 from fastguard.errors.plain_text import printable
 from fastguard.records.step_record import LOSS_SCALE
 from fastguard.records.strict_json import shortened
 
-MOST_NAMES = 32
+MAX_NAMES = 32
 """Maximum number of losses, and of thresholds, drawn by name; any others are only counted."""
 
 OTHERS = "others"
-"""Stands for any further action or reason once `MOST_NAMES` have been seen."""
+"""Stands for any further action or reason once `MAX_NAMES` have been seen."""
 
 # KeyError: slicing a dict, since Python 3.12.
 _UNREADABLE = (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError)
-_MOST_OF_A_TAG = 1000
+_MAX_TAG_LENGTH = 1000
 
 
 class Series(NamedTuple):
@@ -112,7 +112,7 @@ class ColumnReader:
     """Converts blocks of records to `Columns`, with consistent series across blocks.
 
     Attributes:
-        names: The names seen so far per kind, at most `MOST_NAMES`.
+        names: The names seen so far per kind, at most `MAX_NAMES`.
         unnamed: Whether there were more names.
     """
 
@@ -175,7 +175,7 @@ class ColumnReader:
     def _names_of(self, kind: str, mappings: Iterable[Mapping[str, Any]]) -> list[str]:
         known = self.names[kind]
         new = sorted(set(chain.from_iterable(mappings)).difference(known))
-        room = MOST_NAMES - len(known)
+        room = MAX_NAMES - len(known)
         self.unnamed = self.unnamed or len(new) > room
         return [*known, *new[:room]]
 
@@ -186,9 +186,9 @@ class ColumnReader:
             return words[word]
         if not isinstance(word, str):
             raise ValueError(f"{kind} is {word!r}, not a name")
-        if len(words) == MOST_NAMES:
+        if len(words) == MAX_NAMES:
             return OTHERS
-        words[word] = printable(word, MOST_OF_A_NAME)
+        words[word] = printable(word, MAX_NAME_LENGTH)
         return words[word]
 
     def _bad_step(self, row: int, record: dict[str, Any]) -> BadStep:
@@ -210,18 +210,18 @@ class ColumnReader:
             action=self._word("action", record.get("action", "applied")),
             culprits=culprits,
             n_culprits=n_culprits,
-            bad_losses=tuple(map(_name, bad_losses[:MOST_NAMES])),
+            bad_losses=tuple(map(_name, bad_losses[:MAX_NAMES])),
             n_losses=len(losses),
-            spikes=tuple(map(_name, (record.get("spikes") or ())[:MOST_NAMES])),
+            spikes=tuple(map(_name, (record.get("spikes") or ())[:MAX_NAMES])),
             norm=math.nan if norm is None else float(norm),
-            tag=shortened(record.get("tag"), room=_MOST_OF_A_TAG),
+            tag=shortened(record.get("tag"), room=_MAX_TAG_LENGTH),
             culprit_ranks=int(record.get("culprit_ranks") or 0),
             culprit_rank=None if rank is None else int(rank),
         )
 
 
 def _name(name: Any) -> str:
-    return printable(str(name), MOST_OF_A_NAME)
+    return printable(str(name), MAX_NAME_LENGTH)
 
 
 def _floats(values: list[Any]) -> np.ndarray:

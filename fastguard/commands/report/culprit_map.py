@@ -12,7 +12,7 @@ from fastguard.commands.report.style import Row, height_of, in_natural_order, la
 from fastguard.commands.report.summary import Summary
 from fastguard.commands.report.tally import Tally
 
-_MOST_LAYERS = 40
+_MAX_LAYERS = 40
 _HEAT_COLUMNS = 96
 
 
@@ -27,7 +27,7 @@ def culprit_rows(summary: Summary) -> list[Row]:
 
 def _drawn_layers(layers: Tally) -> list[str]:
     """The layers with the most bad steps, sorted by name in natural order."""
-    most = sorted(layers.names, key=layers.total, reverse=True)[:_MOST_LAYERS]
+    most = sorted(layers.names, key=layers.total, reverse=True)[:_MAX_LAYERS]
     return in_natural_order(most)
 
 

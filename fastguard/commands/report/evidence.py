@@ -12,7 +12,7 @@ from fastguard.commands.report.columns import BadStep
 from fastguard.errors.plain_text import printable
 from fastguard.records.layers import layer_of
 
-_MOST = 10_000
+_MAX_NAMES = 10_000
 """Maximum number of distinct tags, layers or losses counted."""
 
 
@@ -86,5 +86,5 @@ def _batch_of(tag: Any) -> Any:
 
 
 def _count(counter: Counter[str], name: str) -> None:
-    if name in counter or len(counter) < _MOST:
+    if name in counter or len(counter) < _MAX_NAMES:
         counter[name] += 1

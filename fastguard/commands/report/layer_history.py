@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fastguard.errors import MOST_OF_A_NAME
+from fastguard.errors import MAX_NAME_LENGTH
 from fastguard.errors.plain_text import printable
 
 COLUMNS = 96
 """Maximum number of columns."""
 
-MOST_LAYERS = 256
+MAX_LAYERS = 256
 """Maximum number of layers; any others are left out."""
 
 GREW = 10.0
@@ -95,8 +95,8 @@ class LayerHistory:
         while len(self._columns) > COLUMNS:
             self._halve()
         for name, value in values.items():
-            name = printable(name, MOST_OF_A_NAME)
-            if name not in self._layers and len(self._layers) >= MOST_LAYERS:
+            name = printable(name, MAX_NAME_LENGTH)
+            if name not in self._layers and len(self._layers) >= MAX_LAYERS:
                 continue
             layer = self._layers.setdefault(name, _Layer())
             layer.take(step, value)

@@ -31,7 +31,7 @@ REACH = 16
 
 _HEAT_BUCKETS = 128
 _EXACT_BUCKETS = 1024
-_MOST_JUMPS = 200
+_MAX_JUMPS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +197,7 @@ def _jumps(summary: Summary, step: np.ndarray, before: int) -> set[int]:
     previous = np.concatenate([[before], step[:-1]])
     rows = np.flatnonzero(step <= previous).tolist()
     summary.n_jumps += len(rows)
-    for row in rows[: _MOST_JUMPS - len(summary.jumps)]:
+    for row in rows[: _MAX_JUMPS - len(summary.jumps)]:
         summary.jumps.append(Jump(summary.records + row, int(previous[row]), int(step[row])))
     return set(rows)
 

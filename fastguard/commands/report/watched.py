@@ -12,8 +12,8 @@ from fastguard.records.layers import layer_norms, layer_ratios
 LARGE, SMALL = 1e-2, 1e-5
 """Bounds of |update| / |weight|, averaged over a run; about 1e-3 is healthy."""
 
-_MOST_NAMED = 3
-_MOST_FORMATS = 16
+_MAX_NAMED = 3
+_MAX_FORMATS = 16
 _FEW = 3  # minimum number of watched steps for an average
 _UNDERFLOW = 0.01
 _LARGEST = 1e300
@@ -50,7 +50,7 @@ class Watched:
         for name, share in shares.items() if isinstance(shares, Mapping) else ():
             if isinstance(name, str) and isinstance(share, (int, float)) and 0 <= share <= 1:
                 name = printable(name, 40)
-                if name in self.underflow or len(self.underflow) < _MOST_FORMATS:
+                if name in self.underflow or len(self.underflow) < _MAX_FORMATS:
                     self.underflow[name] = max(self.underflow.get(name, (0.0, step)), (share, step))
 
     def findings(self) -> Iterator[str]:
@@ -107,6 +107,6 @@ class Watched:
 
 def _named(means: dict[str, float], *, largest_first: bool) -> str:
     layers = sorted(means, key=lambda layer: means[layer], reverse=largest_first)
-    text = ", ".join(f"“{layer}” {means[layer]:.2g}" for layer in layers[:_MOST_NAMED])
-    more = len(layers) - _MOST_NAMED
+    text = ", ".join(f"“{layer}” {means[layer]:.2g}" for layer in layers[:_MAX_NAMED])
+    more = len(layers) - _MAX_NAMED
     return f"{text} and {more:,} more" if more > 0 else text

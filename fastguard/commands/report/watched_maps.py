@@ -13,7 +13,7 @@ from fastguard.commands.report.layer_history import LayerHistory
 from fastguard.commands.report.style import Row, height_of, in_natural_order, label, show_layers
 from fastguard.commands.report.summary import Summary
 
-_MOST_LAYERS = 40
+_MAX_LAYERS = 40
 _COLORS = [[0, "#2b6cb0"], [0.5, "rgba(140,140,140,0.15)"], [1, "#d6303a"]]
 _HEALTHY_RATIO = 1e-3
 _DECADES = 2.0  # powers of ten between the middle of the color scale and its ends
@@ -37,7 +37,7 @@ def _row(title: str, history: LayerHistory, middle: Callable[[np.ndarray], float
         values[layer] = np.array([cells.get(key, (np.nan, 0))[0] for key in keys])
         colors[layer] = np.log10(values[layer] / middle(values[layer]))
     furthest = sorted(colors, key=lambda layer: np.nanmax(np.abs(colors[layer])), reverse=True)
-    layers = in_natural_order(furthest[:_MOST_LAYERS])
+    layers = in_natural_order(furthest[:_MAX_LAYERS])
     draw = partial(
         _add_map, history, layers, [values[name] for name in layers], [colors[n] for n in layers]
     )

@@ -36,13 +36,13 @@ RECORD = "fastguard"
 DEPTH = 4
 """Maximum depth of nested objects."""
 
-MOST = 1000
+MAX_VALUES = 1000
 """Maximum number of values read per object."""
 
 LONG = 4096
 """Longer strings are read in parts of this many characters, cut at a space or line feed."""
 
-MOST_BAD = 64
+MAX_BAD = 64
 """Maximum number of bad values reported per object."""
 
 _WORDS = {"nan": math.nan, "inf": math.inf, "infinity": math.inf}
@@ -108,7 +108,7 @@ class JsonLines:
         if place == NOWHERE:
             place = inner
         measured |= bool(bad)
-        return Reading(NAME, place, tuple(bad[:MOST_BAD]), measured, None, numbers, unread)
+        return Reading(NAME, place, tuple(bad[:MAX_BAD]), measured, None, numbers, unread)
 
     def _text(self, name: str, value: str) -> tuple[list[Value], Place, str]:
         """The NaN and Inf in a string, the place that it names, and the part that was not read."""
@@ -173,7 +173,7 @@ def _flat(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
     Objects in a list share its name, unless each names a single value itself.
     """
-    left = MOST
+    left = MAX_VALUES
     stack: list[tuple[str, Any, int]] = [("", found, 0)]
     while stack and left:
         prefix, value, depth = stack.pop()
@@ -181,13 +181,13 @@ def _flat(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             if depth <= DEPTH:
                 items = [
                     (f"{prefix}/{key}" if prefix else str(key), inner, depth + 1)
-                    for key, inner in islice(value.items(), MOST)
+                    for key, inner in islice(value.items(), MAX_VALUES)
                 ]
                 stack += reversed(items)
         elif isinstance(value, int) and (isinstance(value, bool) or abs(value) >> 1023):
             continue
         elif isinstance(value, list) and dict in {*map(type, value)}:
-            inner = [v for v in islice(value, MOST) if isinstance(v, Mapping)]
+            inner = [v for v in islice(value, MAX_VALUES) if isinstance(v, Mapping)]
             named = [(v, long_name(v)) for v in inner]
             stack += [
                 (prefix, v, depth + 1) if name is None else (f"{prefix}/{name}", v["value"], depth)

@@ -104,7 +104,12 @@ class _Columns:
         for (names, label), at in self.parts.items():
             part = objects if len(at) == len(objects) else [objects[i] for i in at]
             settings = json_lines.is_settings(names) and not any(map(series.judges, names))
-            if len(at) < MIN_OBJECTS or settings or len(names) > json_lines.MOST or _are_ours(part):
+            if (
+                len(at) < MIN_OBJECTS
+                or settings
+                or len(names) > json_lines.MAX_VALUES
+                or _are_ours(part)
+            ):
                 self.odd.update(at)
                 continue
             for name, column in _columns(part):
@@ -166,7 +171,7 @@ class _Columns:
     def _take_bad(self, name: str, kind: str, at: int) -> None:
         if not is_bound(name, kind):
             bad = self.bad.setdefault(at, [])
-            if len(bad) < json_lines.MOST_BAD:
+            if len(bad) < json_lines.MAX_BAD:
                 bad.append(Value(name, kind))
 
     def _take_texts(self, name: str, column: Sequence[str], at: Sequence[int]) -> None:
@@ -236,7 +241,7 @@ def _parts(objects: Sequence[Mapping[str, Any]]) -> dict[tuple[Names, str | None
 
 def _places(names: Names, nested: bool) -> tuple[str | None, ...] | None:
     """Returns the keys of epoch, batch and step, or None if each object must be searched."""
-    if nested or len(names) > json_lines.MOST:
+    if nested or len(names) > json_lines.MAX_VALUES:
         return None
     kinds = [kind_of(name) for name in names]
     if not any(kinds):

@@ -45,7 +45,7 @@ _NUMBER = (
 MISSES = 256
 """Number of consecutive lines that are not rows after which the table has ended."""
 
-MOST_ROWS = 4096
+MAX_ROWS = 4096
 """Maximum number of rows that are read together."""
 
 _SENTENCE = Value("", "sentence")  # plain text that contains commas
@@ -131,7 +131,7 @@ class Table:
         cells = re.escape(self._delimiter.encode()).join(
             _NUMBER if number else _CELL for number in numbers
         )
-        return re.compile(rb"(?:(?!\s*\n)%s *+\n){1,%d}+" % (cells, MOST_ROWS), re.IGNORECASE)
+        return re.compile(rb"(?:(?!\s*\n)%s *+\n){1,%d}+" % (cells, MAX_ROWS), re.IGNORECASE)
 
     def rows(self, lines: bytes, at: int) -> tuple[int, bytes]:
         """The end and the text of the rows from `at` that can be read together; b"" if none."""

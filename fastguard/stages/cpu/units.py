@@ -30,7 +30,7 @@ SMALL = 2**14  # up to this number of elements, a tensor is read together with o
 TOGETHER = 64  # at most this number of small tensors are read together
 SMALLEST_LIMIT = 1e-15  # below, small sums are computed again
 SMALLEST_SUM = 1e-28  # smaller sums of squares may have lost elements to underflow
-MOST_ROWS = 0.25  # up to this fraction of rows is scaled by indexing; above, the whole tensor
+MAX_INDEXED = 0.25  # up to this fraction of rows is scaled by indexing; above, the whole tensor
 
 
 def unit_coefs(
@@ -248,7 +248,7 @@ def _multiply(units: UnitBucket, factors: Tensor, changes: np.ndarray) -> None:
         if not n or not changed:
             continue
         own = factors[start : start + n]
-        if grad.numel() > SMALL and changed < MOST_ROWS * n:
+        if grad.numel() > SMALL and changed < MAX_INDEXED * n:
             at = torch.from_numpy(np.flatnonzero(changes[start : start + n]))
             grad[at] *= own[at].view(-1, *[1] * (grad.dim() - 1))
         else:

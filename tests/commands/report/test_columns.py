@@ -10,7 +10,7 @@ from fastguard.commands.report.columns import (
     COEF,
     LIMIT,
     LR,
-    MOST_NAMES,
+    MAX_NAMES,
     NORM,
     TIME,
     ColumnReader,
@@ -129,7 +129,7 @@ def test_the_number_of_names_is_bounded():
     reader = ColumnReader()
     for step in range(100):
         columns = reader.read([as_read(step, losses={f"loss {step}": 1.0})])
-    assert len(columns.values) == 5 + MOST_NAMES
+    assert len(columns.values) == 5 + MAX_NAMES
     assert reader.unnamed
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import fastguard
 from fastguard import StepRecord
-from fastguard.commands.report.layer_history import COLUMNS, MOST_LAYERS, LayerHistory
+from fastguard.commands.report.layer_history import COLUMNS, MAX_LAYERS, LayerHistory
 from fastguard.commands.report.summary import summarise
 from fastguard.commands.report.verdict import judge
 from fastguard.commands.report.watched import Watched
@@ -136,7 +136,7 @@ def test_memory_is_bounded():
         history.add(step, {f"layer{(step + i) % 5000}": 1.0 for i in range(500)})
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert len(history.layers) == MOST_LAYERS and len(history.columns) <= COLUMNS
+    assert len(history.layers) == MAX_LAYERS and len(history.columns) <= COLUMNS
     assert held < 10e6
 
 

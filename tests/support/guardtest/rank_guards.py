@@ -22,6 +22,12 @@ def weight(*values: float) -> nn.Parameter:
     return p
 
 
+def a_model() -> nn.Sequential:
+    """A model of two layers, equal on all ranks."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
 def sgd(*parameters: Tensor, **options: Any) -> GuardedOptimizer:
     """A guard over all ranks, which hold different tensors unless the options say otherwise."""
     options.setdefault("group", dist.group.WORLD)
