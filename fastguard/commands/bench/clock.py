@@ -83,7 +83,7 @@ class Clock:
         last, now = self._cycles_in_ms(CYCLES), self._cycles_in_ms(CYCLES)
         while (passed := time.perf_counter() - start) < WARM_S or abs(now / last - 1.0) > MAX_DRIFT:
             if passed > GIVE_UP_S:
-                break  # the clock keeps changing: a longer sleep is safe
+                break  # the clock keeps changing; the larger reading is safe, as sleeps get longer
             last, now = now, self._cycles_in_ms(CYCLES)
         return max(last, now)
 

@@ -179,7 +179,7 @@ def _first_nonfinite(
     n = len({a.where for a in evidence.step.activations})
     seen = [
         f"{percent(share)} of the output of {first.where} is NaN or Inf, the first of "
-        f"{len(set(_names(bad)))} of {n} modules"
+        f"{len(set(_names(bad)))} affected modules out of {n}"
     ]
     remedy = "call fastguard.explain_nonfinite on this batch to see the operation."
     if report is not None:
@@ -220,7 +220,7 @@ def _extreme(evidence: Evidence) -> Iterator[Finding]:
         "extreme-activation",
         "error" if worst > HOPELESS else "warning",
         f"activations reach {large[0].values.largest:.3g} in {large[0].where}, the first of "
-        f"{len(set(_names(large)))} modules, and at most {worst:.3g}",
+        f"{len(set(_names(large)))} such modules, and up to {worst:.3g} overall",
         where=large[0].where,
         value=worst,
         limit=LARGE,

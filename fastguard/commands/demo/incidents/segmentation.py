@@ -2,7 +2,7 @@
 
 Three of its four heads cause problems. The boundary refinement divides by the norm of the image's
 gradient, which is 0 where a resize padded with black. The contour head has gradients a hundred
-times larger than the others, so with a single limit the mask hardly learns. The distance head once
+times as large as the others, so with a single limit the mask hardly learns. The distance head once
 gets targets in another unit. In the original run, clipped at 5, every weight is NaN from the first
 padded image on.
 """
