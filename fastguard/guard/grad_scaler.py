@@ -77,7 +77,7 @@ def scaler_inputs(optimizer: Optimizer, device: torch.device) -> ScalerInputs:
         scaler = _stepping(optimizer)
         scale = scaler._scale if scaler is not None else grad_scale
         if scale is not None:
-            falls = moved(scale > floor_of(scaler), device).reshape(())  # False for NaN
+            falls = moved(_is_above(scale, floor_of(scaler)), device).reshape(())
     return ScalerInputs(inv_scale, found_inf, falls, scaler)
 
 
@@ -89,13 +89,22 @@ def longest_search(scaler: torch.amp.GradScaler) -> int:
     return math.ceil(LONGEST_SEARCH * math.log(0.5) / math.log(factor))
 
 
-def floor_of(scaler: object) -> float:
-    """Returns the minimum scale of a scaler: its own setting, or else 1."""
+def floor_of(scaler: object) -> float | Tensor:
+    """Returns the minimum scale of a scaler: its own number or tensor, or else 1."""
     for name in _FLOORS:
         setting = getattr(scaler, name, None)
         if isinstance(setting, Real) and not isinstance(setting, bool):
             return float(setting)
+        if isinstance(setting, Tensor) and setting.numel() == 1 and setting.is_floating_point():
+            return setting.detach()
     return FLOOR
+
+
+def _is_above(scale: Tensor, floor: float | Tensor) -> Tensor:
+    """Whether a scale is above its minimum; False for NaN. Never waits."""
+    if isinstance(floor, Tensor):
+        floor = moved(floor, scale.device).reshape(())
+    return scale > floor
 
 
 def tell_scaler(scaler: GradScaler | None, optimizer: Optimizer, found_inf: Tensor | None) -> None:

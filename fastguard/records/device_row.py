@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fastguard.errors.checked_numbers import number_of
 from fastguard.kernels.record_row import CULPRIT, CULPRITS, CULPRITS_BEGIN, CULPRITS_END, HEAD
 from fastguard.kernels.record_row import N_CULPRITS as N_CULPRITS_AT
 from fastguard.stages import backend
@@ -113,7 +114,7 @@ def learning_rate(groups: Sequence[Mapping[str, Any]], device: torch.device) -> 
     if isinstance(lr, Tensor) and lr.device == device and device.type != "cpu":
         return lr if lr.numel() == 1 and not lr.is_complex() else math.nan
     try:
-        return math.nan if isinstance(lr, str | bytes) else float(lr)  # type: ignore[arg-type]
+        return number_of("lr", lr)
     except Exception:  # an error in a foreign object must not fail the step
         return math.nan
 

@@ -76,6 +76,7 @@ class Recorder:
         self._newest: object = None
         self._pending: deque[Pending | Settled] = deque()
         self._made: tuple[object, StepRecord] | None = None
+        self._logged: StepRecord | None = None  # the newest record passed to the log
         self._called: tuple[StepRecord | None, int, int] = (None, 0, 0)
         self.sinks: list[Callable[[StepRecord], object]] = []
         self._failed_sinks: set[int] = set()
@@ -219,20 +220,21 @@ class Recorder:
         """Delivers the oldest record, then removes it from the queue.
 
         After an interrupt, the next call repeats it; each recipient still gets the record only
-        once.
+        once. A sink or a logging handler may call `wait` meanwhile, which finishes this record and
+        the next ones.
         """
         made = self._made
         if made is None or made[0] is not oldest:
             made = self._made = oldest, oldest.record()
-        self._finish(made[1])
-        if self._oldest() is oldest:  # otherwise, a sink has called `wait`, which removed it
+        record = made[1]
+        self._finish(record)
+        if self._oldest() is oldest and self._logged is not record:
+            self._log(record)
+        if self._oldest() is oldest:
             self._pending.popleft()
 
     def _finish(self, record: StepRecord) -> None:
-        if record is not self.last:
-            self._lines.add(record)
-            self._advice.check(record, self.max_norm, self.longest_search)
-            self.last = record
+        self.last = record
         for records in (self.finished, self.history):
             if _newest(records) is not record:
                 records.append(record)
@@ -240,6 +242,15 @@ class Recorder:
             self.undelivered.append(record)
         if self.sinks:
             self._call_sinks(record)
+
+    def _log(self, record: StepRecord) -> None:
+        try:
+            self._logged = record  # set before, in case a logging handler asks for the records
+            self._lines.add(record)
+            self._advice.check(record, self.max_norm, self.longest_search)
+        except BaseException:
+            self._logged = None
+            raise
 
     def _call_sinks(self, record: StepRecord) -> None:
         """Calls each sink once.

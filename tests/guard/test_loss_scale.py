@@ -148,12 +148,21 @@ def test_an_overflow_at_the_minimum_scale_is_an_incident(log):
         run.step(factor=INF)
 
 
-@pytest.mark.parametrize("name", ["min_scale", "_min_scale", "min_loss_scale"])
-def test_a_scaler_may_define_its_minimum_scale(name):
+@pytest.mark.parametrize(
+    ("name", "minimum"),
+    [
+        ("min_scale", 64.0),
+        ("_min_scale", 64.0),
+        ("min_loss_scale", 64.0),
+        ("min_scale", torch.tensor([64.0])),
+        ("min_scale", torch.tensor(64.0, dtype=torch.float64)),
+    ],
+)
+def test_a_scaler_may_define_its_minimum_scale(name, minimum):
     class Floored(torch.amp.GradScaler):
         pass
 
-    setattr(Floored, name, 64.0)
+    setattr(Floored, name, minimum)
     run = Run(Floored("cpu", init_scale=256.0))
     for _ in range(4):
         run.step(factor=INF)

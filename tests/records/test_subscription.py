@@ -1,6 +1,7 @@
 """Delivery of records: to sinks at once, to inboxes at the next delivery."""
 
 import copy
+import logging
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -114,8 +115,8 @@ def test_an_inbox_that_is_never_emptied_is_bounded(caplog, monkeypatch):
     assert caplog.text.count("inbox of a subscriber is full") == 1
 
 
-def a_record_on_its_way(recorder, step):
-    record = StepRecord(step, 1.0, 1.0, "applied")
+def a_record_on_its_way(recorder, step, action="applied", reason=None):
+    record = StepRecord(step, 1.0, 1.0, action, reason)
     recorder._pending.append(
         SimpleNamespace(key=object(), arrival=SlowArrival(), record=lambda: record)
     )
@@ -182,3 +183,28 @@ def test_a_delivery_that_is_interrupted_at_any_line_gives_each_inbox_each_record
         if not lines:
             break
     assert at > 20 and not lines
+
+
+def test_a_logging_handler_that_asks_for_the_records_sees_each_incident_once():
+    recorder = Recorder()
+    lines, told = [], []
+
+    class Asks(logging.Handler):
+        def emit(self, record):
+            lines.append(record.getMessage())
+            recorder.wait()
+
+    handler, logger = Asks(), logging.getLogger("fastguard")
+    logger.addHandler(handler)
+    try:
+        recorder.add_sink(lambda r: told.append(r.step))
+        for step in (1, 2, 3):
+            a_record_on_its_way(recorder, step, "skipped", "grad_spike")
+        recorder.wait()
+    finally:
+        logger.removeHandler(handler)
+    assert [line.partition(" skipped")[0] for line in lines] == [
+        f"fastguard: step {step}" for step in (1, 2, 3)
+    ]
+    assert told == [1, 2, 3]
+    assert [r.step for r in recorder.drain()] == [1, 2, 3]
