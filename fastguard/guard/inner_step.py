@@ -278,8 +278,15 @@ def _versions(parameters: list[Tensor]) -> list[tuple[int, ...]]:
 def _differ(parameters: list[Tensor], values: list[Tensor]) -> bool:
     """Whether weights differ from earlier values; changes of `p.data` increment no version."""
     with suppress(Exception):  # tensors that cannot be compared: placeholders, some subclasses
-        return not all(map(torch.equal, parameters, values))
+        return not all(map(_equal, parameters, values))
     return False
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether all elements are equal; a NaN equals a NaN."""
+    if torch.equal(a, b):
+        return True
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def reads_found_inf(optimizer: Optimizer) -> bool:

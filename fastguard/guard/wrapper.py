@@ -3,8 +3,9 @@
 Schedulers, scalers and trainers accept it. Param groups, state and defaults are looked up on the
 wrapped optimizer at each access, because loading a state dict replaces them. Hooks belong to the
 wrapper. All other attributes of the wrapped optimizer (`train` and `eval` of schedule-free ones,
-`is_second_order`, `sync_lookahead`) are available on the wrapper. Attributes that it lacks are
-missing there too, because training loops check with `hasattr`.
+`is_second_order`, `sync_lookahead`) are available on the wrapper, and so are special methods such
+as `__len__`. Attributes that it lacks are missing there too, because training loops check with
+`hasattr`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from fastguard.guard.special_methods import adopt_special_methods
 from fastguard.guard.state_dict import torch_dcp
 
 log: logging.Logger = logging.getLogger("fastguard")
@@ -128,6 +130,7 @@ class OptimizerWrapper(Optimizer):
                 setattr(self, f"_optimizer_{event}_{when}_hooks", OrderedDict())
         self._failed_step_hooks: OrderedDict[int, Callable[..., None]] = OrderedDict()
         self._warned_capturable_if_run_uncaptured = True
+        adopt_special_methods(self, self.optimizer)
         self._patch_step_function()
 
     def register_failed_step_hook(

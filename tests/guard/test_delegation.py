@@ -199,3 +199,56 @@ def test_methods_that_step_around_the_guard_log_one_warning(caplog):
     opt.second_step()
     (record,) = caplog.records
     assert "TwoCalls.first_step changes the weights outside of step" in record.getMessage()
+
+
+class Container(torch.optim.SGD):
+    """A container of optimizers, which can also be called and entered."""
+
+    entered = False
+
+    def __len__(self):
+        return len(self.param_groups)
+
+    def __iter__(self):
+        return iter(self.param_groups)
+
+    def __getitem__(self, i):
+        return self.param_groups[i]
+
+    def __call__(self, x):
+        return 2 * x
+
+    def __enter__(self):
+        self.entered = True
+        return self
+
+    def __exit__(self, *error):
+        self.entered = False
+
+
+@pytest.mark.parametrize("copied", [lambda opt: opt, copy.copy, copy.deepcopy, pickled])
+def test_special_methods_are_delegated(copied):
+    opt = copied(GuardedOptimizer(Container(new_parameters(), lr=0.1)))
+    assert type(opt.optimizer) is Container and isinstance(opt, GuardedOptimizer)
+    assert type(opt).__name__ == "GuardedOptimizer"
+    assert (len(opt), list(opt), opt[0], opt(3)) == (1, opt.param_groups, opt.param_groups[0], 6)
+    with opt as entered:
+        assert entered is opt and opt.optimizer.entered
+    assert not opt.optimizer.entered
+    give_gradients(parameters_of(opt), 0)
+    opt.step()
+    assert opt.applied_steps == 1
+
+
+def test_special_methods_that_the_wrapped_optimizer_lacks_are_missing():
+    opt = adamw()
+    assert not callable(opt) and not hasattr(opt, "__len__") and type(opt) is GuardedOptimizer
+
+
+def test_special_methods_of_a_subclass_of_the_guard_take_precedence():
+    class Two(GuardedOptimizer):
+        def __len__(self):
+            return 2
+
+    opt = Two(Container(new_parameters(), lr=0.1))
+    assert len(opt) == 2 and opt(1) == 2

@@ -261,6 +261,8 @@ NO_RATES = {
     "unreadable": Unreadable(),
     "none": None,
     "word": "1e-3",
+    "bytes": bytearray(b"1"),
+    "flag": True,
     "function": lambda step: 0.1,
     "pair": (0.1, 0.2),
     "complex": 1j,
@@ -638,6 +640,13 @@ def test_gradients_are_clipped_if_the_closure_is_evaluated_first(kind):
     opt.step(closure)
     norm = torch.cat([p.grad.flatten() for p in closure.parameters]).norm()
     assert norm == pytest.approx(0.5, rel=1e-5)
+    assert opt.records()[0].action == "clipped"
+
+
+def test_a_weight_that_is_nan_all_along_was_not_changed_before_the_closure():
+    p, unused = one_parameter(), torch.nn.Parameter(torch.tensor([NAN]))
+    opt = GuardedOptimizer(Careless([p, unused], lr=0.1), max_norm=0.5)
+    opt.step(lambda: p.detach().sum())
     assert opt.records()[0].action == "clipped"
 
 
