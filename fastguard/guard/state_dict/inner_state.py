@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from fastguard.guard.state_dict import uncastable
 from fastguard.guard.state_dict.casts import take_back_casts
 from fastguard.guard.state_dict.misfit import misfit
 from fastguard.guard.state_dict.parts import saves_as_torch
@@ -44,7 +45,7 @@ def load(optimizer: Optimizer, state_dict: Any, check: Callable[[], None]) -> No
     loaded = False
     try:
         try:
-            optimizer.load_state_dict(_shallow(state_dict))
+            optimizer.load_state_dict(_shallow(uncastable.hide(optimizer, state_dict)))
         except (LookupError, TypeError, AttributeError) as error:  # not helpful for users
             why = f"{name} cannot load this state dict: {error!r}; load one that {name} saved"
             raise ValueError(wrong() or why) from error
@@ -52,6 +53,7 @@ def load(optimizer: Optimizer, state_dict: Any, check: Callable[[], None]) -> No
             raise ValueError(reason)
         if seen_by_torch:
             take_back_casts(optimizer, seen_by_torch[-1], live)
+        uncastable.reveal(optimizer)
         check()
         loaded = True
     finally:
