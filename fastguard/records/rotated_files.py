@@ -173,8 +173,8 @@ def _each(path: Path, files: Sequence[Path]) -> Iterator[tuple[Path, BinaryIO]]:
         for _, file in ahead:
             file.close()
         if deleted:
-            files = "rotated file was" if deleted == 1 else "rotated files were"
-            log.warning("%s: %d %s deleted before being read", path, deleted, files)
+            they = "rotated file was" if deleted == 1 else "rotated files were"
+            log.warning("%s: %d %s deleted before being read", path, deleted, they)
 
 
 def _opened(path: Path) -> BinaryIO | None:

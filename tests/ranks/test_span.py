@@ -119,7 +119,7 @@ def test_the_norm_covers_the_stage_only(four: Ranks, name: str) -> None:
     results = four.run(norms_of_stages, name)
     assert sorted(ours for _, ours, *_ in results) == [2.0, 2.0, 20.0, 20.0]
     for theirs, ours, everything, said in results:
-        assert ours == theirs
+        assert ours == pytest.approx(theirs, rel=1e-6)  # torch's root may be one ulp off
         assert everything == pytest.approx(math.hypot(2.0, 20.0), rel=1e-6)
         (warning,) = said  # one for all calls, none where the group is given
         assert "2 of the 4 ranks of their root mesh" in warning
