@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import wraps
+from inspect import signature
 from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastguard.errors import TrainingDivergedError
+from fastguard.errors import TrainingDivergedError, nearest
 from fastguard.errors.checked_numbers import count_of
 from fastguard.errors.plain_text import shown
 from fastguard.functional.arguments import warn_of_zero
@@ -28,12 +29,18 @@ MODES = ("skip", "zero", "raise", "propagate")
 
 
 def keywords_only(construct: Callable[_P, None]) -> Callable[_P, None]:
-    """Decorates `__init__(self, optimizer, *, ...)`: the error for a positional argument suggests
-    a keyword, while Python's own error would only count the arguments.
+    """Decorates `__init__(self, optimizer, *, ...)`: the error for a positional or unknown argument
+    suggests a keyword, while Python's own errors suggest none.
     """
+    known = [*signature(construct).parameters][1:]
 
     @wraps(construct)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        for key in kwargs:
+            if key not in known:
+                raise TypeError(
+                    f"{type(args[0]).__name__} has no argument {key!r}{nearest(key, known)}"
+                )
         if len(args) > 2:  # self and the optimizer
             number = isinstance(args[2], int | float)
             remedy = f"max_norm={shown(args[2])}" if number else "max_norm=1.0, nonfinite='skip'"

@@ -126,6 +126,7 @@ class GuardedOptimizer(SavableOptimizer):
             Default: None: replica drift in every step, the others every 100 steps.
 
     Attributes:
+        max_norm, nonfinite: The arguments; values assigned later apply from the next step on.
         optimizer: The wrapped optimizer.
         last: The `Verdict` of the last step: device tensors `total_norm`, `clip_coef`, `found_inf`
             and others, computed without waiting. None before the first step.
@@ -380,9 +381,10 @@ class GuardedOptimizer(SavableOptimizer):
         return scaling.signals(stacked(losses, self._device), tuple(losses))
 
     def _current_policy(self) -> Policy:
-        """Returns the policy with the current limits of the param groups."""
+        """Returns the policy with the current limits of the param groups and `nonfinite`."""
         now = limits(self.param_groups, self.clip_scope, self.max_norm)
-        if now != self._limits:
+        if now != self._limits or self.nonfinite != self._policy.nonfinite:
+            check_choice("nonfinite", self.nonfinite, MODES)
             if 0.0 in now:
                 warn_of_zero("max_norm")
             limited, rules = self._stepper.applicable(now, tuple(self.rules.values()))

@@ -70,6 +70,13 @@ def test_a_positional_max_norm():
     assert list(inspect.signature(GuardedOptimizer).parameters)[:2] == ["optimizer", "max_norm"]
 
 
+def test_an_unknown_keyword():
+    with pytest.raises(TypeError, match=r"no argument 'max_nrom'; did you mean 'max_norm'"):
+        GuardedOptimizer(sgd(new_parameters()), max_nrom=1.0)
+    with pytest.raises(TypeError, match=r"no argument 'xyz'; valid are optimizer, max_norm"):
+        GuardedOptimizer(sgd(new_parameters()), xyz=1.0)
+
+
 def test_names_of_other_parameters():
     model, other = nn.Linear(2, 1), nn.Linear(2, 1)
     exhausted = model.named_parameters()

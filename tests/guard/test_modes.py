@@ -169,3 +169,26 @@ def test_a_large_finite_gradient_is_clipped_and_not_called_nonfinite():
     opt.step()
     torch.testing.assert_close(p.detach(), torch.full((2,), -math.sqrt(0.5)))
     assert opt.records()[0].reason is None
+
+
+def test_an_assigned_mode_applies_from_the_next_step_on():
+    p, opt = one(3.0, NAN, max_norm=1.0)
+    opt.step()
+    opt.nonfinite = "zero"
+    p.grad = torch.tensor([3.0, NAN])
+    opt.step()
+    opt.nonfinite, opt.max_norm = "propagate", None
+    p.grad = torch.tensor([2.0, NAN])
+    opt.step()
+    assert [record.action for record in opt.records()] == ["skipped", "sanitized", "applied"]
+    assert p[0].item() == pytest.approx(-3.0) and p[1].isnan()
+    opt.nonfinite = "raise"
+    p.grad = torch.tensor([2.0, NAN])
+    with pytest.raises(NonFiniteGradError):
+        opt.step()
+    opt.nonfinite = "other"
+    with pytest.raises(ValueError, match="nonfinite='other' is unknown; use one of skip"):
+        opt.step()
+    opt.nonfinite = "skip"
+    opt.step()
+    assert opt.skipped_steps == 2 and p[0].item() == pytest.approx(-3.0)

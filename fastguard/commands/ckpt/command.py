@@ -1,9 +1,5 @@
 """Verifies checkpoints and rolls back to a good one.
 
-  fastguard ckpt list PATH...      list checkpoints: step, epoch, metric, verdict
-  fastguard ckpt verify PATH...    read everything: checksums, and NaN or Inf by tensor
-  fastguard ckpt rollback PATH     resume from the last good checkpoint
-
 PATH is the directory of a CheckpointStore, a .pt, .pth, .ckpt, .bin or .safetensors file, or a
 folder of such files; verify includes subfolders. Files are never unpickled. A rollback keeps a copy
 of the file that it replaces.
@@ -45,8 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(
         dest="action", metavar="list|verify|rollback", parser_class=Parser
     )
-    listing = actions.add_parser("list", help="list checkpoints")
-    verify = actions.add_parser("verify", help="read everything; exit status 1 if anything is bad")
+    listing = actions.add_parser("list", help="list checkpoints: step, epoch, metric, verdict")
+    verify = actions.add_parser(
+        "verify", help="read everything: checksums, NaN and Inf; exit status 1 if anything is bad"
+    )
     rollback = actions.add_parser("rollback", help="go back to the last good checkpoint")
     for action in (listing, verify):
         action.add_argument(
