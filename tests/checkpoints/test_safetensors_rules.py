@@ -41,6 +41,11 @@ REFUSED = {
     "NaN": (b'{"a":NaN}', 0, "not a safetensors header"),
     "UTF-16": ('{"a":{}}'.encode("utf-16"), 0, "not a safetensors header"),
     "a lone surrogate": (b'{"\\ud800":{}}', 0, "not a safetensors header"),
+    "a lone surrogate in a value": (
+        b'{"__metadata__":{"a":"\\ud800"}}',
+        0,
+        "not a safetensors header",
+    ),
     "a list": (b"[]", 0, "is not a JSON object"),
 }
 

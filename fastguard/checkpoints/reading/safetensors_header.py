@@ -97,6 +97,8 @@ def json_without_doubles(raw: bytes) -> dict[str, Any]:
     )
     if not isinstance(found, dict):
         raise DamagedFile("it is not a JSON object")
+    if b"\\u" in raw:
+        json.dumps(found, ensure_ascii=False).encode()  # a lone surrogate is not text
     return found
 
 
@@ -110,8 +112,6 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                     f"the name {name:.200} appears twice, which readers handle differently"
                 )
             seen.add(name)
-    for name in found:
-        name.encode()  # a lone surrogate is not text
     return found
 
 
