@@ -87,7 +87,7 @@ class Folder:
         self.peers = peers
         self._pid = os.getpid()
         self._closed = False
-        self._not_adopted: set[str] = set()
+        self.unreadable: dict[str, str] = {}  # why, by name; files that the manifest lacks
         self._release: Callable[[], object] | None = None
         self._manifest = peers.first(
             self._open_read_only if read_only else lambda: self._open(mode, ignore)
@@ -336,7 +336,7 @@ class Folder:
             seen = archive.report_on(self.path / name, Peers())
             entry = from_json({**(seen.header or {}), "serial": serial, "file": name})
         except (CheckpointError, OSError, TypeError, ValueError) as error:
-            self._not_adopted.add(name)
+            self.unreadable[name] = str(error)
             log.warning("%s is ignored, since it cannot be read: %s", name, error)
             return replace(found, next_serial=max(found.next_serial, serial + 1))
         entry = self._with_report(entry, seen, found.ignore)
@@ -350,7 +350,7 @@ class Folder:
         self._match_files_to_manifest()
         found = self._manifest
         known = {e.file for e in (*found.entries, *found.replaced)}
-        known |= {*self._not_adopted, *found.removing}
+        known |= {*self.unreadable, *found.removing}
         for serial, name in _files(self.path):
             if name not in known:
                 found = self._with_found(found, serial, name)

@@ -28,7 +28,7 @@ class IndexCheck:
     Attributes:
         n_tensors: Number of tensors in the index.
         files: Files named by the index that exist, by name.
-        problems: What is missing, one line per problem.
+        problems: What is missing or cannot be read, one line per problem.
     """
 
     n_tensors: int
@@ -43,8 +43,6 @@ def is_index(path: Path) -> bool:
 
 def check_index(path: Path) -> IndexCheck:
     """Compares an index with the headers of the files it names; reads no tensors.
-
-    Unreadable files are not reported here, but when they are read.
 
     Raises:
         DamagedFile: The file is not an index, or names a file outside its folder.
@@ -63,7 +61,10 @@ def check_index(path: Path) -> IndexCheck:
         there.append(beside)
         try:
             held = _names_in(beside)
-        except (CheckpointError, OSError):
+        except (CheckpointError, OSError) as error:
+            why = error.strerror if isinstance(error, OSError) else str(error)
+            why = str(why).removeprefix(f"{beside}: ")
+            problems.append(f"{file} cannot be read, with {_listed(tensors)}: {why}")
             continue
         lacking = [tensor for tensor in tensors if tensor not in held]
         if lacking:

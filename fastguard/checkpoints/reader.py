@@ -75,6 +75,10 @@ class StoreView:
         """Returns the checkpoints set aside by the latest rollback, oldest first."""
         return self._folder.manifest.replaced
 
+    def unreadable(self) -> dict[str, str]:
+        """Returns, by name, why files could not be read when the manifest was rebuilt from them."""
+        return dict(self._folder.unreadable)
+
     def last(self) -> Entry | None:
         """Returns the newest checkpoint, clean or not."""
         return next(reversed(self.list()), None)

@@ -128,6 +128,20 @@ def test_names_in_it_are_printed_as_text(index, capsys):
     assert status == 1 and "\x1b" not in out and "\nok" not in out.replace("\nok  ", "")
 
 
+@pytest.mark.parametrize("whole", ["folder", "index"])
+@pytest.mark.parametrize("kind", ["folder", "text", "itself"])
+def test_a_file_that_cannot_be_read_is_no_file_that_holds_a_tensor(index, capsys, whole, kind):
+    """Not even if its name is not that of a checkpoint, so that nothing else reports it."""
+    name = index.name if kind == "itself" else "part"
+    change(index, tail=name)
+    if kind == "folder":
+        (index.parent / name).mkdir()
+    elif kind == "text":
+        (index.parent / name).write_text("version https://git-lfs.example/spec/v1")
+    status, out, _ = ckpt(capsys, "verify", index.parent if whole == "folder" else index)
+    assert status == 1 and f"BAD  {index}: {name} cannot be read, with tail: " in out
+
+
 def test_a_pipe_is_not_waited_for(index, capsys):
     second(index).unlink()
     os.mkfifo(second(index))

@@ -19,8 +19,8 @@ NAN = float("nan")
 class Storage:
     """Is pickled as a reference to a storage."""
 
-    def __init__(self, key, n, *view, kind=torch.FloatStorage):
-        self.id = ("storage", kind, key, "cpu", n, *view)
+    def __init__(self, key, n, *view, kind=torch.FloatStorage, device="cpu"):
+        self.id = ("storage", kind, key, device, n, *view)
 
 
 class Tensor:
@@ -163,6 +163,14 @@ def test_an_archive_has_no_views(tmp_path, view):
         inspect(path)
 
 
+def test_a_device_that_is_not_text(tmp_path):
+    path = archive(tmp_path / "x.pt", [tensor(Storage("0", 4, device=7), 0, 4)], **VALUES)
+    with pytest.raises(TypeError, match="expected string"):
+        loaded(path)
+    with pytest.raises(DamagedFile, match="invalid device"):
+        inspect(path)
+
+
 def test_a_version_that_torch_refuses(tmp_path):
     path = legacy(tmp_path / "x.pt", [tensor(Storage("0", 1, None), 0, 1)], {"0": [1]}, 1002)
     with pytest.raises(RuntimeError, match="Invalid protocol version"):
@@ -187,4 +195,15 @@ def test_an_alignment_that_is_not_a_number(tmp_path):
     with pytest.raises(ValueError, match="invalid literal"):
         loaded(path)
     with pytest.raises(DamagedFile, match=r"\.storage_alignment is not a number"):
+        inspect(path)
+
+
+@pytest.mark.parametrize(
+    "key", [b"}", b"]", b"c__builtin__\nset\n]\x85R"], ids=["dict", "list", "set"]
+)
+def test_a_key_that_no_reader_can_use(tmp_path, key):
+    path = archive(tmp_path / "x.pt", b"\x80\x02}" + key + b"Ns.")
+    with pytest.raises(TypeError, match="unhashable"):
+        loaded(path)
+    with pytest.raises(DamagedFile, match=r"TypeError: a (list|dict) as a key"):
         inspect(path)

@@ -285,6 +285,9 @@ ARRAYS = {
     "half": np.array([1, NAN], dtype=np.float16),
     "fortran": np.asfortranarray([[1, NAN], [1, 1]]),
     "matrix": np.asmatrix([[1, NAN]]),
+    "a complex64": np.complex64(complex(NAN, 1)),
+    "a clongdouble": np.clongdouble(complex(0, NAN)),
+    "a structured scalar": np.array([(1, NAN)], dtype="i4,f4")[0],
 }
 UNREAD = {
     "objects": np.array([NAN, None, "a"], dtype=object),

@@ -254,7 +254,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "collections.deque": _list,
     "builtins.getattr": attribute,
     "builtins.set": _list,  # elements may be unhashable stand-ins
-    "builtins.frozenset": _list,
+    "builtins.frozenset": lambda items=(): tuple(items),
     "builtins.bytearray": _bytearray,
     "builtins.bytes": _bytearray,
     "builtins.complex": lambda *parts: StandIn("builtins.complex", *parts),

@@ -233,10 +233,12 @@ class InertUnpickler(BoundedReader):
         view: Any = None
         if self._has_views:
             *pid, view = pid
-        _, storage_type, key, _location, n_stored = pid
+        _, storage_type, key, location, n_stored = pid
         name, start, n = (None, 0, n_stored) if view is None else view
         if not isinstance(storage_type, StorageType) or not isinstance(key, str | int):
             raise DamagedFile("the file refers to a storage by an invalid name")
+        if not isinstance(location, str | bytes):
+            raise DamagedFile("the file refers to a storage on an invalid device")
         if not isinstance(name, str | int | None):
             raise DamagedFile("the file refers to a part of a storage by an invalid name")
         if not all(type(value) is int and 0 <= value < 2**63 for value in (n, start, n_stored)):
@@ -321,7 +323,7 @@ _HANDLERS: dict[bytes, Handler] = {
     pickle.SHORT_BINBYTES: _reads("<B", lambda m, n: m._push(m._raw(n))),
     pickle.BINBYTES8: _reads("<Q", lambda m, n: m._push(m._raw(n))),
     pickle.BYTEARRAY8: _reads("<Q", lambda m, n: m._push(m._raw(n))),
-    # containers; a set becomes a list, since its items may be unhashable
+    # containers; a set becomes a list and a frozenset a tuple, since items may be unhashable here
     pickle.EMPTY_TUPLE: lambda m: m._push(()),
     pickle.TUPLE1: lambda m: m._tuple(1),
     pickle.TUPLE2: lambda m: m._tuple(2),
@@ -333,7 +335,7 @@ _HANDLERS: dict[bytes, Handler] = {
     pickle.APPENDS: lambda m: m._append(m._since_mark()),
     pickle.EMPTY_SET: lambda m: m._made([]),
     pickle.ADDITEMS: lambda m: m._append(m._since_mark()),
-    pickle.FROZENSET: lambda m: m._made(m._since_mark()),
+    pickle.FROZENSET: lambda m: m._made(tuple(m._since_mark())),
     pickle.EMPTY_DICT: lambda m: m._made({}),
     pickle.DICT: lambda m: m._made(dict_of(m._since_mark())),
     pickle.SETITEM: M._set_one,

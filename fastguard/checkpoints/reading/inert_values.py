@@ -97,7 +97,7 @@ class InertDict(dict[Any, Any]):
 
 
 class OpaqueKey:
-    """A dict key that is not hashed: a set, an object, a deeply nested tuple, a huge number.
+    """A dict key that is not hashed: an object, a deeply nested tuple, a huge number.
 
     Attributes:
         tensor: The key, if it is a tensor; else None.
@@ -155,8 +155,14 @@ def kind_of(value: Any) -> str:
 
 
 def plain_key(key: Any) -> Any:
-    """Returns the key if hashing it is cheap and safe; else a key hashed by identity."""
+    """Returns the key if hashing it is cheap and safe; else a key hashed by identity.
+
+    Raises:
+        TypeError: No reader can use the key.
+    """
     kind = type(key)
+    if issubclass(kind, list | dict):
+        raise TypeError(f"a {kind.__name__} as a key")
     if kind in (str, bool, type(None), float, torch.dtype, StandIn, Name):
         return key
     if kind is int:

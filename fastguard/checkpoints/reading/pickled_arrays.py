@@ -193,13 +193,14 @@ def _tensors(values: np.ndarray) -> Iterator[Tensor]:
 
 
 def numpy_scalar(dtype: Any, raw: Any = None) -> Any:
-    """Returns the value of a numpy scalar; None if Python has no such number."""
-    if not isinstance(dtype, NumpyDtype) or dtype.plain is None or not isinstance(raw, bytes):
+    """Returns the value of a numpy scalar; as an array if Python has no such number."""
+    if not isinstance(dtype, NumpyDtype):
         return None
-    if dtype.plain.names is not None or dtype.plain.itemsize > 16 or dtype.plain.kind not in "biuf":
-        return None
-    found = np.frombuffer(raw, dtype.plain, count=1)[0]
-    return float(found) if dtype.plain.kind == "f" else found.item()
+    plain = dtype.plain
+    if plain is None or plain.kind not in "biuf" or not isinstance(raw, bytes):
+        return array_from_buffer(raw, dtype, ())
+    found = np.frombuffer(raw, plain, count=1)[0]
+    return float(found) if plain.kind == "f" else found.item()
 
 
 def array_from_buffer(buffer: Any, dtype: Any, shape: Any, _order: Any = "C", *_: Any) -> Any:

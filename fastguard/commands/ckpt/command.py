@@ -284,6 +284,9 @@ def _verify_found(found: finding.Found, ignore: Sequence[str], answer: Answer) -
 def _verify_store(path: Path, ignore: Sequence[str], answer: Answer) -> int:
     status = FINE
     with CheckpointStore(path, read_only=True) as store:
+        for name, why in store.unreadable().items():
+            problem = foreign.without_name(path / name, why)
+            status = _report(answer, path / name, problem, (), 0)
         for check in store.verify():
             entry = check.entry
             bad = not_ignored(entry.bad, ignore)

@@ -270,3 +270,16 @@ def test_a_run_resumes_after_a_rollback_by_the_command(tmp_path):
         resumed = LongRun.resumed(opened, "last")
     assert resumed.step == 4
     assert_same_bits(resumed.advance(6).everything(), expected)
+
+
+def test_a_checkpoint_that_a_lost_manifest_cannot_be_rebuilt_from_is_bad(store, capsys):
+    (store / "manifest.json").unlink()
+    files = sorted(store.glob("step-*.pt"))
+    files[0].write_bytes(files[0].read_bytes()[:-100])
+    assert main(["ckpt", "verify", str(store)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"BAD  {files[0]}: ") and "directory" in lines[0]
+    assert any(line.startswith("ok   ") for line in lines[1:])
+    for file in files[1:]:
+        file.unlink()
+    assert main(["ckpt", "verify", str(store)]) == 1
