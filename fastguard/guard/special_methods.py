@@ -65,5 +65,5 @@ def _delegating(name: str) -> Callable[..., Any]:
     return method
 
 
-def _blank(kind: type) -> Any:
+def _blank(kind: Any) -> Any:
     return kind.__new__(kind)

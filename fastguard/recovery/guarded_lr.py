@@ -66,7 +66,6 @@ class GuardedLR(LRScheduler):
 
     Attributes:
         schedule: The wrapped scheduler.
-        floor: Lower bound of the learning rate of each param group.
         backoffs: Number of back-offs in force.
         clean_steps: Steps applied in a row since the last incident, back-off or recovery.
         applied_steps: Number of applied steps, which the warm-up counts.
@@ -105,7 +104,7 @@ class GuardedLR(LRScheduler):
         for group in self._groups:
             LR.read(group)  # raises if there is no learning rate to schedule
         self.schedule: LRScheduler | ReduceLROnPlateau = schedule_of(schedule)
-        self.floor: list[float] = []
+        self._floor: list[float] = []
         self._given_floor = floor
         self.backoff: float = float(backoff)
         self.recovery = recovery
@@ -126,10 +125,20 @@ class GuardedLR(LRScheduler):
         self._start_lr: list[float] = []
         self._start_momentum: list[float] = []
         self._register_groups()
-        if any(not f >= 0 for f in self.floor):
+        if any(not f >= 0 for f in self._floor):
             raise ValueError(f"floor={floor!r} must be >= 0")
         self._set()
         hook_weakly(self.optimizer.register_step_pre_hook, self._follow)
+
+    @property
+    def floor(self) -> list[float]:
+        """Lower bound of the learning rate of each param group; its entries may be assigned."""
+        self._register_groups()  # a group may have been added since the last step
+        return self._floor
+
+    @floor.setter
+    def floor(self, floor: list[float]) -> None:
+        self._floor = floor
 
     @property
     def backoff_factor(self) -> float:
@@ -364,7 +373,7 @@ class GuardedLR(LRScheduler):
             return
         # Assigned to the end of each list, and `_lr` last, so that it can be repeated after an
         # interrupt.
-        self.floor[before:] = one_each("floor", self._given_floor, before, n)
+        self._floor[before:] = one_each("floor", self._given_floor, before, n)
         if self.warmup is not None:
             self._start_lr[before:] = one_each("Warmup lr", self.warmup.lr, before, n)
             if self.warmup.momentum is not None:
@@ -378,7 +387,7 @@ class GuardedLR(LRScheduler):
             log.info(
                 "GuardedLR: param group %d joins with lr %g and floor %g; assign to lr.floor[%d] "
                 "to change its floor",
-                n - 1, self._lr.scheduled[-1], self.floor[-1], n - 1,
+                n - 1, self._lr.scheduled[-1], self._floor[-1], n - 1,
             )  # fmt: skip
 
     def _show(self) -> None:
@@ -399,8 +408,8 @@ class GuardedLR(LRScheduler):
             lr = wanted = scheduled * factor
             if share < 1.0:
                 lr = self._start_lr[i] + (wanted - self._start_lr[i]) * share
-            rates.append(max(self.floor[i], lr))  # NaN becomes the floor
-            clamped |= wanted < self.floor[i]
+            rates.append(max(self._floor[i], lr))  # NaN becomes the floor
+            clamped |= wanted < self._floor[i]
         momenta: list[float | None] = []
         if self._start_momentum:
             pairs = zip(self._start_momentum, self._momentum.scheduled, strict=True)
@@ -419,6 +428,6 @@ class GuardedLR(LRScheduler):
             log.warning(
                 "GuardedLR: clamped lr %s to floor %s",
                 [f"{lr * factor:.3g}" for lr in self._lr.scheduled],
-                self.floor,
+                self._floor,
             )
         self.held_at_floor += 1

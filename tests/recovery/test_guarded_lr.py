@@ -353,6 +353,17 @@ def test_an_added_group_uses_the_last_entry_of_per_group_arguments(
     assert opt.param_groups[2]["lr"] == 0.3
 
 
+def test_the_floor_of_a_new_group_can_be_set_before_the_next_step() -> None:
+    opt = guarded(n_groups=2)
+    lr = GuardedLR(opt, floor=[0.0, 0.05])
+    for floor in (0.3, 0.4):
+        opt.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.1})
+        lr.floor[-1] = floor
+    play(opt, lr, [GOOD])
+    assert [g["lr"] for g in opt.param_groups] == [1.0, 1.0, 0.3, 0.4]
+    assert lr.floor == [0.0, 0.05, 0.3, 0.4]
+
+
 def test_several_groups_join_at_once_and_one_after_the_other() -> None:
     opt = guarded()
     schedule = CosineAnnealingLR(opt, T_max=10)
