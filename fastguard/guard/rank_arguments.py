@@ -11,7 +11,7 @@ from torch import Tensor
 from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.guard.clip_scope import limits
 from fastguard.guard.compiled_step import CompiledStep
-from fastguard.guard.watch.replica_drift import checksum
+from fastguard.guard.watch.replica_drift import sum_of_words
 from fastguard.ranks.agreement import COUNTS, Place
 from fastguard.ranks.dtensors import local_parts
 
@@ -97,8 +97,8 @@ def _sums_of_replicas(
     if not replicas:
         return sums
     grads = [p if p.grad is None else p.grad for p in replicas]
-    cpu = torch.device("cpu")
-    found = [checksum([t], cpu) for t in local_parts([*replicas, *grads])]
+    # Exact sums, since new parameters are often constant: ones, zeros.
+    found = [sum_of_words(t, torch.int64).cpu() for t in local_parts([*replicas, *grads])]
     numbers = torch.stack(found).tolist()
     n = len(replicas)
     for p, values, gradient in zip(replicas, numbers[:n], numbers[n:], strict=True):

@@ -66,8 +66,8 @@ def _real(name: str, value: object) -> Tensor | float:
             return float(value)
         except OverflowError:
             raise ValueError(
-                f"{printable(str(name))} is beyond the largest float; pass float('inf') if it is "
-                "infinite"
+                f"{printable(f'{name}={shown(value)}')} is beyond the largest float; pass "
+                "float('inf') if it is infinite"
             ) from None
     raise TypeError(
         f"{printable(f'{name}={shown(value)}')} is a {kind}; pass a scalar tensor, a number, or a "

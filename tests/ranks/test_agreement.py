@@ -255,7 +255,13 @@ def test_another_order_of_parameters_is_an_error(two: Ranks, case: str, spread: 
 
 
 def unnamed(
-    by_rank: Sequence[str], groups: Sequence[int], scope: str, *, bad: bool = False, drift: int = 0
+    by_rank: Sequence[str],
+    groups: Sequence[int],
+    scope: str,
+    *,
+    bad: bool = False,
+    drift: int = 0,
+    size: int = 2,
 ) -> tuple[str, list[float]]:
     """What the first step says of replicas of one shape without names, else the coefficients.
 
@@ -265,11 +271,12 @@ def unnamed(
         scope: `clip_scope`.
         bad: Whether the first gradient of rank 1 is NaN.
         drift: How many weights of rank 1 differ from those of rank 0.
+        size: The number of elements of each parameter, all equal.
     """
     rank = dist.get_rank()
     made = {}
     for i, letter in enumerate("abc"):
-        made[letter] = parameter(torch.full((2,), 10.0**i))
+        made[letter] = parameter(torch.full((size,), 10.0**i))
         made[letter].data.fill_(0.0 if letter == "c" else float(i))
     for letter in "abc"[: drift * rank]:
         made[letter].data += 0.5
@@ -289,14 +296,16 @@ def unnamed(
     return "", opt.last.clip_coef.tolist()
 
 
-@pytest.mark.parametrize("options", [{}, {"bad": True}, {"drift": 2}], ids=["", "bad", "drift"])
+@pytest.mark.parametrize(
+    "options", [{}, {"bad": True}, {"drift": 2}, {"size": 8192}], ids=["", "bad", "drift", "large"]
+)
 def test_replicas_of_one_shape_without_names_are_told_apart(two: Ranks, options: dict) -> None:
     if options.get("bad"):  # the gradients differ, and "a" and "c" have the same weights
         by_rank = ("abc", "bac")
     else:
         by_rank = ("abc", "cba")
     for message, _ in two.run(unnamed, by_rank, [3], "tensor", **options):
-        assert "parameter 0 is of shape (2,) (checksum of" in message
+        assert f"parameter 0 is of shape ({options.get('size', 2)},) (checksum of" in message
 
 
 def test_groups_of_replicas_without_names_are_told_apart(two: Ranks) -> None:

@@ -69,21 +69,27 @@ def checksum(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 
     Waits for a GPU only to move the sums to another device.
     """
-    sums = [moved(_sum_of_words(t), device) for t in tensors if t.numel()]
+    sums = [moved(sum_of_words(t), device) for t in tensors if t.numel()]
     if not sums:
         return torch.zeros((), dtype=torch.int64, device=device)
     return torch.stack(sums).sum() & WORD
 
 
-def _sum_of_words(t: Tensor) -> Tensor:
-    """Returns the sum of the words of a tensor, int64 `()`, plus up to 3 bytes after the last."""
+def sum_of_words(t: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
+    """Returns the sum of the words of a tensor, int64 `()`, plus up to 3 bytes after the last.
+
+    Args:
+        t: The tensor.
+        dtype: In which the words are summed. int32, the default, is fast and wraps around mod
+            2**32, which makes the sum of 8192 equal words 0 for most constants. int64 is exact.
+    """
     t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
     vector = flat(t.resolve_neg())
     if vector.storage_offset() * vector.itemsize % 4 or not vector.is_contiguous():
         vector = vector.clone(memory_format=torch.contiguous_format)
     data = vector.view(torch.uint8)
     whole = len(data) - len(data) % 4
-    total = data[:whole].view(torch.int32).sum(dtype=torch.int32).long()  # wraps around: mod 2**32
+    total = data[:whole].view(torch.int32).sum(dtype=dtype).long()
     return total if whole == len(data) else total + data[whole:].sum()
 
 
