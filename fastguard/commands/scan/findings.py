@@ -11,6 +11,7 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 from fastguard.commands.scan import huggingface
 from fastguard.commands.scan.bare import Bare
@@ -105,7 +106,15 @@ class Findings:
         self._without_step = stretch if self.dicts and self.place.step is None else None
 
     def _begin(self, number: int, line: bytes, dialect: str) -> Stretch:
-        stretch = Stretch(
+        self.stretch = stretch = self._new_stretch(number, dialect)
+        self.found.n_stretches += 1
+        if len(self.found.stretches) < KEPT:
+            stretch.excerpt = _excerpt(text_of(line[: 8 * EXCERPT]))
+            self.found.stretches.append(stretch)
+        return stretch
+
+    def _new_stretch(self, number: int, dialect: str) -> Stretch:
+        return Stretch(
             dialect=dialect,
             first_line=number,
             last_line=number,
@@ -115,12 +124,6 @@ class Findings:
             values=Counter(),
             excerpt="",
         )
-        self.stretch = stretch
-        self.found.n_stretches += 1
-        if len(self.found.stretches) < KEPT:
-            stretch.excerpt = _excerpt(text_of(line[: 8 * EXCERPT]))
-            self.found.stretches.append(stretch)
-        return stretch
 
     def end_run(self) -> None:
         """Adds the lines of the current run to the stretch."""
@@ -225,20 +228,97 @@ class Findings:
         for i in mentions:
             self.mention(rows.numbers[i], rows.text(i).encode(errors="replace"))
         self._budget.spend(sum(PLACED + VALUE * len(rows.bad[i]) for i in bad))
-        for i in bad:
+        at = 0
+        while at < len(bad):
+            i = bad[at]
             self._again_finite(rows, begin, i)
-            place = rows.place(i)
-            if place.epoch is None and begin < i:  # the previous row may be more specific
-                self.place = rows.place(i - 1).within(self.place)
-            self.place = place.within(self.place)
+            if self._is_not_kept():
+                begin = self._count_rows(rows, begin, bad[at:])
+                break
+            if n := self._extend(rows, begin, bad, at):
+                at, begin = at + n, bad[at + n - 1] + 1
+                continue
+            self._move_to(rows, begin, i)
             text = rows.text(i) if self._needs_excerpt() else ""
             self.bad(
                 rows.numbers[i], text.encode(errors="replace"), rows.dialect, tuple(rows.bad[i])
             )
             self._add_step()
-            begin = i + 1
+            at, begin = at + 1, i + 1
         self._again_finite(rows, begin, end)
         self.place = rows.place(end - 1).within(self.place)
+
+    def _extend(self, rows: Rows, begin: int, bad: Sequence[int], at: int) -> int:
+        """Adds the bad rows from index `at` on that continue the stretch; returns their number.
+
+        The first rows of a stretch are added individually, since their steps are kept.
+        """
+        stretch = self.stretch
+        if stretch is None or rows.batches or stretch.last.batch is not None:
+            return 0
+        if rows.steps and len(stretch.steps) < STEPS:
+            return 0
+        wanted, first, n = _epoch(stretch.first), begin, at
+        epoch = self.place.epoch
+        for i in islice(bad, at, None):
+            found = rows.epoch(i)
+            if found is None and begin < i:
+                found = rows.epoch(i - 1)
+            found = epoch if found is None else found
+            other = (None if found is None else math.floor(found)) != wanted
+            if other or (n > at and rows.measured.find(1, begin, i) >= 0):
+                break
+            n, begin, epoch = n + 1, i + 1, found
+        if n == at:
+            return 0
+        last = rows.place(bad[n - 1])
+        sparse = last.step is None and self.place.step is not None
+        self.place = self.place._replace(epoch=epoch)
+        for i in bad[at:n] if sparse else bad[n - 1 : n]:
+            self._move_to(rows, first, i)
+        self.found.n_bad += n - at
+        stretch.n_lines += n - at
+        stretch.last_line, stretch.last = rows.numbers[bad[n - 1]], self.place
+        for values, m in Counter([tuple(rows.bad[i]) for i in bad[at:n]]).items():
+            stretch.count(values, m)
+        self._without_step = stretch if self.dicts and self.place.step is None else None
+        return n - at
+
+    def _move_to(self, rows: Rows, begin: int, i: int) -> None:
+        """Sets the place to that of a row; `begin` is the first row after the last one read."""
+        place = rows.place(i)
+        if place.epoch is None and begin < i:  # the previous row may be more specific
+            self.place = rows.place(i - 1).within(self.place)
+        self.place = place.within(self.place)
+
+    def _is_not_kept(self) -> bool:
+        """Whether the next bad line belongs to a stretch that is only counted."""
+        kept = self.found.stretches
+        return len(kept) == KEPT and (self.stretch is None or self.stretch is not kept[-1])
+
+    def _count_rows(self, rows: Rows, begin: int, bad: Sequence[int]) -> int:
+        """Counts bad rows whose stretches are not kept; returns the end of the last one."""
+        first, stretch, n = begin, self.stretch, 0
+        ends = stretch is not None and stretch.dialect == rows.dialect
+        opened = None if stretch is None else (_epoch(stretch.first),)
+        epoch, now = self.place.epoch, _epoch(self.place)
+        for i in bad:
+            found = rows.epoch(i)
+            if found is None and begin < i:
+                found = rows.epoch(i - 1)
+            if found is not None:
+                epoch, now = found, math.floor(found)
+            again_finite = ends and rows.measured.find(1, begin, i) >= 0
+            if again_finite or opened is None or opened[0] != now:
+                n, opened, ends = n + 1, (now,), True
+            begin = i + 1
+        self.place = self.place._replace(epoch=epoch)
+        self._move_to(rows, first, begin - 1)
+        self.found.n_bad += len(bad)
+        self.found.n_stretches += n
+        if n:
+            self.stretch = self._new_stretch(rows.numbers[begin - 1], rows.dialect)
+        return begin
 
     def _again_finite(self, rows: Rows, begin: int, end: int) -> None:
         """Ends the stretch if a row in this range has finite measurements."""

@@ -78,15 +78,18 @@ def rows_of(
     if len(said) > 1 and any(one[:1] != (False,) for one in said):
         columns.odd.update(range(len(objects)))  # objects may inherit parts of their places
     return Rows(
-        json_lines.NAME,
-        numbers,
-        place,
-        text,
-        columns.joined(),
-        columns.bad,
-        columns.measured,
-        (),
-        columns.odd,
+        dialect=json_lines.NAME,
+        numbers=numbers,
+        place=place,
+        epoch=lambda i: place(i).epoch,
+        batches=any(named is None or named[1] is not None for named in places.values()),
+        steps=any(named is None or named[2] is not None for named in places.values()),
+        text=text,
+        columns=columns.joined(),
+        bad=columns.bad,
+        measured=columns.measured,
+        mentions=(),
+        odd=columns.odd,
     )
 
 

@@ -20,6 +20,8 @@ class Rows(NamedTuple):
         dialect: Dialect of the rows.
         numbers: Their line numbers.
         place: Returns the place that the row at an index names.
+        epoch: Returns the epoch of the row at an index, faster than `place`.
+        batches, steps: Whether a row may name a batch or a step.
         text: Returns the text of the row at an index.
         columns: Finite values of each judged series, by name.
         bad: NaN and Inf values, by row.
@@ -31,6 +33,9 @@ class Rows(NamedTuple):
     dialect: str
     numbers: Sequence[int]
     place: Callable[[int], Place]
+    epoch: Callable[[int], float | None]
+    batches: bool
+    steps: bool
     text: Callable[[int], str]
     columns: dict[str, Column]
     bad: dict[int, list[Value]]

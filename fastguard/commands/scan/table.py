@@ -14,10 +14,11 @@ from __future__ import annotations
 import csv
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
-from fastguard.commands.scan.columns import NAMED_BY, is_place, place_of
+from fastguard.commands.scan.columns import KINDS, NAMED_BY, is_place, kind_of, place_of
 from fastguard.commands.scan.json_lines import number_of, parse
 from fastguard.commands.scan.lines import text_of
 from fastguard.commands.scan.reading import NOWHERE, Place, Reading
@@ -146,8 +147,8 @@ class Table:
         n = len(cells) // k
         finite = not _has_word(rows.lower())
         columns: dict[str, Column] = {}
-        bad: dict[int, list[Value]] = {}
-        bad_at: dict[int, set[int]] = {}
+        bad: defaultdict[int, list[Value]] = defaultdict(list)
+        bad_at: defaultdict[int, set[int]] = defaultdict(set)
         mentions, odd = set(), set()
         for j, name in enumerate(self._names):
             column = cells[j::k]
@@ -155,56 +156,66 @@ class Table:
                 columns[name] = _numbers(column)
             if finite or not _has_word(b"\n".join(column).lower()):
                 continue
-            for i, cell in enumerate(column):
-                if (
-                    cell[-1:].isdigit()
-                    or (found := _nonfinite(name, text_of(cell).strip())) is None
-                ):
-                    continue
+            for i, found in _words(name, column):
                 if found is _SENTENCE and not self._has_place(
                     [cell.strip().decode(errors="replace") for cell in cells[i * k : i * k + k]]
                 ):
                     odd.add(i)
-                elif found in (_SENTENCE, _BOUND) or self._places[j]:
+                elif found is _SENTENCE or found is _BOUND or self._places[j]:
                     mentions.add(i)
                 else:
-                    bad.setdefault(i, []).append(found)
-                    bad_at.setdefault(i, set()).add(j)
-
+                    bad[i].append(found)
+                    bad_at[i].add(j)
         for i in odd:
             bad.pop(i, None)
             bad_at.pop(i, None)
+        mentions -= bad.keys() | odd
 
         def place(i: int) -> Place:
             return place_of(
                 (name, cells[i * k + j].decode().strip()) for j, name in self._places_at
             )
 
+        epochs: dict[tuple[bytes, ...], float | None] = {}
+        epoch_at = [j for j, name in self._places_at if kind_of(name) is KINDS[0]]
+
+        def epoch(i: int) -> float | None:
+            key = tuple([cells[i * k + j] for j in epoch_at])
+            if key not in epochs:
+                epochs[key] = place(i).epoch
+            return epochs[key]
+
         each = rows.split(b"\n")
-
         measured = bytearray(n)
-
-        def is_number(i: int, j: int) -> bool:
-            return i not in odd and cells[i * k + j].rstrip()[-1:].isdigit()
-
-        for i in self._again_good(n, bad_at, is_number):
+        for i in self._again_good(cells, bad_at, odd):
             measured[i] = 1
-        mentioned = sorted(mentions - bad.keys() - odd)
         return Rows(
-            NAME, numbers, place, lambda i: text_of(each[i]), columns, bad, measured, mentioned, odd
+            dialect=NAME,
+            numbers=numbers,
+            place=place,
+            epoch=epoch,
+            batches=any(kind_of(name) is KINDS[1] for _, name in self._places_at),
+            steps=any(kind_of(name) is KINDS[2] for _, name in self._places_at),
+            text=lambda i: text_of(each[i]),
+            columns=columns,
+            bad=dict(bad),
+            measured=measured,
+            mentions=sorted(mentions),
+            odd=odd,
         )
 
     def _again_good(
-        self, n: int, bad_at: Mapping[int, set[int]], is_number: Callable[[int, int], bool]
+        self, cells: Sequence[bytes], bad_at: Mapping[int, set[int]], odd: set[int]
     ) -> Iterator[int]:
         """The rows in which a bad column holds a number again."""
-        begin = 0
-        for end in (*sorted(bad_at), n):
-            if self._bad:
-                good = (i for i in range(begin, end) if any(is_number(i, j) for j in self._bad))
-                if (i := next(good, None)) is not None:
+        begin, k = 0, len(self._names)
+        for end in (*sorted(bad_at), len(cells) // k):
+            for i in range(begin, end) if self._bad else ():
+                row = cells[i * k : i * k + k]
+                if i not in odd and any([row[j].rstrip()[-1:].isdigit() for j in self._bad]):
                     self._bad.clear()
                     yield i
+                    break
             self._bad |= bad_at.get(end, set())
             begin = end + 1
 
@@ -244,6 +255,18 @@ class Table:
             if place
         )
         return Reading(NAME, place, tuple(bad), bool(bad) or again_good, None, numbers)
+
+
+def _words(name: str, column: Sequence[bytes]) -> Iterator[tuple[int, Value]]:
+    """The rows of a column that hold NaN or Inf, and what they hold."""
+    known: dict[bytes, Value | None] = {}
+    for i, cell in enumerate(column):
+        if cell[-1:].isdigit():
+            continue
+        if cell not in known:
+            known[cell] = _nonfinite(name, text_of(cell).strip())
+        if (value := known[cell]) is not None:
+            yield i, value
 
 
 def _has_word(lower: bytes) -> bool:

@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-from fastguard.commands.scan import bare, json_lines, objects
+from fastguard.commands.scan import bare, findings, json_lines, objects
 from fastguard.commands.scan.json_lines import JsonLines
 from fastguard.commands.scan.output import as_dict
 from fastguard.commands.scan.scanner import scan_log
@@ -130,3 +130,35 @@ def test_truncated_lines_do_not_slow_down_the_others(broken: int, monkeypatch) -
     found = scan_log(io.BytesIO(text.encode()))
     assert found.n_lines == 5000
     assert sum(sizes) < 20 * len(text)  # a try of all that follow for each line: 500
+
+
+def _random_rows(seed: int) -> tuple[str, str]:
+    """The same random rows with NaN as CSV and as JSON lines."""
+    rng = random.Random(seed)
+    share = rng.choice([0.05, 0.5, 1.0])
+    names = ["epoch", "step", "loss", "val_loss"][seed % 2 :]
+    table, lines = ",".join(names) + "\n", ""
+    for i in range(2000):
+        row: dict[str, object] = {"epoch": i // 40, "step": i}
+        for name in ("loss", "val_loss"):
+            row[name] = rng.choice(["nan", "inf"]) if rng.random() < share else rng.random()
+        table += ",".join(str(row[name]) for name in names) + "\n"
+        lines += json.dumps({name: row[name] for name in names}) + "\n"
+    return table, lines
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_bad_rows_are_counted_together_as_one_by_one(seed: int, monkeypatch) -> None:
+    for text in _random_rows(seed):
+        found = scan_log(io.BytesIO(text.encode()))
+        with monkeypatch.context() as patch:
+            patch.setattr(findings, "STEPS", 10**9)  # each row is then added individually
+            alone = scan_log(io.BytesIO(text.encode()))
+        for stretch in alone.stretches:
+            del stretch.steps[findings.STEPS :]
+        assert found.stretches == alone.stretches
+        with monkeypatch.context() as patch:
+            patch.setattr(findings, "KEPT", 3)
+            counted = scan_log(io.BytesIO(text.encode()))
+        assert counted.n_stretches == found.n_stretches and counted.n_bad == found.n_bad
+        assert counted.stretches == found.stretches[:3]
