@@ -1,9 +1,9 @@
 """Decides, by name only, which calls in a pickle just make a value; nothing is looked up.
 
 A value type is an enum, a `datetime`, a `partial`, or any class of a package outside the standard
-library. Calls to `os.system`, an unknown function, or a class that opens files are never made here;
-the error warns about `torch.load(weights_only=False)`, which would make them. Some values call
-their arguments (`map`, `starmap`): they are as safe as those arguments.
+library. A call to `os.system`, to an unknown function, or to a class that opens files is never
+made here; the error warns about `torch.load(weights_only=False)`, which would make it. Some types
+call their arguments (`map`, `starmap`), so their arguments are checked in the same way.
 """
 
 from __future__ import annotations
@@ -84,8 +84,7 @@ def check_call(function: Any, arguments: tuple[Any, ...]) -> str:
     while waiting:
         function = waiting.pop()
         if isinstance(function, StandIn) and function.qualified_name == "functools.partial":
-            # Calling a partial calls its function, which is in its arguments or in a state set
-            # later.
+            # The function of a partial is its first argument, or that of its pickled state.
             if id(function) in seen:
                 continue
             functions = [part[0] for part in function.parts if isinstance(part, tuple) and part]
@@ -99,7 +98,7 @@ def check_call(function: Any, arguments: tuple[Any, ...]) -> str:
                 "was executed. Do not load it unless you trust its author"
             )
         called.append(function.qualified_name)
-    return called[0] if called else "functools.partial"  # partials of each other only
+    return called[0] if called else "functools.partial"  # partials that only contain each other
 
 
 def _makes_a_value(qualified: str, arguments: tuple[Any, ...]) -> bool:
@@ -141,7 +140,7 @@ def _is_constructor(name: str) -> bool:
 
 
 def _is_iterator(value: Name | StandIn) -> bool:
-    """Whether a caller iterates over the value instead of calling it."""
+    """Whether a value is an iterator, which `map` and the like iterate over and do not call."""
     if isinstance(value, Name):
         return False
     root, _, _ = value.qualified_name.partition(".")

@@ -61,10 +61,11 @@ def run(folder: Path, guarded: bool) -> Outcome:
     """Trains as the original run did; or diagnoses that run, then trains with the advice applied.
 
     See `Incident.run`. The losses are the classification losses. Facts: `iou` and `accuracy` on
-    held-out images; `weights`, whether they are finite; `steps`, the number taken; `parts` of the
-    last loss; `lr` before each batch and after the last. Guarded only: `found`, the diagnosis of
-    the original run; per batch `counts`, those of the activation guard by module, and
-    `batch_checks`, the result of `check_batch`; `held_at_floor`, see `GuardedLR`.
+    held-out images; `weights`, whether they are finite; `steps`, the number of steps taken;
+    `parts`, those of the last loss; `lr`, the learning rate before each batch and after the last.
+    The guarded run adds `found`, the diagnosis of the original run; `counts`, the counts of the
+    activation guard by module, for each batch; `batch_checks`, the result of `check_batch` for each
+    batch; and `held_at_floor`, see `GuardedLR`.
     """
     with quiet_one_thread():
         found = diagnose(**make()) if guarded else None

@@ -45,8 +45,9 @@ def run(folder: Path, guarded: bool) -> Outcome:
 
     Facts: `files`, the non-finite tensors of each checkpoint by file name; `last`, the name of the
     file to resume from; `accuracy` of its EMA on held-out images; `error`, the message if the run
-    ended early, or None. Guarded only: `entries` of the manifest; and per rollback `rewinds`,
-    `redone` (number of repeated batches), `seconds`, and `lr`, the learning rate after it.
+    ended early, or None. The guarded run adds `entries`, those of the manifest, and lists with one
+    item per rollback: `rewinds`, `redone` (the number of repeated batches), `seconds`, and `lr`
+    (the learning rate after the rollback).
     """
     with quiet_one_thread():
         training = Guarded(folder) if guarded else AsItWas(folder)

@@ -52,9 +52,9 @@ SETTINGS: dict[str, Any] = {
 def run(folder: Path, guarded: bool) -> Outcome:
     """Trains the detector; see `Incident.run`.
 
-    Facts: `epochs`, every epoch begun; `error`, the exception of the trainer; whether `weights`,
-    `statistics` (of BatchNorm), `ema` and `momenta` (of SGD) are finite at the end; `ema_updates`;
-    `lr` and `momentum` at each step taken, by name of the param group.
+    Facts: `epochs`, every epoch begun; `error`, the exception of the trainer; `weights`,
+    `statistics` (of BatchNorm), `ema` and `momenta` (of SGD), whether they are finite at the end;
+    `ema_updates`; `lr` and `momentum` at each step taken, by name of the param group.
     """
     from ultralytics import YOLO
 

@@ -1,9 +1,9 @@
 """E. The averages that turned NaN: a decoder of signed distances and a table of latent codes.
 
 One shape of the validation set has NaN distances, so every validation mean is NaN. The first such
-training batch makes the training mean and every weight NaN. In epoch 5 every batch is bad. Guarded,
-means cover only the finite values and report how many were not finite; decoder and codes each have
-their own clipping limit, read from a file.
+training batch makes the training mean and every weight NaN. In epoch 5 every batch is bad. In the
+guarded run, means cover only the finite values and report how many were not finite; decoder and
+codes each have their own clipping limit, read from a file.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ action = "record"
 def run(folder: Path, guarded: bool) -> Outcome:
     """Trains decoder and codes; see `Incident.run`. The losses are the distance losses.
 
-    Facts: `training` and `validation`, per epoch, the printed mean or, guarded, the `LossSummary`;
-    whether `weights` and `momenta` are finite at the end; `error`, the final mean squared error on
-    the valid validation batches; `arrived`, per step, the gradient norms of decoder and codes that
-    the optimizer received. Guarded only: the `clip_coefs` of both. The curves of the guarded run
-    are in the folder `tensorboard`.
+    Facts: `training` and `validation`, the printed mean of each epoch, or its `LossSummary` in the
+    guarded run; `weights` and `momenta`, whether they are finite at the end; `error`, the final
+    mean squared error on the valid validation batches; `arrived`, the gradient norms of decoder and
+    codes that the optimizer received in each step. The guarded run adds `clip_coefs`, the
+    coefficients of both, and writes its curves to the folder `tensorboard`.
     """
     with quiet_one_thread():
         torch.manual_seed(0)

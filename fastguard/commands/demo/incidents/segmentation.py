@@ -50,11 +50,11 @@ LEARNED = 0.5  # mask IoU; it stays at 0 with a single limit
 def run(folder: Path, guarded: bool) -> Outcome:
     """Trains the U-Net; see `Incident.run`. The losses are the mask losses.
 
-    Facts: whether `weights` and `momenta` are finite at the end; on held-out images, `iou`, the
-    intersection over union of the mask, and `distance_error`, the loss of the distance head;
-    `largest_gradient`, per step taken, the largest element that reached the optimizer, by param
-    group. Guarded only: `clip_coefs` per step, by param group, and `explained`, the
-    `NonFiniteReport` of the first skipped batch.
+    Facts: `weights` and `momenta`, whether they are finite at the end; `iou`, the intersection over
+    union of the mask on held-out images; `distance_error`, the loss of the distance head on these
+    images; `largest_gradient`, the largest element that reached the optimizer in each step taken,
+    by param group. The guarded run adds `clip_coefs`, the coefficients of each step by param group,
+    and `explained`, the `NonFiniteReport` of the first skipped batch.
     """
     with quiet_one_thread():
         torch.manual_seed(0)
