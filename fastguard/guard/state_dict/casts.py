@@ -58,7 +58,7 @@ def _as_saved(key: object, loaded: Any, saved: Any, live: Any) -> Any:
     if isinstance(loaded, dict) and isinstance(saved, Mapping):
         was = live if isinstance(live, Mapping) else {}
         return {k: _as_saved(k, v, saved.get(k), was.get(k)) for k, v in loaded.items()}
-    if isinstance(loaded, list | tuple) and isinstance(saved, list | tuple):
+    if type(loaded) in (list, tuple) and isinstance(saved, list | tuple):
         pairs = zip(loaded, saved, strict=True)
         return type(loaded)(_as_saved(None, v, s, None) for v, s in pairs)
     return loaded

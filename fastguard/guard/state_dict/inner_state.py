@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from fastguard.guard.state_dict import uncastable
 from fastguard.guard.state_dict.casts import take_back_casts
@@ -33,11 +34,17 @@ def load(optimizer: Optimizer, state_dict: Any, check: Callable[[], None]) -> No
     before = _Attributes(optimizer)
     live, groups = optimizer.state, optimizer.param_groups
     seen_by_torch: list[dict[str, Any]] = []
+    hooks: list[RemovableHandle] = []
+
+    def hide(_: Optimizer, adapted: dict[str, Any]) -> dict[str, Any]:
+        seen_by_torch.append(adapted)
+        return uncastable.hide(adapted)
+
     # Optimizers that never called Optimizer.__init__ have no hooks and load differently.
-    hooked = hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks")
-    hook = hooked and optimizer.register_load_state_dict_pre_hook(
-        lambda _, adapted: seen_by_torch.append(adapted)
-    )
+    if hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks"):
+        # After the optimizer's own pre-hooks, and before its post-hooks.
+        hooks.append(optimizer.register_load_state_dict_pre_hook(hide))
+        hooks.append(optimizer.register_load_state_dict_post_hook(uncastable.reveal, prepend=True))
 
     def wrong() -> str | None:
         return misfit(optimizer, live, groups) if saves_as_torch(optimizer) else None
@@ -45,7 +52,7 @@ def load(optimizer: Optimizer, state_dict: Any, check: Callable[[], None]) -> No
     loaded = False
     try:
         try:
-            optimizer.load_state_dict(_shallow(uncastable.hide(optimizer, state_dict)))
+            optimizer.load_state_dict(_shallow(state_dict))
         except (LookupError, TypeError, AttributeError) as error:  # not helpful for users
             why = f"{name} cannot load this state dict: {error!r}; load one that {name} saved"
             raise ValueError(wrong() or why) from error
@@ -53,11 +60,10 @@ def load(optimizer: Optimizer, state_dict: Any, check: Callable[[], None]) -> No
             raise ValueError(reason)
         if seen_by_torch:
             take_back_casts(optimizer, seen_by_torch[-1], live)
-        uncastable.reveal(optimizer)
         check()
         loaded = True
     finally:
-        if hook:
+        for hook in hooks:
             hook.remove()
         if not loaded:
             before.put_back()

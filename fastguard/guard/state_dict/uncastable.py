@@ -28,15 +28,13 @@ class _Hidden:
         self.value = value
 
 
-def hide(optimizer: Optimizer, state_dict: Any) -> Any:
+def hide(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Returns a state dict whose uncastable entries are hidden; the others are shared.
 
     Args:
-        optimizer: If it has its own `load_state_dict`, nothing is hidden.
-        state_dict: The state dict to load; not changed.
+        state_dict: The state dict to load, in torch's format; not changed.
     """
-    own = getattr(optimizer.load_state_dict, "__func__", None) is not Optimizer.load_state_dict
-    if own or not isinstance(state_dict, dict) or not isinstance(state_dict.get("state"), dict):
+    if not isinstance(state_dict.get("state"), dict):
         return state_dict
     state = {i: _hidden(of_p) for i, of_p in state_dict["state"].items()}
     return {**state_dict, "state": state}

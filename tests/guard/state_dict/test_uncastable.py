@@ -77,3 +77,18 @@ def test_a_rollback_restores_it(entry):
     opt.step()
     assert rollback.step() is not None
     assert described(opt.state[p]["held"]) == described(entry())
+
+
+def test_load_hooks_of_the_wrapped_optimizer_see_it():
+    _, opt = guarded(ENTRIES["named tuple"])
+    opt.step()
+    q, other = guarded(ENTRIES["named tuple"])
+    seen = []
+    other.optimizer.register_load_state_dict_pre_hook(
+        lambda _, loaded: seen.append(loaded["state"][0]["held"])
+    )
+    other.optimizer.register_load_state_dict_post_hook(
+        lambda inner: seen.append(inner.state[q]["held"])
+    )
+    other.load_state_dict(opt.state_dict())
+    assert [described(entry) for entry in seen] == [described(Pair(torch.ones(2), 3))] * 2
