@@ -109,7 +109,7 @@ def _for_elements(
 def _terms(
     update: Update, g: Tensor, states: list[Tensor], c: Sequence[Any], scratch: Scratch
 ) -> Tensor:
-    """Returns the terms of `reference.sum_of_squares`, which are integers, in scratch memory."""
+    """Returns the terms of `reference.update_ratio`, which are integers, in scratch memory."""
     t, u = (scratch.line(name, g.numel()) for name in "tu")
     v = torch.mul(states[1], c[2], out=t).add_(torch.mul(g, g, out=u).mul_(c[3]))
     if update.amsgrad:

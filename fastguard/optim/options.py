@@ -13,6 +13,7 @@ from fastguard.errors import nearest
 from fastguard.errors.checked_numbers import count_of, number_of
 from fastguard.errors.plain_text import shown
 from fastguard.ranks.dtensors import is_dtensor
+from fastguard.ranks.plain_shards import is_managed
 
 MASTERS = (None, "float32", "remainder")
 ROUNDINGS = ("nearest", "stochastic")
@@ -156,10 +157,13 @@ def _check_parameter(group: Mapping[str, Any], name: str, p: Tensor) -> None:
             f"state_dtype={group['state_dtype']} requires parameters of at most 32 bits, but "
             f"{name} is {dtype}; {elsewhere} state_dtype=None"
         )
-    if group.get("update_clipping") and is_dtensor(p):
+    if group.get("update_clipping") and (is_dtensor(p) or is_managed(p)):
+        what = "a part of a flat tensor of FullyShardedDataParallel or DeepSpeed"
+        if is_dtensor(p):
+            what = "a DTensor, of which this rank holds only a part"
         raise ValueError(
-            f"update_clipping=True needs the whole of each tensor, but {name} is a DTensor, of "
-            f"which this rank holds only a part; {elsewhere} update_clipping=False"
+            f"update_clipping=True needs the whole of each tensor, but {name} is {what}; "
+            f"{elsewhere} update_clipping=False"
         )
     rounded = dtype.itemsize == 2 and master is None
     if group["rounding"] == "stochastic" and not rounded:

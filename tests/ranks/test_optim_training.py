@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -136,3 +136,22 @@ def test_update_clipping_refuses_shards(two):
     for message in two.run(refusal):
         assert "update_clipping=True needs the whole of each tensor" in message
         assert "DTensor" in message and "update_clipping=False" in message
+
+
+def refusal_of_flat_shards(use_orig_params: bool) -> str:
+    model = FullyShardedDataParallel(
+        torch.nn.Linear(6, 4), device_id=torch.device("cpu"), use_orig_params=use_orig_params
+    )
+    fastguard.optim.AdamW(model.parameters())
+    try:
+        fastguard.optim.AdamW(model.parameters(), update_clipping=True)
+    except ValueError as e:
+        return str(e)
+    return ""
+
+
+@pytest.mark.parametrize("use_orig_params", [False, True])
+def test_update_clipping_refuses_flat_shards(two, use_orig_params):
+    for message in two.run(refusal_of_flat_shards, use_orig_params):
+        assert "a part of a flat tensor of FullyShardedDataParallel" in message
+        assert "update_clipping=False" in message
