@@ -63,14 +63,15 @@ UPDATE_TENSOR = tl.constexpr(0)
 UPDATE_FIRST = tl.constexpr(1)
 UPDATE_ELEMENTS = tl.constexpr(2)
 UPDATE_ALIGNED = tl.constexpr(3)
-UPDATE_COLUMNS = tl.constexpr(4)
+UPDATE_SEGMENT = tl.constexpr(4)
+UPDATE_ROW = tl.constexpr(5)  # elements per limited unit; 0: not limited
+UPDATE_COLUMNS = tl.constexpr(6)
 
 # A tensor of an update: values that do not depend on addresses.
-SEGMENT_COLUMN = tl.constexpr(0)
-GROUP_COLUMN = tl.constexpr(1)
-COUNTER_COLUMN = tl.constexpr(2)
-SIZE_COLUMN = tl.constexpr(3)  # elements
-TENSOR_COLUMNS = tl.constexpr(4)
+GROUP_COLUMN = tl.constexpr(0)
+COUNTER_COLUMN = tl.constexpr(1)
+SIZE_COLUMN = tl.constexpr(2)  # elements
+TENSOR_COLUMNS = tl.constexpr(3)
 
 # A tensor of an update: addresses.
 WEIGHT = tl.constexpr(0)

@@ -139,6 +139,30 @@ def row_norm(
         return norm, nan, infinite
 
 
+@triton.jit
+def unit_coef(
+    w_address, g_address, n, w_aligned, g_aligned, clip_factor, eps, inv_scale,
+    GRAD: tl.constexpr, GRAD_SIZE: tl.constexpr, WEIGHT: tl.constexpr, WEIGHT_SIZE: tl.constexpr,
+    P: tl.constexpr, INF_NORM: tl.constexpr, PROPAGATES: tl.constexpr, BLOCK_BYTES: tl.constexpr,
+):  # fmt: skip
+    """Returns the coefficient of a unit of n elements, float64; `inv_scale` unscales gradients."""
+    INF: tl.constexpr = float("inf")
+    w_norm, w_nan, w_infinite = row_norm(
+        w_address, n, w_aligned, WEIGHT, P, INF_NORM, BLOCK_BYTES, WEIGHT_SIZE
+    )
+    limit = clip_factor * tl.maximum(w_norm, eps)
+    limit = tl.where((w_nan | w_infinite) != 0, INF, limit)  # no limit for non-finite weights
+    norm, nan, infinite = row_norm(
+        g_address, n, g_aligned, GRAD, P, INF_NORM, BLOCK_BYTES, GRAD_SIZE
+    )
+    norm = norm * inv_scale
+    coef = tl.where(norm > limit, limit / norm, 1.0)
+    if PROPAGATES:
+        coef = tl.where((infinite != 0) & (limit < INF), 0.0, coef)
+        coef = tl.where(nan != 0, float("nan"), coef)
+    return coef
+
+
 @triton.jit(
     do_not_specialize=["tensors_ptr", "limits_ptr", "coefs_ptr", "inv_scale_ptr", "n_units"]
 )
@@ -158,9 +182,9 @@ def unit_coefs_kernel(
     HAS_SCALE: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,
 ):
-    INF: tl.constexpr = float("inf")
     clip_factor = tl.load(limits_ptr)
     eps = tl.load(limits_ptr + 1)
+    inv_scale = tl.load(inv_scale_ptr).to(tl.float64) if HAS_SCALE else 1.0
     tensor_ptr = tensors_ptr
     unit = tl.program_id(0)
     while unit < n_units:
@@ -170,21 +194,11 @@ def unit_coefs_kernel(
         start = (unit - tl.load(tensor_ptr + FIRST_UNIT)) * n
         aligned = tl.load(tensor_ptr + ALIGNED)
         w_address = tl.load(tensor_ptr + WEIGHT_ADDRESS) + start * WEIGHT_SIZE
-        w_norm, w_nan, w_infinite = row_norm(
-            w_address, n, aligned & 2, WEIGHT, P, INF_NORM, BLOCK_BYTES, WEIGHT_SIZE
-        )
-        limit = clip_factor * tl.maximum(w_norm, eps)
-        limit = tl.where((w_nan | w_infinite) != 0, INF, limit)  # no limit for non-finite weights
         g_address = tl.load(tensor_ptr + GRAD_ADDRESS) + start * GRAD_SIZE
-        norm, nan, infinite = row_norm(
-            g_address, n, aligned & 1, GRAD, P, INF_NORM, BLOCK_BYTES, GRAD_SIZE
-        )
-        if HAS_SCALE:
-            norm = norm * tl.load(inv_scale_ptr).to(tl.float64)
-        coef = tl.where(norm > limit, limit / norm, 1.0)
-        if PROPAGATES:
-            coef = tl.where((infinite != 0) & (limit < INF), 0.0, coef)
-            coef = tl.where(nan != 0, float("nan"), coef)
+        coef = unit_coef(
+            w_address, g_address, n, aligned & 2, aligned & 1, clip_factor, eps, inv_scale,
+            GRAD, GRAD_SIZE, WEIGHT, WEIGHT_SIZE, P, INF_NORM, PROPAGATES, BLOCK_BYTES,
+        )  # fmt: skip
         tl.store(coefs_ptr + unit, coef)
         unit += tl.num_programs(0)
 

@@ -7,12 +7,19 @@
 
 Update clipping lowers the learning rates before this pass: see `update_clipping`.
 
+With limits of units (rows), a chunk holds whole rows, and a program processes row by row: it
+computes both norms as `units` does, and then updates the row, whose gradient and weight are still
+in L1 or L2. Nothing more is read from memory, except a 16-bit weight that has a float32 master.
+Rows of more than `LONGEST_ROW` elements would keep a single program busy: their coefficients are
+computed before, and are multipliers of their own segments.
+
 I/O per element, AdamW: 28 bytes in float32; 14 in bfloat16; 28 with bfloat16 weights and gradients
 and a float32 master and moments, 26 with a remainder in place of the master. The gradient is never
 written. A skipped step reads one scalar per program and writes nothing.
 
-    chunks        int64 (C, 4): tensor, first element, elements, whether vectors are aligned
-    tensors       int64 (T, 4): segment, group, counter of the first element, elements
+    chunks        int64 (C, 6): tensor, first element, elements, whether vectors are aligned,
+                  segment, elements per unit
+    tensors       int64 (T, 3): group, counter of the first element, elements
     addresses     int64 (T, 8): weight, gradient, up to three states, master, step
     coefficients  float64 (T, 13): written by `advance`, one number per use of a hyper-parameter
 
@@ -39,6 +46,8 @@ AdamW through the same compiler takes 60 instructions per element in fp32, 65 in
 | bf16, fp32 master, m, v     | 56        | 3 (1) + 3 (1)                   | 28.7         |
 | bf16, remainder, fp32 m, v  | 56        | 2 (3) + 2 (2)                   | 35.0         |
 
+With limits of units: 86 to 104 registers, so two programs per multiprocessor instead of three.
+
 One of the instructions is the second product for multipliers below 2^-100. A branch around it,
 shared with cleaning, was expected to save it, but saved nothing. Coefficients are read before the
 loop: inside it they cost 3.5 instructions per element, since a store might have changed them.
@@ -54,6 +63,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastguard.kernels import units
 from fastguard.kernels.columns import (
     ADDRESS_COLUMNS,
     COEFFICIENT_COLUMNS,
@@ -66,82 +76,39 @@ from fastguard.kernels.columns import (
     STATE,
     TENSOR_COLUMNS,
     UPDATE_COLUMNS,
+    UPDATE_ROW,
     WEIGHT,
 )
-from fastguard.kernels.elements import TRITON_DTYPES, array_at, as_arithmetic
-from fastguard.kernels.formulas import advance_steps, coefficients_at, new_values, without_spikes
+from fastguard.kernels.elements import TRITON_DTYPES, array_at
+from fastguard.kernels.formulas import advance_steps, coefficients_at
 from fastguard.kernels.launch import INTERPRETED, WARP, Launcher, Variant
-from fastguard.kernels.rounding import noise_at, stored, weight_and_remainder, weight_of_parts
-from fastguard.kernels.tuning import n_programs
-from fastguard.kernels.update_chunks import SLOW_SIZE, THREADS, chunk_at, factors_at, scaled
+from fastguard.kernels.tuning import PLAIN, Tuning, n_programs
+from fastguard.kernels.units import unit_coef
+from fastguard.kernels.update_chunks import (
+    SLOW_SIZE,
+    THREADS,
+    chunk_at,
+    factors_of,
+    multiplier_at,
+)
 from fastguard.kernels.update_clipping import lower_rates
+from fastguard.kernels.update_elements import MASTERS, REMAINDER, update_elements
 from fastguard.kernels.update_table import Arrays, update_table_of
 
-NO_MASTER, FLOAT32_MASTER, REMAINDER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-MASTERS: dict[str | None, int] = {None: 0, "float32": 1, "remainder": 2}
+LONGEST_ROW = 2**16
+UNIT_BYTES = tl.constexpr(units.PLAIN.block_bytes)
 
 
 @triton.jit
-def update_elements(
-    p_ptr, g_ptr, a_ptr, b_ptr, c_ptr, x_ptr, at, mask, first_counter, key, clean, scale, factor,
-    threshold, reset,
-    c0, c1, c2, c3, c4, c5, c6, c7,
-    PARAM: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
-    ALGORITHM: tl.constexpr, N_STATES: tl.constexpr, MASTER_KIND: tl.constexpr,
-    STOCHASTIC: tl.constexpr, AMSGRAD: tl.constexpr, NESTEROV: tl.constexpr,
-    REPRODUCIBLE: tl.constexpr, SPIKES: tl.constexpr, EXACT_BF16: tl.constexpr,
-    ARITHMETIC: tl.constexpr,
-):  # fmt: skip
-    """Updates the elements `at` of a tensor."""
-    g = as_arithmetic(tl.load(g_ptr + at, mask=mask, other=0.0), ARITHMETIC)
-    if MASTER_KIND == FLOAT32_MASTER:
-        p = tl.load(x_ptr + at, mask=mask, other=0.0)
-    elif MASTER_KIND == REMAINDER:
-        upper = tl.load(p_ptr + at, mask=mask, other=0.0)
-        p = weight_of_parts(upper, tl.load(x_ptr + at, mask=mask, other=0))
-    else:
-        p = as_arithmetic(tl.load(p_ptr + at, mask=mask, other=0.0), ARITHMETIC)
-    a, b, c = g, g, g
-    if N_STATES > 0:
-        a = as_arithmetic(tl.load(a_ptr + at, mask=mask, other=0.0), ARITHMETIC)
-    if N_STATES > 1:
-        b = as_arithmetic(tl.load(b_ptr + at, mask=mask, other=0.0), ARITHMETIC)
-    if N_STATES > 2:
-        c = as_arithmetic(tl.load(c_ptr + at, mask=mask, other=0.0), ARITHMETIC)
-    g = scaled(g, clean, scale, factor)
-    if SPIKES:
-        a = tl.where(reset, 0.0, a)
-        b = tl.where(reset, 0.0, b)
-        c = tl.where(reset, 0.0, c)
-        g = without_spikes(g, b, threshold, REPRODUCIBLE, ARITHMETIC)
-    p, a, b, c = new_values(
-        p, g, a, b, c, c0, c1, c2, c3, c4, c5, c6, c7,
-        ALGORITHM, N_STATES, AMSGRAD, NESTEROV, REPRODUCIBLE, ARITHMETIC,
-    )  # fmt: skip
-    noise = at
-    if STOCHASTIC:
-        noise = noise_at(first_counter, at, key)
-    if N_STATES > 0:
-        tl.store(a_ptr + at, stored(a, noise, A, 1, STOCHASTIC, EXACT_BF16), mask=mask)
-    if N_STATES > 1:
-        tl.store(b_ptr + at, stored(b, noise, B, 2, STOCHASTIC, EXACT_BF16), mask=mask)
-    if N_STATES > 2:
-        tl.store(c_ptr + at, stored(c, noise, C, 3, STOCHASTIC, EXACT_BF16), mask=mask)
-    if MASTER_KIND == FLOAT32_MASTER:
-        tl.store(x_ptr + at, p, mask=mask)
-        tl.store(p_ptr + at, stored(p, noise, PARAM, 0, False, EXACT_BF16), mask=mask)
-    elif MASTER_KIND == REMAINDER:
-        upper, lower = weight_and_remainder(p)
-        tl.store(x_ptr + at, lower, mask=mask)
-        tl.store(p_ptr + at, upper, mask=mask)
-    else:
-        tl.store(p_ptr + at, stored(p, noise, PARAM, 0, STOCHASTIC, EXACT_BF16), mask=mask)
+def is_aligned(address, n, DTYPE: tl.constexpr):
+    """Whether n elements at an address begin and end at multiples of 16 bytes."""
+    return ((address | n * (DTYPE.primitive_bitwidth // 8)) & 15) == 0
 
 
 @triton.jit(
     do_not_specialize=[
         "chunks_ptr", "tensors_ptr", "addresses_ptr", "coefficients_ptr", "multiplier_ptr",
-        "clean_ptr", "found_inf_ptr", "n_chunks",
+        "clean_ptr", "found_inf_ptr", "limits_ptr", "smallest_ptr", "n_chunks",
     ]
 )  # fmt: skip
 def update_kernel(
@@ -152,6 +119,8 @@ def update_kernel(
     multiplier_ptr,  # float64 (n_segments,)
     clean_ptr,  # float32 (1,)
     found_inf_ptr,  # float32 (1,)
+    limits_ptr,  # float64 (3,): clip_factor, eps, inverse of the loss scale
+    smallest_ptr,  # float64 (n_programs,): the smallest coefficient of a unit, written
     n_chunks,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
@@ -166,23 +135,47 @@ def update_kernel(
     NESTEROV: tl.constexpr,
     REPRODUCIBLE: tl.constexpr,
     SPIKES: tl.constexpr,
+    UNITS: tl.constexpr,  # clips units; without it, the two pointers before are not read
+    PROPAGATES: tl.constexpr,  # see `units`
     EXACT_BF16: tl.constexpr,  # rounds with integers, since the interpreter truncates
     BLOCK_SIZE: tl.constexpr,
     VEC: tl.constexpr,
 ):
     ARITHMETIC: tl.constexpr = tl.float64 if PARAM == tl.float64 else tl.float32
     X: tl.constexpr = tl.int16 if MASTER_KIND == REMAINDER else tl.float32
+    if UNITS:
+        tl.store(smallest_ptr + tl.program_id(0), 1.0)
     if tl.load(found_inf_ptr) != 0.0:  # also true for NaN
         return
     clean = tl.load(clean_ptr) != 0.0
+    done = tl.full((), 0, tl.int32)  # elements of the chunk in earlier units
     k = tl.program_id(0)
     while k < n_chunks:
         # Backwards, since the gradients that measure read last are still in L2.
         row_ptr = chunks_ptr + UPDATE_COLUMNS * (n_chunks - 1 - k)
         tensor, first, n, n_vec = chunk_at(row_ptr, VEC)
+        in_chunk, limited = n, tl.load(row_ptr + UPDATE_ROW).to(tl.int32)
+        if UNITS:  # one unit at a time
+            n = tl.where(limited > 0, limited, n)
+            n_vec = tl.where(n_vec > 0, n // VEC * VEC, 0)
+            first += done
         address_ptr = addresses_ptr + ADDRESS_COLUMNS * tensor
         p_at = array_at(address_ptr, WEIGHT, first, PARAM)
         g_at = array_at(address_ptr, GRADIENT, first, GRAD)
+        multiplier = multiplier_at(row_ptr, multiplier_ptr)
+        if UNITS:
+            if limited > 0:
+                coef = unit_coef(
+                    p_at, g_at, n, is_aligned(p_at, n, PARAM), is_aligned(g_at, n, GRAD),
+                    tl.load(limits_ptr), tl.load(limits_ptr + 1), tl.load(limits_ptr + 2),
+                    GRAD, GRAD.primitive_bitwidth // 8, PARAM, PARAM.primitive_bitwidth // 8,
+                    2.0, False, PROPAGATES, UNIT_BYTES,
+                )  # fmt: skip
+                multiplier *= coef
+                # In memory, since registers are short. Threads that read a new value keep it.
+                old = tl.load(smallest_ptr + tl.program_id(0))
+                least = tl.where((coef < old) | (coef != coef), coef, old)  # NaN stays
+                tl.store(smallest_ptr + tl.program_id(0), least)
         a_at = array_at(address_ptr, STATE, first, A)
         b_at = array_at(address_ptr, STATE + 1, first, B)
         c_at = array_at(address_ptr, STATE + 2, first, C)
@@ -194,7 +187,7 @@ def update_kernel(
         c0, c1, c2, c3, c4, c5, c6, c7 = coefficients_at(coef_ptr, ARITHMETIC)
         threshold = tl.load(coef_ptr + SPIKE_COLUMN).to(ARITHMETIC) if SPIKES else c0
         reset = tl.load(coef_ptr + RESET_COLUMN) != 0.0 if SPIKES else clean
-        scale, factor = factors_at(tensors_ptr, multiplier_ptr, coef_ptr, tensor, ARITHMETIC)
+        scale, factor = factors_of(multiplier, coef_ptr, ARITHMETIC)
 
         # These hints hold only for whole vectors. Inside a function they would be lost by inlining.
         p_ptr = tl.multiple_of(p_at.to(tl.pointer_type(PARAM)), VEC * PARAM.primitive_bitwidth // 8)
@@ -231,11 +224,25 @@ def update_kernel(
                 REPRODUCIBLE, SPIKES, EXACT_BF16, ARITHMETIC,
             )  # fmt: skip
             i += SLOW_SIZE
-        k += tl.num_programs(0)
+        if UNITS:
+            done += n
+            ends = done >= in_chunk
+            k = tl.where(ends, k + tl.num_programs(0), k)
+            done = tl.where(ends, 0, done)
+        else:
+            k += tl.num_programs(0)
 
 
 _fused = Launcher(update_kernel, THREADS // WARP, max_registers=80)
 _exact = Launcher(update_kernel, THREADS // WARP, max_registers=80, fuses=False)
+# Two programs per multiprocessor instead of three: with 80 registers, up to 24 of them spill.
+UNIT_TUNING = Tuning(
+    units.PLAIN.block_bytes, num_warps=THREADS // WARP, programs=2, max_registers=128
+)
+_fused_units = Launcher(update_kernel, UNIT_TUNING.num_warps, UNIT_TUNING.max_registers)
+_exact_units = Launcher(
+    update_kernel, UNIT_TUNING.num_warps, UNIT_TUNING.max_registers, fuses=False
+)
 
 
 def update_arrays(
@@ -252,7 +259,9 @@ def update_arrays(
     reproducible: bool,
     spike_aware: bool = False,
     update_clipping: bool = False,
-) -> None:
+    limits: Tensor | None = None,
+    propagates: bool = False,
+) -> Tensor | None:
     """Takes the step of T tensors, or changes nothing if it is skipped, without a sync.
 
     Args:
@@ -264,9 +273,16 @@ def update_arrays(
         master: `"float32"`, `"remainder"` or None.
         stochastic, amsgrad, nesterov, reproducible, spike_aware, update_clipping: See
             `fastguard.optim.contract.Update`.
+        limits: float64 `(3,)`: clip_factor, eps and the inverse of the loss scale, for the units in
+            `arrays.rows`; None: units are not clipped.
+        propagates: See `fastguard.stages.reference_units.unit_coefs`.
+
+    Returns:
+        float64 `(P,)`: the smallest coefficients of units, 1 for a skipped step; None without
+        limits or without elements.
     """
     weights, device = arrays.weights, hyper.device
-    programs = n_programs(device)
+    programs = n_programs(device, PLAIN if limits is None else UNIT_TUNING)
     table = update_table_of(arrays, programs)
     layout = table.layout
     coefficients = torch.empty(
@@ -277,7 +293,7 @@ def update_arrays(
         len(arrays.steps) > 0, stochastic, spike_aware, update_clipping,
     )  # fmt: skip
     if not layout.n_chunks:
-        return
+        return None
     if update_clipping:
         lower_rates(
             table, coefficients, multiplier, clean, found_inf, arrays, programs, spike_aware,
@@ -286,12 +302,17 @@ def update_arrays(
     launch = variant_of(
         device, algorithm, weights[0].dtype, arrays.gradients[0].dtype,
         tuple(state[0].dtype for state in arrays.states), master, stochastic, amsgrad, nesterov,
-        reproducible, spike_aware,
+        reproducible, spike_aware, limits is not None, propagates,
     )  # fmt: skip
+    n = min(programs, layout.n_chunks)
+    smallest = None if limits is None else torch.empty(n, dtype=torch.float64, device=device)
+    of_units = (coefficients, coefficients) if limits is None else (limits, smallest)
     pointers = (
-        layout.chunks, layout.tensors, table.addresses, coefficients, multiplier, clean, found_inf
+        layout.chunks, layout.tensors, table.addresses, coefficients, multiplier, clean, found_inf,
+        *of_units,
     )  # fmt: skip
-    launch(min(programs, layout.n_chunks), pointers, layout.n_chunks)
+    launch(n, pointers, layout.n_chunks)
+    return smallest
 
 
 @functools.lru_cache(maxsize=256)
@@ -307,17 +328,21 @@ def variant_of(
     nesterov: bool,
     reproducible: bool,
     spike_aware: bool,
+    clips_units: bool,
+    propagates: bool,
 ) -> Variant:
     """Returns the kernel for dtypes and options."""
     constants = constants_of(
         algorithm, parameter, gradient, states, master, stochastic, amsgrad, nesterov,
-        reproducible, spike_aware,
+        reproducible, spike_aware, clips_units, propagates,
     )  # fmt: skip
-    return launcher_of(reproducible).variant(device, **constants)
+    return launcher_of(reproducible, clips_units).variant(device, **constants)
 
 
-def launcher_of(reproducible: bool) -> Launcher:
-    """Returns the launcher with or without fused multiply-adds."""
+def launcher_of(reproducible: bool, clips_units: bool = False) -> Launcher:
+    """Returns the launcher with or without fused multiply-adds and limits of units."""
+    if clips_units:
+        return _exact_units if reproducible else _fused_units
     return _exact if reproducible else _fused
 
 
@@ -343,6 +368,8 @@ def constants_of(
     nesterov: bool,
     reproducible: bool,
     spike_aware: bool = False,
+    clips_units: bool = False,
+    propagates: bool = False,
 ) -> dict[str, Any]:
     """Returns the constants of the kernel, in order."""
     a, b, c = (*states, *(3 - len(states)) * (parameter,))
@@ -361,6 +388,8 @@ def constants_of(
         "NESTEROV": nesterov,
         "REPRODUCIBLE": reproducible,
         "SPIKES": spike_aware,
+        "UNITS": clips_units,
+        "PROPAGATES": propagates,
         "EXACT_BF16": INTERPRETED,
         "BLOCK_SIZE": THREADS * vec,
         "VEC": vec,

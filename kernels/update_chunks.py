@@ -10,12 +10,11 @@ import triton.language as tl
 
 from fastguard.kernels.apply import SMALLEST_FACTOR
 from fastguard.kernels.columns import (
-    SEGMENT_COLUMN,
     SIGN_COLUMN,
-    TENSOR_COLUMNS,
     UPDATE_ALIGNED,
     UPDATE_ELEMENTS,
     UPDATE_FIRST,
+    UPDATE_SEGMENT,
     UPDATE_TENSOR,
 )
 
@@ -38,13 +37,17 @@ def chunk_at(row_ptr, VEC: tl.constexpr):
 
 
 @triton.jit
-def factors_at(tensors_ptr, multiplier_ptr, coef_ptr, tensor, ARITHMETIC: tl.constexpr):
-    """Returns two factors of the gradient of a tensor; their product is its signed multiplier.
+def multiplier_at(row_ptr, multiplier_ptr):
+    """Returns the multiplier of a chunk."""
+    return tl.load(multiplier_ptr + tl.load(row_ptr + UPDATE_SEGMENT))
+
+
+@triton.jit
+def factors_of(multiplier, coef_ptr, ARITHMETIC: tl.constexpr):
+    """Returns two factors of a gradient; their product is its multiplier with the sign of its step.
 
     A multiplier that would be subnormal in float32 is split, to keep its precision.
     """
-    segment = tl.load(tensors_ptr + TENSOR_COLUMNS * tensor + SEGMENT_COLUMN)
-    multiplier = tl.load(multiplier_ptr + segment)
     tiny = tl.abs(multiplier) < SMALLEST_FACTOR  # False for NaN, which makes the result NaN
     scale = tl.where(tiny, SMALLEST_FACTOR, 1.0).to(ARITHMETIC)
     factor = tl.where(tiny, multiplier / SMALLEST_FACTOR, multiplier).to(ARITHMETIC)

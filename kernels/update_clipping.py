@@ -40,7 +40,14 @@ from fastguard.kernels.columns import (
 from fastguard.kernels.elements import TRITON_DTYPES, array_at, as_arithmetic
 from fastguard.kernels.formulas import ADVANCE_SIZE, root_of, without_spikes
 from fastguard.kernels.launch import WARP, Launcher, Variant
-from fastguard.kernels.update_chunks import SLOW_SIZE, THREADS, chunk_at, factors_at, scaled
+from fastguard.kernels.update_chunks import (
+    SLOW_SIZE,
+    THREADS,
+    chunk_at,
+    factors_of,
+    multiplier_at,
+    scaled,
+)
 from fastguard.kernels.update_table import Arrays, UpdateTable
 
 
@@ -120,7 +127,7 @@ def ratio_kernel(
         sum_scale = tl.load(coef_ptr + SUM_SCALE_COLUMN).to(ARITHMETIC)
         threshold = tl.load(coef_ptr + SPIKE_COLUMN).to(ARITHMETIC) if SPIKES else c2
         reset = tl.load(coef_ptr + RESET_COLUMN) != 0.0 if SPIKES else clean
-        scale, factor = factors_at(tensors_ptr, multiplier_ptr, coef_ptr, tensor, ARITHMETIC)
+        scale, factor = factors_of(multiplier_at(row_ptr, multiplier_ptr), coef_ptr, ARITHMETIC)
 
         g_ptr = tl.multiple_of(g_at.to(tl.pointer_type(GRAD)), VEC * GRAD.primitive_bitwidth // 8)
         b_ptr = tl.multiple_of(b_at.to(tl.pointer_type(B)), VEC * B.primitive_bitwidth // 8)

@@ -2,7 +2,8 @@
 
 As in `chunks`, the layout depends on sizes and alignment, and is cached. Addresses are uploaded
 whenever they change, as those of gradients may in each step. Arrays are cut at vector boundaries,
-so that all chunks of an aligned tensor are aligned.
+so that all chunks of an aligned tensor are aligned. Tensors with limited units are cut between
+units, or within a long one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from fastguard.kernels.columns import (
     COUNTER_COLUMN,
     GROUP_COLUMN,
     MASTER,
-    SEGMENT_COLUMN,
     SIZE_COLUMN,
     STATE,
     STEP_ADDRESS,
@@ -35,7 +35,7 @@ from fastguard.kernels.upload import Upload, upload
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Arrays:
-    """The arrays of T tensors, and their segments, groups and counters.
+    """The arrays of T tensors, their segments, groups and counters, and the units to clip.
 
     Attributes:
         weights, gradients: T dense tensors each, with equal strides.
@@ -43,6 +43,9 @@ class Arrays:
         masters, steps: T tensors each, or empty.
         segment_ids, group_ids, counters: T numbers each; counters may be empty.
         vector: Elements per vector; see `update.vector_size`.
+        rows: T numbers: the elements of a unit whose coefficient is computed in the update, or 0.
+        long_rows: T numbers: the elements of a unit with a segment of its own, or 0; the units of
+            a tensor have consecutive segments, from `segment_ids` on.
     """
 
     weights: Sequence[Tensor]
@@ -54,6 +57,8 @@ class Arrays:
     group_ids: Sequence[int]
     counters: Sequence[int]
     vector: int
+    rows: Sequence[int] = ()
+    long_rows: Sequence[int] = ()
 
     def columns(self) -> list[tuple[int, Sequence[Tensor]]]:
         """Returns the elementwise arrays with their address columns."""
@@ -123,6 +128,8 @@ def update_table_of(arrays: Arrays, n_programs: int) -> UpdateTable:
         list(arrays.group_ids),
         list(arrays.counters),
         arrays.vector,
+        list(arrays.rows),
+        list(arrays.long_rows),
     )
     key = (pointers, known)
     table = next((one for one in _tables.get(kind, ()) if one.key == key), None)
@@ -155,10 +162,15 @@ def _new_layout(
     kind: _Kind, known: tuple[Any, ...], aligned: np.ndarray, key: tuple[object, ...]
 ) -> UpdateLayout:
     device, _, n_programs = kind
-    chunks = cut(np.array(known[0], dtype=np.int64), aligned, n_programs)
+    sizes, segments, rows, long_rows = (
+        np.array(known[i] or [0] * len(aligned), dtype=np.int64) for i in (0, 1, 5, 6)
+    )
+    vector = known[4]
+    aligned = aligned & (rows % vector == 0) & (long_rows % vector == 0)
+    chunks = cut(sizes, aligned, segments, rows, long_rows, n_programs)
     tensors = np.zeros((len(aligned), TENSOR_COLUMNS.value), dtype=np.int64)
-    columns = (SEGMENT_COLUMN.value, GROUP_COLUMN.value, COUNTER_COLUMN.value)
-    for column, numbers in zip(columns, known[1:4], strict=True):
+    columns = (GROUP_COLUMN.value, COUNTER_COLUMN.value)
+    for column, numbers in zip(columns, known[2:4], strict=True):
         if numbers:
             tensors[:, column] = numbers
     tensors[:, SIZE_COLUMN.value] = known[0]
@@ -175,13 +187,45 @@ def _keep(cache: dict, kind: _Kind, one: UpdateTable | UpdateLayout) -> None:
         cache[kind] = (one, *cache.get(kind, ())[: TABLES - 1])
 
 
-def cut(sizes: np.ndarray, aligned: np.ndarray, n_programs: int) -> np.ndarray:
-    """Cuts tensors of these sizes into chunks, int64 `(C, 4)`."""
+def cut(
+    sizes: np.ndarray,
+    aligned: np.ndarray,
+    segments: np.ndarray,
+    rows: np.ndarray,
+    long_rows: np.ndarray,
+    n_programs: int,
+) -> np.ndarray:
+    """Cuts T tensors into chunks: whole units of `rows`, parts of one unit of `long_rows`.
+
+    Args:
+        sizes: Elements of each tensor.
+        aligned: Whether each tensor, and each of its units, is aligned.
+        segments, rows, long_rows: As in `Arrays`.
+        n_programs: Number of programs that share the chunks.
+
+    Returns:
+        int64 `(C, 6)`, see `columns`.
+    """
     if not sizes.sum():
         return np.zeros((0, UPDATE_COLUMNS.value), dtype=np.int64)
     size = chunk_size(int(sizes.sum()), n_programs)
-    count = -(-sizes // size)
-    tensor = np.repeat(np.arange(len(sizes)), count)
-    first = (np.arange(len(tensor)) - (np.cumsum(count) - count)[tensor]) * size
-    elements = np.minimum(size, sizes[tensor] - first)
-    return np.stack([tensor, first, elements, aligned[tensor]], axis=1).astype(np.int64)
+    parts = np.where(long_rows > 0, sizes // np.maximum(long_rows, 1), 1)  # each is cut on its own
+    owner = np.repeat(np.arange(len(sizes)), parts)
+    part = np.arange(len(owner)) - (np.cumsum(parts) - parts)[owner]
+    length = (sizes // np.maximum(parts, 1))[owner]
+    row = rows[owner]
+    each = np.where(row > 0, np.maximum(size // np.maximum(row, 1), 1) * row, size)
+    count = -(-length // each)
+    stretch = np.repeat(np.arange(len(owner)), count)
+    first = (np.arange(len(stretch)) - (np.cumsum(count) - count)[stretch]) * each[stretch]
+    elements = np.minimum(each[stretch], length[stretch] - first)
+    tensor, part = owner[stretch], part[stretch]
+    columns = [
+        tensor,
+        part * length[stretch] + first,
+        elements,
+        aligned[tensor],
+        segments[tensor] + part,
+        rows[tensor],
+    ]
+    return np.stack(columns, axis=1).astype(np.int64)

@@ -16,7 +16,6 @@ from fastguard.guard.clip_scope import Layout
 from fastguard.guard.in_update import InUpdate
 from fastguard.guard.stepper import Stepper
 from fastguard.stages.agc import AGC, UnitLimits, limited_positions
-from fastguard.stages.backend import backend_of
 from fastguard.stages.contract import Signals, Verdict
 from fastguard.stages.units import clip_units, with_units
 
@@ -75,5 +74,4 @@ class UnitClipping:
             and self._norm_type == 2.0
             and not any(group.get("update_clipping") for group in stepper.optimizer.param_groups)
             and all(map(has_rows, parameters))
-            and all(backend_of(device) != "triton" for device in {p.device for p in parameters})
         )

@@ -39,7 +39,7 @@ def unit_factors(
     """
     units, counts = update.units, update.unit_counts
     if units is None or not any(counts):
-        smallest = None if units is None else torch.ones((), dtype=torch.float64)
+        smallest = None if units is None else torch.ones((), dtype=torch.float64, device="cpu")
         return [None] * len(update.parameters), smallest
     inv_scale = 1.0 if units.inv_scale is None else units.inv_scale.item()
     numbers = units.numbers.tolist()
@@ -59,7 +59,7 @@ def unit_factors(
     n_clipped = np.add.reduceat(np.append(coefs != 1.0, False).astype(np.int64), starts)
     clipped = (n_clipped[:-1] > 0) & (np.diff(starts) > 0)  # NaN counts as clipped
     found = [part if clips else None for part, clips in zip(parts, clipped, strict=True)]
-    return found, torch.tensor(coefs.min())  # NaN if any is NaN
+    return found, torch.tensor(coefs.min(), device="cpu")  # NaN if any is NaN
 
 
 def load_gradient(piece: Piece, multiplier: float, clean: bool, out: Tensor) -> None:

@@ -76,8 +76,8 @@ class UnitLimits:
             groups.
         propagates: See `reference_units.unit_coefs`.
         inv_scale: float64 `()`: the factor that unscales the gradients; None: 1.
-        smallest: float64 `()` tensors, appended by the update: the smallest coefficient of each of
-            its buckets.
+        smallest: float64 `()` tensors, appended by the optimizer: the smallest coefficient in each
+            of its updates.
     """
 
     numbers: Tensor

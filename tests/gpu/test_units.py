@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastguard
+import fastguard.optim as fused
 from fastguard import AGC, GuardedOptimizer
 from guardtest.agc import assert_clipped, expected, parameters
 
@@ -32,14 +33,15 @@ def test_the_function(dtype, norm_type):
     assert_clipped([p.grad.cpu() for p in ps], wanted)
 
 
-def guarded(ps):
-    inner = torch.optim.AdamW(ps, lr=0.01, fused=True)
-    return GuardedOptimizer(inner, max_norm=AGC(), clip_scope="unit")
+def guarded(ps, kind=torch.optim.AdamW):
+    options = {"fused": True} if kind is torch.optim.AdamW else {}
+    return GuardedOptimizer(kind(ps, lr=0.01, **options), max_norm=AGC(), clip_scope="unit")
 
 
-def test_a_step_waits_for_nothing(no_sync):
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, fused.AdamW], ids=["torch", "in the update"])
+def test_a_step_waits_for_nothing(no_sync, kind):
     ps = on_gpu()
-    opt = guarded(ps)
+    opt = guarded(ps, kind)
     opt.step()
     with no_sync():
         for step in range(4):

@@ -1,11 +1,14 @@
 """The update kernel on a GPU: the reference's bits where promised, graphs, no wait."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fastguard.optim import reference
 from fastguard.optim import triton as triton_optim
 from fastguard.optim.contract import STATES, Update
+from fastguard.stages.agc import UnitLimits
 from guardtest.graphs import captured
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -85,6 +88,25 @@ def test_spikes_resets_and_update_clipping_have_the_bits_of_the_cpu(update_clipp
         reference.update(there)
     for ours, theirs in zip(written(here), written(there), strict=True):
         assert torch.equal(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, BF16, F32)], ids=["fp32", "bf16"])
+def test_units_are_clipped_as_on_the_cpu(dtypes):
+    """The vectors as matrices with 1, 7, 16, 17, 1 and 6 rows, of which one is a long one."""
+    rows = [1, 7, 16, 17, 1, 6]
+    updates = []
+    for device in ("cuda", "cpu"):
+        one = made(device, dtypes=dtypes, reproducible=True)
+        for tensors in (one.parameters, one.grads, *one.states.values()):
+            tensors[:] = [t.view(n, -1) for t, n in zip(tensors, rows, strict=True)]
+        limits = torch.tensor([0.9, 1e-3], dtype=torch.float64)
+        updates.append(replace(one, units=UnitLimits(limits, ()), unit_counts=rows))
+    here, there = updates
+    smallest = triton_optim.update(here), reference.update(there)
+    torch.testing.assert_close(smallest[0].cpu(), smallest[1], rtol=1e-7, atol=0)
+    for ours, theirs in zip(written(here), written(there), strict=True):
+        eps = 4 * torch.finfo(ours.dtype).eps  # the coefficient may be off by one rounding
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=eps, atol=eps)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastguard.optim as fused
-from fastguard import GuardedOptimizer
+from fastguard import AGC, GuardedOptimizer
 from fastguard.optim import cpu, triton
 from guardtest.updates import same_bits
 
@@ -32,6 +32,29 @@ def trained(update: Any, kind: Any, options: dict[str, Any], monkeypatch: pytest
         guard.step()
     state = [v for p in parameters for v in inner.state[p].values()]
     return [p.detach() for p in parameters] + state
+
+
+def test_a_guard_with_limits_of_units_gives_the_same_records(monkeypatch):
+    results = []
+    for update in (triton.update, cpu.update):
+        monkeypatch.setattr("fastguard.optim.backend.updater_for", lambda _, update=update: update)
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(s)) for s in SHAPES]
+        guard = GuardedOptimizer(
+            fused.AdamW(parameters, lr=1e-2, reproducible=True), max_norm=AGC(), clip_scope="unit"
+        )
+        for bad in (1.0, math.nan, 1.0):
+            for p in parameters:
+                p.grad = torch.randn_like(p)
+            parameters[1].grad[3] = bad
+            guard.step()
+        results.append((parameters, [(r.action, r.clip_coef) for r in guard.records()]))
+    (ours, records), (theirs, others) = results
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+    assert [action for action, _ in records] == ["clipped", "skipped", "clipped"]
+    for (action, coef), other in zip(records, others, strict=True):
+        assert (action, pytest.approx(coef, rel=1e-6)) == other
 
 
 @pytest.mark.parametrize(

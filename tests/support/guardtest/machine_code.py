@@ -292,7 +292,8 @@ def update_variants():
     names = ("chunks_ptr", "tensors_ptr", "addresses_ptr")
     pointers = {**dict.fromkeys(names, "*i64"), "coefficients_ptr": "*fp64"}
     pointers |= {"multiplier_ptr": "*fp64", "clean_ptr": "*fp32", "found_inf_ptr": "*fp32"}
-    pointers["n_chunks"] = "i32"
+    summed = pointers | {"sums_ptr": "*i64", "n_chunks": "i32"}
+    pointers |= {"limits_ptr": "*fp64", "smallest_ptr": "*fp64", "n_chunks": "i32"}
     # name, algorithm, (weight, gradient, states), options that differ from the default
     fp32, bf16 = ("fp32", "fp32", ("fp32", "fp32")), ("bf16", "bf16", ("bf16", "bf16"))
     mixed = ("bf16", "bf16", ("fp32", "fp32"))
@@ -314,6 +315,9 @@ def update_variants():
         ("adamw bf16 remainder", "adamw", bf16, {"master": "remainder", "stochastic": True}),
         ("adamw amsgrad", "adamw", ("fp32", "fp32", ("fp32",) * 3), {"amsgrad": True}),
         ("adamw fp32 spikes", "adamw", fp32, {"spike_aware": True}),
+        ("adamw fp32 units", "adamw", fp32, {"clips_units": True}),
+        ("adamw bf16 units", "adamw", bf16, {"clips_units": True, "propagates": True}),
+        ("adamw remainder units", "adamw", mixed, {"master": "remainder", "clips_units": True}),
         ("adamw fp64", "adamw", ("fp64", "fp64", ("fp64", "fp64")), {}),
         ("adam fp16", "adam", ("fp16", "fp16", ("fp16", "fp16")), {}),
         ("sgd nesterov fp32", "sgd", ("fp32", "fp32", ("fp32",)), {"nesterov": True}),
@@ -322,12 +326,13 @@ def update_variants():
     for name, algorithm, (weight, gradient, states), options in cases:
         switches = {
             "master": None, "stochastic": False, "amsgrad": False, "nesterov": False,
-            "reproducible": False, "spike_aware": False, **options,
+            "reproducible": False, "spike_aware": False, "clips_units": False,
+            "propagates": False, **options,
         }  # fmt: skip
         dtypes = (_torch_dtype(weight), _torch_dtype(gradient), tuple(map(_torch_dtype, states)))
         number = formulas.ALGORITHMS[algorithm]
         constants = update.constants_of(number, *dtypes, **switches)
-        launcher = update.launcher_of(switches["reproducible"])
+        launcher = update.launcher_of(switches["reproducible"], switches["clips_units"])
         yield f"update {name}", launcher, pointers, constants
     steps = {"tensors_ptr": "*i64", "addresses_ptr": "*i64", "hyper_ptr": "*fp64"}
     steps |= {"found_inf_ptr": "*fp32", "coefficients_ptr": "*fp64", "n_tensors": "i32"}
@@ -337,8 +342,6 @@ def update_variants():
         constants |= {"SPIKES": stochastic, "CLIPS": stochastic}
         constants["SIZE"] = formulas.ADVANCE_SIZE
         yield f"advance {algorithm}", formulas._advance, steps, constants
-    summed = {k: v for k, v in pointers.items() if k != "n_chunks"}
-    summed |= {"sums_ptr": "*i64", "n_chunks": "i32"}
     for name, dtype, exact in (("fp32", "fp32", False), ("bf16 spikes", "bf16", True)):
         one = _torch_dtype(dtype)
         vector = update.vector_size(one, one, (one, one), None)

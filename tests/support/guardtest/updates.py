@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,12 +40,14 @@ def random_update(
     seed: int = 0,
     first_step: int = 0,
     hyper: dict[str, float] | None = None,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
     **options: Any,
 ) -> Update:
     """Returns an update as in the middle of a training run: tensors have taken 1 to 7 steps.
 
     Args:
         first_step: Number of steps that every tensor has taken in addition.
+        shapes: At most seven shapes.
         strided: Whether some gradients and states have other strides than their parameter.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -52,15 +55,15 @@ def random_update(
     def made(shape: tuple[int, ...], kind: torch.dtype, scale: float) -> Tensor:
         return (torch.randn(shape, generator=generator) * scale).to(kind)
 
-    weights = [made(s, torch.float32 if master else dtype, 1.0) for s in SHAPES]
+    weights = [made(s, torch.float32 if master else dtype, 1.0) for s in shapes]
     parameters, masters = weights, []
     if master == "float32":
         parameters, masters = [w.to(dtype) for w in weights], weights
     elif master == "remainder":
         parameters, masters = map(list, zip(*map(bits.split, weights), strict=True))
-    grads = [made(s, grad_dtype or dtype, 1.0) for s in SHAPES]
+    grads = [made(s, grad_dtype or dtype, 1.0) for s in shapes]
     names = [n for n in STATES[algorithm] if n != "max_exp_avg_sq" or options.get("amsgrad")]
-    states = {name: [made(s, state_dtype or dtype, 1e-2) for s in SHAPES] for name in names}
+    states = {name: [made(s, state_dtype or dtype, 1e-2) for s in shapes] for name in names}
     for name in names:
         if name.endswith("sq"):
             states[name] = [t.abs() * 1e-3 for t in states[name]]
@@ -77,11 +80,11 @@ def random_update(
         parameters,
         grads,
         states,
-        [torch.tensor(float(first_step + i + 1)) for i in range(len(SHAPES))] if counted else [],
+        [torch.tensor(float(first_step + i + 1)) for i in range(len(shapes))] if counted else [],
         hyper_rows(algorithm, **(hyper or {})),
-        GROUPS,
+        GROUPS[: len(shapes)],
         options.pop("multiplier", torch.tensor([0.37, 1.0], dtype=torch.float64)),
-        SEGMENTS,
+        SEGMENTS[: len(shapes)],
         options.pop("found_inf", torch.zeros(())),
         options.pop("clean", torch.zeros(())),
         master,
