@@ -19,9 +19,10 @@ def guarded_of(schedule: Any, optimizer: Any) -> GuardedOptimizer:
     Raises:
         TypeError: None of them is a `GuardedOptimizer`.
     """
-    found = optimizer or (
-        schedule if isinstance(schedule, GuardedOptimizer) else getattr(schedule, "optimizer", None)
-    )
+    found = optimizer
+    if found is None:
+        guarded = isinstance(schedule, GuardedOptimizer)
+        found = schedule if guarded else getattr(schedule, "optimizer", None)
     if not isinstance(found, GuardedOptimizer):
         raise TypeError(
             "GuardedLR needs the GuardedOptimizer to know which steps were applied; create the "

@@ -353,6 +353,16 @@ def test_an_added_group_uses_the_last_entry_of_per_group_arguments(
     assert opt.param_groups[2]["lr"] == 0.3
 
 
+def test_the_wrapped_optimizer_may_be_false_as_a_condition() -> None:
+    class Empty(torch.optim.SGD):
+        def __len__(self) -> int:
+            return 0
+
+    opt = GuardedOptimizer(Empty([torch.nn.Parameter(torch.zeros(1))], lr=0.5))
+    schedule = CosineAnnealingLR(opt.optimizer, T_max=10)
+    assert not opt and GuardedLR(schedule, optimizer=opt).get_last_lr() == [0.5]
+
+
 def test_the_floor_of_a_new_group_can_be_set_before_the_next_step() -> None:
     opt = guarded(n_groups=2)
     lr = GuardedLR(opt, floor=[0.0, 0.05])
