@@ -272,3 +272,17 @@ def test_a_torchscript_archive_is_not_a_checkpoint(tmp_path):
         torch.jit.script(torch.nn.Linear(1, 1)).save(tmp_path / "x.pt")
     with pytest.raises(DamagedFile, match="TorchScript archive is a program"):
         inspect(tmp_path / "x.pt")
+
+
+def test_items_that_cannot_be_nan_take_no_time_and_the_others_are_bounded(tmp_path, monkeypatch):
+    nan = float("nan")
+    tree = {"a": [1, 2.5, "x", None, b"y", True, nan, [nan, 1]], "b": (torch.ones(2), 3), "c": 1}
+    torch.save(tree, tmp_path / "x.pt")
+    found = inspect(tmp_path / "x.pt").contents.tree
+    assert [name for name, _ in named_leaves(found)] == ["a.6", "a.7.0", "b.0", "c"]
+    monkeypatch.setattr("fastguard.checkpoints.reading.named_leaves._MOST_LEAVES", 4)
+    torch.save({"a": [1] * 100, "b": [nan] * 4}, tmp_path / "x.pt")
+    inspect(tmp_path / "x.pt")
+    torch.save({"a": [nan] * 5}, tmp_path / "x.pt")
+    with pytest.raises(DamagedFile, match="more than 4 values"):
+        inspect(tmp_path / "x.pt")

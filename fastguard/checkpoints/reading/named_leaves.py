@@ -13,16 +13,20 @@ _MODULE_PARTS = ("_parameters", "_buffers", "_modules")
 _LONGEST_KEY = 200  # characters; longer keys are cut
 _LONGEST_PATH = 1000
 _DEEPEST = 500  # nested containers
+_MOST_LEAVES = 3_000_000  # each takes a microsecond or two
+_PLAIN = frozenset({type(None), bool, int, str, bytes})  # cannot be NaN
 
 
 def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
     """Yields every non-container in the tree with its path: `("ema.0.weight", TensorRef)`.
 
     Parameters, buffers and children of a pickled module have the names that `named_parameters`
-    gives them. Each container is visited once, under the first path that leads to it.
+    gives them. Each container is visited once, under the first path that leads to it. Items of
+    lists and tuples are left out if they cannot be or contain NaN: text, integers, finite floats.
 
     Raises:
-        DamagedFile: Containers are nested more than 500 deep, or a path is over 1000 characters.
+        DamagedFile: Containers are nested more than 500 deep, a path is over 1000 characters, or
+            there are more than 3,000,000 leaves.
     """
     return ((path, leaf) for path, leaf, _ in owned_leaves(tree))
 
@@ -40,6 +44,7 @@ def owned_leaves(tree: Any) -> Iterator[tuple[str, Any, Sequence[Any]]]:
         return
     owners.append(tree)
     stack = [("", children)]
+    n_left = _MOST_LEAVES
     while stack:
         path, children = stack[-1]
         found = next(children, None)
@@ -51,6 +56,11 @@ def owned_leaves(tree: Any) -> Iterator[tuple[str, Any, Sequence[Any]]]:
         below = f"{path}.{key}" if path and key else path or key
         children = _children(value)
         if children is None:
+            n_left -= 1
+            if n_left < 0:
+                raise DamagedFile(
+                    f"it has more than {_MOST_LEAVES:,} values, too many for a checkpoint"
+                )
             yield below, value, owners
         elif id(value) not in entered:
             entered.add(id(value))
@@ -76,8 +86,13 @@ def _children(value: Any) -> Children | None:
         attributes = value.attributes if isinstance(value, InertDict) else None
         return own if attributes is None else itertools.chain(own, [("", attributes)])
     if isinstance(value, list | tuple | set):
-        return ((str(i), child) for i, child in enumerate(value))
+        return ((str(i), child) for i, child in enumerate(value) if _may_be_nan(child))
     return None
+
+
+def _may_be_nan(item: Any) -> bool:
+    kind = type(item)
+    return kind not in _PLAIN and (kind is not float or item != item)
 
 
 def _items(value: dict[Any, Any]) -> Children:
