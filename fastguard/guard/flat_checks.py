@@ -24,11 +24,13 @@ DEVICES = ("cpu", "cuda")  # devices with fused kernels of torch on which this i
 
 def check_flat_optimizer(optimizer: Optimizer) -> None:
     """Raises a TypeError for an optimizer that is not supported."""
-    if type(optimizer) not in SERVED:
+    kind = type(optimizer)
+    if kind not in SERVED:
         served = ", ".join(kind.__name__ for kind in SERVED)
         raise TypeError(
-            f"flat_parameters=True does not support {type(optimizer).__name__}, only {served} of "
-            "torch.optim; use flat_buckets=True, which keeps only the gradients in one buffer"
+            f"flat_parameters=True does not support {kind.__module__}.{kind.__name__}, only "
+            f"{served} of torch.optim; use flat_buckets=True, which keeps only the gradients in "
+            "one buffer"
         )
     check_flat_dtypes(optimizer, chain.from_iterable(g["params"] for g in optimizer.param_groups))
 
