@@ -109,8 +109,7 @@ def test_no_label_of_a_chart_covers_another(name, benchmarks):
     require("matplotlib")
     from matplotlib.text import Text
 
-    plots = benchmarks("plots")
-    (source,) = (ROOT / "benchmarks" / "results").glob("cpu-*.json")
+    plots, source = benchmarks("plots"), benchmarks("tables").RESULT  # the one that has charts
     with plots.plt.rc_context(plots.STYLE):
         figure = getattr(plots, name)(load(source))
         figure.canvas.draw()
