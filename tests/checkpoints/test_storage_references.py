@@ -165,7 +165,7 @@ def test_an_archive_has_no_views(tmp_path, view):
 
 def test_a_device_that_is_not_text(tmp_path):
     path = archive(tmp_path / "x.pt", [tensor(Storage("0", 4, device=7), 0, 4)], **VALUES)
-    with pytest.raises(TypeError, match="expected string"):
+    with pytest.raises((TypeError, AttributeError)):  # torch 2.8: 'int' has no 'startswith'
         loaded(path)
     with pytest.raises(DamagedFile, match="invalid device"):
         inspect(path)
