@@ -38,6 +38,8 @@ class NonFiniteReport:
         precision: True: the same computation in float32 is finite, so the range of float16 or
             bfloat16 is to blame. False: float32 does not help. None: no low precision was used, or
             float32 could not be tried.
+        no_backward: Why the gradients were not computed, although the forward pass is finite; empty
+            if they were.
     """
 
     origin: Origin | None
@@ -55,6 +57,7 @@ class NonFiniteReport:
     evidence: str = ""
     remedy: str = ""
     precision: bool | None = None
+    no_backward: str = ""
 
     @property
     def found(self) -> bool:
@@ -65,7 +68,9 @@ class NonFiniteReport:
         """Formats the report for users."""
         if self.origin is None:
             lines = [
-                "Nothing found: loss and gradients of this batch are finite.",
+                f"Nothing found in the outputs. There was no backward pass: {self.no_backward}."
+                if self.no_backward
+                else "Nothing found: loss and gradients of this batch are finite.",
                 "If the step did fail, the weights or the random numbers were different: call "
                 "explain_nonfinite before the weights change, with rng= from before the batch.",
             ]

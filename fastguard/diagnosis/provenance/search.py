@@ -22,6 +22,8 @@ from fastguard.diagnosis.replay.losses import loss_parts
 from fastguard.diagnosis.replay.replay import Step, copied, in_float32, widened_batch
 
 REACHED = 6
+NO_LOSS = "the step returned no loss; return a scalar tensor, or pass loss_fn="
+NO_GRADIENT = "the loss does not require gradients; return it without .item() or .detach()"
 """Maximum number of later operations that a report lists, one per module."""
 
 
@@ -83,6 +85,8 @@ class Search:
         report = self._forward_report(trace, trace.cause_of(loss or result))
         if not report.found and loss:
             report = self._backward_report(trace, sum(loss.values(), torch.zeros(())))
+        elif not report.found:
+            report = NonFiniteReport(None, no_backward=NO_LOSS)
         values = {name: part.item() for name, part in loss.items()}
         return replace(report, already=already, loss=values)
 
@@ -148,7 +152,7 @@ class Search:
 
     def _backward_report(self, trace: ForwardTrace, loss: Tensor) -> NonFiniteReport:
         if loss.grad_fn is None:
-            return NonFiniteReport(None)
+            return NonFiniteReport(None, no_backward=NO_GRADIENT)
         backward = BackwardTrace(self._scaled(loss))
         if not backward.bad_leaves:
             return NonFiniteReport(None)

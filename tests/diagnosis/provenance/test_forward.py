@@ -118,6 +118,22 @@ def test_nan_that_never_reaches_the_loss_is_not_reported():
     assert str(report).startswith("Nothing found")
 
 
+@pytest.mark.parametrize(
+    ("returned", "why"),
+    [
+        (lambda loss: None, "the step returned no loss"),
+        (lambda loss: loss.item(), "the step returned no loss"),
+        (lambda loss: loss.detach(), "the loss does not require gradients"),
+    ],
+)
+def test_gradients_that_were_not_computed_are_not_called_finite(returned, why):
+    report = explain_nonfinite(
+        nn.Linear(4, 1), torch.ones(2, 4), step=lambda model, x: returned(model(x).sum())
+    )
+    assert not report.found and why in report.no_backward
+    assert f"There was no backward pass: {why}" in str(report) and "are finite" not in str(report)
+
+
 def test_the_call_of_a_shared_module_is_numbered():
     class Shared(nn.Module):
         def __init__(self):
