@@ -9,38 +9,24 @@ from typing import Any
 import pytest
 import torch
 
-from fastguard.gradients.unit_buckets import n_units
 from fastguard.kernels import update_table
 from fastguard.optim import reference
 from fastguard.optim import triton as triton_optim
-from fastguard.stages.agc import UnitLimits
-from guardtest.updates import copied, random_update, same_bits, written
+from guardtest.updates import STORED, copied, random_update, same_bits, with_unit_limits, written
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 # Aligned rows, unaligned ones, one row per program and more, vectors, scalars, an empty tensor.
 SHAPES = [(6, 16), (5, 13), (), (0, 3), (70,), (3, 1100), (9, 1)]
-CASES: dict[str, dict[str, Any]] = {
-    "fp32": {},
-    "fp64": dict(dtype=F64),
-    "bf16": dict(dtype=BF16),
-    "master": dict(dtype=BF16, state_dtype=F32, master="float32"),
-    "remainder": dict(dtype=BF16, state_dtype=F32, master="remainder"),
-    "stochastic": dict(dtype=BF16, rounding="stochastic"),
-    "strided": dict(strided=True),
+CASES: dict[str, dict[str, Any]] = STORED | {
     "spikes": dict(spike_aware=True, hyper={"spike_threshold": 0.3}, first_step=20),
     "tiny": dict(multiplier=torch.full((2,), 2.0**-120, dtype=F64)),
     "lion": dict(algorithm="lion", grad_dtype=BF16),
 }
 
 
-def unit_update(case: str, clip_factor: float = 0.9, **options: Any):
-    """An update in which about half of the units are clipped, and the last tensor is excluded."""
+def unit_update(case: str, **options: Any):
     settings = {"algorithm": "adamw", "reproducible": True, "shapes": SHAPES} | CASES[case]
-    update = random_update(**settings)
-    counts = [n_units(p) for p in update.parameters]
-    counts[-1] = 0
-    limits = UnitLimits(torch.tensor([clip_factor, 1e-3], dtype=F64), (), **options)
-    return replace(update, units=limits, unit_counts=counts)
+    return with_unit_limits(random_update(**settings), -1, **options)
 
 
 def check(update):

@@ -10,24 +10,17 @@ import pytest
 import torch
 
 from fastguard.optim import cpu, reference
-from guardtest.updates import copied, random_update, same_bits, written
+from guardtest.updates import STORED, copied, random_update, same_bits, written
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-CASES: dict[str, dict[str, Any]] = {
-    "fp32": {},
-    "fp64": dict(dtype=F64),
-    "bf16": dict(dtype=BF16),
+CASES: dict[str, dict[str, Any]] = STORED | {
     "fp16": dict(dtype=F16),
     "bf16 gradients": dict(grad_dtype=BF16),
     "bf16 states": dict(state_dtype=BF16),
-    "master": dict(dtype=BF16, state_dtype=F32, master="float32"),
     "fp16 master": dict(dtype=F16, state_dtype=F32, master="float32"),
-    "remainder": dict(dtype=BF16, state_dtype=F32, master="remainder"),
     "remainder, bf16 states": dict(dtype=BF16, master="remainder"),
-    "stochastic": dict(dtype=BF16, rounding="stochastic"),
     "stochastic fp16": dict(dtype=F16, rounding="stochastic"),
     "stochastic states": dict(dtype=BF16, master="remainder", rounding="stochastic"),
-    "strided": dict(strided=True),
     "strided remainder": dict(dtype=BF16, state_dtype=F32, master="remainder", strided=True),
     "clean": dict(clean=torch.ones(())),
     "one multiplier": dict(multiplier=torch.ones(2, dtype=F64)),

@@ -10,23 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from fastguard.gradients.unit_buckets import n_units
 from fastguard.optim import cpu, reference
 from fastguard.optim.contract import Update
-from fastguard.stages.agc import UnitLimits
-from guardtest.updates import copied, random_update, same_bits, written
+from guardtest.updates import STORED, copied, random_update, same_bits, with_unit_limits, written
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-CASES: dict[str, dict[str, Any]] = {
-    "fp32": {},
-    "fp64": dict(dtype=F64),
-    "bf16": dict(dtype=BF16),
+CASES: dict[str, dict[str, Any]] = STORED | {
     "fp16": dict(dtype=F16),
     "bf16 gradients": dict(grad_dtype=BF16),
-    "master": dict(dtype=BF16, state_dtype=F32, master="float32"),
-    "remainder": dict(dtype=BF16, state_dtype=F32, master="remainder"),
-    "stochastic": dict(dtype=BF16, rounding="stochastic"),
-    "strided": dict(strided=True),
     "one multiplier": dict(multiplier=torch.ones(2, dtype=F64)),
     "tiny multiplier": dict(multiplier=torch.full((2,), 2.0**-120, dtype=F64)),
     "spikes": dict(spike_aware=True, hyper={"spike_threshold": 0.3}, first_step=20),
@@ -39,23 +30,12 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def limits(clip_factor: float = 0.9, **options: Any) -> UnitLimits:
-    """Limits that about half of the units of a random update exceed."""
-    return UnitLimits(torch.tensor([clip_factor, 1e-3], dtype=F64), (), **options)
-
-
-def with_units(update: Update, **options: Any) -> Update:
-    """Limits all units but those of the last tensor but one."""
-    counts = [n_units(p) for p in update.parameters]
-    counts[-2] = 0
-    return replace(update, units=limits(**options), unit_counts=counts)
-
-
 PAIRS = [("adamw", case) for case in CASES] + [(kind, "fp32") for kind in list(KINDS)[1:]]
 
 
 def unit_update(kind: str, case: str, **options: Any) -> Update:
-    return with_units(random_update(**KINDS[kind], **CASES[case], reproducible=True), **options)
+    update = random_update(**KINDS[kind], **CASES[case], reproducible=True)
+    return with_unit_limits(update, -2, **options)
 
 
 def clipped_before(update: Update) -> tuple[Update, float]:

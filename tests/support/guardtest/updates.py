@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastguard.gradients.unit_buckets import n_units
 from fastguard.optim import bits
 from fastguard.optim.contract import HYPER, STATES, Update
+from fastguard.stages.agc import UnitLimits
 
 SHAPES = [(7,), (33, 65), (), (0,), (2, 3, 4, 5), (40_001,), (300_007,)]
+# Settings of `random_update` that every backend is tested with.
+STORED: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "fp64": dict(dtype=torch.float64),
+    "bf16": dict(dtype=torch.bfloat16),
+    "master": dict(dtype=torch.bfloat16, state_dtype=torch.float32, master="float32"),
+    "remainder": dict(dtype=torch.bfloat16, state_dtype=torch.float32, master="remainder"),
+    "stochastic": dict(dtype=torch.bfloat16, rounding="stochastic"),
+    "strided": dict(strided=True),
+}
 GROUPS = [0, 1, 0, 1, 0, 1, 0]
 SEGMENTS = [0, 1, 1, 0, 0, 1, 0]
 
@@ -123,3 +136,13 @@ def _other_strides(t: Tensor) -> Tensor:
         wide[..., 0] = t
         return wide[..., 0]
     return t.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def with_unit_limits(
+    update: Update, excluded: int, clip_factor: float = 0.9, **options: Any
+) -> Update:
+    """Limits all units but those of one tensor; about half of the units are clipped."""
+    counts = [n_units(p) for p in update.parameters]
+    counts[excluded] = 0
+    numbers = torch.tensor([clip_factor, 1e-3], dtype=torch.float64)
+    return replace(update, units=UnitLimits(numbers, (), **options), unit_counts=counts)
