@@ -133,8 +133,8 @@ class GradBuckets:
         n_tensors: T, the length of the caller's list, including tensors without a gradient.
         n_segments: S, the number of clip coefficients.
         names: One name per tensor; None: messages use numbers.
-        device: Device of the results of the stages: the requested device; by default that of the
-            first gradient, or the CPU if there is none.
+        device: Device of the results of the stages: the requested one; by default the device of
+            the first gradient, or the CPU if there is none.
         sharing: Weight of each tensor in the sums over ranks; None in a single process. If tensors
             have different weights, those of weight class c and segment s have the segment id
             `c * S + s`.

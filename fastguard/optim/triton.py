@@ -84,7 +84,7 @@ class _Units:
 
     Attributes:
         rows, long_rows: See `Arrays`.
-        multiplier, segment_ids: Those of the update, with a segment for each long unit.
+        multiplier, segment_ids: As in the update, with one more segment for each long unit.
         limits, propagates: See `update_arrays`.
     """
 
@@ -134,7 +134,12 @@ class _Units:
         self.multiplier, self._long = torch.cat(multipliers), coefs.amin().reshape(1)
 
     def smallest(self, in_update: Tensor | None) -> Tensor | None:
-        """Returns the smallest coefficient, given those of the kernel; see `reference.update`."""
+        """Returns the smallest coefficient of all units; see `reference.update`.
+
+        Args:
+            in_update: float64: the smallest coefficient that each program of the kernel found; None:
+                no limits of units.
+        """
         if self.limits is None or in_update is None:
             return None
         if self._long is None:

@@ -62,7 +62,7 @@ def run(folder: Path, guarded: bool) -> Outcome:
 
     See `Incident.run`. The losses are the classification losses. Facts: `iou` and `accuracy` on
     held-out images; `weights`, whether they are finite; `steps`, the number of steps taken;
-    `parts`, those of the last loss; `lr`, the learning rate before each batch and after the last.
+    `parts`, of the last loss; `lr`, the learning rate before each batch and after the last.
     The guarded run adds `found`, the diagnosis of the original run; `counts`, the counts of the
     activation guard by module, for each batch; `batch_checks`, the result of `check_batch` for each
     batch; and `held_at_floor`, see `GuardedLR`.
