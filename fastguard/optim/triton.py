@@ -137,8 +137,8 @@ class _Units:
         """Returns the smallest coefficient of all units; see `reference.update`.
 
         Args:
-            in_update: float64: the smallest coefficient that each program of the kernel found; None:
-                no limits of units.
+            in_update: float64 `(n_programs,)`: the smallest coefficient that each program of the
+                kernel found; None: no limits of units.
         """
         if self.limits is None or in_update is None:
             return None

@@ -13,7 +13,7 @@ _MODULE_PARTS = ("_parameters", "_buffers", "_modules")
 _LONGEST_KEY = 200  # characters; longer keys are cut
 _LONGEST_PATH = 1000
 _DEEPEST = 500  # nested containers
-_MOST_LEAVES = 3_000_000  # each takes a microsecond or two
+_MAX_LEAVES = 3_000_000  # each takes a microsecond or two
 _PLAIN = frozenset({type(None), bool, int, str, bytes})  # cannot be NaN
 
 
@@ -44,7 +44,7 @@ def owned_leaves(tree: Any) -> Iterator[tuple[str, Any, Sequence[Any]]]:
         return
     owners.append(tree)
     stack = [("", children)]
-    n_left = _MOST_LEAVES
+    n_left = _MAX_LEAVES
     while stack:
         path, children = stack[-1]
         found = next(children, None)
@@ -59,7 +59,7 @@ def owned_leaves(tree: Any) -> Iterator[tuple[str, Any, Sequence[Any]]]:
             n_left -= 1
             if n_left < 0:
                 raise DamagedFile(
-                    f"it has more than {_MOST_LEAVES:,} values, too many for a checkpoint"
+                    f"it has more than {_MAX_LEAVES:,} values, too many for a checkpoint"
                 )
             yield below, value, owners
         elif id(value) not in entered:
