@@ -261,9 +261,7 @@ class Findings:
         wanted, first, n = _epoch(stretch.first), begin, at
         epoch = self.place.epoch
         for i in islice(bad, at, None):
-            found = rows.epoch(i)
-            if found is None and begin < i:
-                found = rows.epoch(i - 1)
+            found = _epoch_of_row(rows, begin, i)
             found = epoch if found is None else found
             other = (None if found is None else math.floor(found)) != wanted
             if other or (n > at and rows.measured.find(1, begin, i) >= 0):
@@ -303,9 +301,7 @@ class Findings:
         opened = None if stretch is None else (_epoch(stretch.first),)
         epoch, now = self.place.epoch, _epoch(self.place)
         for i in bad:
-            found = rows.epoch(i)
-            if found is None and begin < i:
-                found = rows.epoch(i - 1)
+            found = _epoch_of_row(rows, begin, i)
             if found is not None:
                 epoch, now = found, math.floor(found)
             again_finite = ends and rows.measured.find(1, begin, i) >= 0
@@ -354,3 +350,9 @@ def _around_word(text: str) -> str:
 
 def _epoch(place: Place) -> int | None:
     return None if place.epoch is None else math.floor(place.epoch)
+
+
+def _epoch_of_row(rows: Rows, begin: int, i: int) -> float | None:
+    """Returns the epoch of row i, or else of the row before, unless that one was read before."""
+    found = rows.epoch(i)
+    return rows.epoch(i - 1) if found is None and begin < i else found
