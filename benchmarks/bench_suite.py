@@ -17,7 +17,7 @@ from benchmarks.suite import cases
 from fastguard.commands.bench.clock import Clock, Sample
 from fastguard.commands.bench.contenders import Prepared
 from fastguard.commands.bench.machine import Ceilings, available_bytes, ceilings
-from fastguard.commands.bench.runner import prepare, summarise, warm_up
+from fastguard.commands.bench.runner import prepare, summarize, warm_up
 from fastguard.commands.bench.session import quiet_guard
 from fastguard.commands.bench.workload import Case, Workload, bytes_needed
 
@@ -73,5 +73,5 @@ def test_case(benchmark, case: Case, contender: str, request: pytest.FixtureRequ
         benchmark.pedantic(timed, setup=setup, rounds=ROUNDS)
         own, peer = own[-ROUNDS:], peer[-ROUNDS:]
         mine.restore()
-    row = summarise(case, contender, own, peer, limit_of(device), error)
+    row = summarize(case, contender, own, peer, limit_of(device), error)
     benchmark.extra_info.update(row.as_dict())

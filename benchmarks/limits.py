@@ -111,7 +111,7 @@ def draw(runs: dict[str, Run], path: Path) -> None:
         labels = ["gradient norm", "limit", "loss, mean of 10 steps", "loss with max_norm=1.0"]
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
         figure.suptitle(
-            "The same model, batches and gradient spikes (grey lines) under four limits",
+            "The same model, batches and gradient spikes (gray lines) under four limits",
             x=0.01, ha="left", fontsize=12, weight="bold", color=INK,
         )  # fmt: skip
         for axes in rows.flat:

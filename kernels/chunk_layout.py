@@ -75,7 +75,7 @@ def places_of_tensors(
     """
     starts = np.ones(len(n), dtype=bool)  # whether a tensor begins a stretch
     some = np.flatnonzero(n > 0)
-    starts[some] = _first_of_neighbours(address, n, segment, buffers, some, item)
+    starts[some] = _first_of_neighbors(address, n, segment, buffers, some, item)
     starts[n == 0] = False
     first = np.flatnonzero(starts)
     stretch = np.maximum(np.cumsum(starts) - 1, 0)
@@ -103,7 +103,7 @@ def places_in_runs(
     return Places(item, n, stretch, np.where(n > 0, address - base[stretch], 0), base, length)
 
 
-def _first_of_neighbours(
+def _first_of_neighbors(
     address: np.ndarray,
     n: np.ndarray,
     segment: np.ndarray,

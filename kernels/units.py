@@ -12,12 +12,12 @@ grow, it finds the tensor of a unit by advancing from the previous one in the ta
 cache. A program reads one unit at a time, so a model that is a single long vector is read by a
 single program.
 
-Numerics: power sums are float64; for squares of fp16 and bf16, two neighbours are first added in
+Numerics: power sums are float64; for squares of fp16 and bf16, two neighbors are first added in
 float32 (at most 3e-8 of the norm, see `measure`). A row whose sum is infinite or NaN is read again
 and divided by its largest finite element. There are no atomics.
 
 Loads are 128 bits wide if every row of a tensor begins at a multiple of 16 bytes. Otherwise, each
-thread loads single elements next to those of its neighbours: rows of 147 elements (the first
+thread loads single elements next to those of its neighbors: rows of 147 elements (the first
 convolution of a ResNet) cannot be aligned.
 """
 

@@ -198,7 +198,7 @@ for name in fastguard.__all__:
 optional = {"triton", "matplotlib", "rich", "tensorboard", "yaml", "transformers"}
 eager = optional & (set(sys.modules) - before)
 assert not eager, f"the public names import {sorted(eager)}"
-assert not torch.cuda.is_initialized(), "importing all public names initialised CUDA"
+assert not torch.cuda.is_initialized(), "importing all public names initialized CUDA"
 """
 
 

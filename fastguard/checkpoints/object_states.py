@@ -106,7 +106,7 @@ def plain(value: Any, path: str) -> Any:
         if value.device.type == "meta":
             raise ValueError(
                 f"{path} is on the meta device: it has a shape but no data to save; use "
-                "model.to_empty(device=...) and initialise or load it first"
+                "model.to_empty(device=...) and initialize or load it first"
             )
         if not has_numbers(value):
             raise ValueError(

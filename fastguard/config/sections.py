@@ -248,7 +248,7 @@ class GuardConfig:
         """Wraps an optimizer in a guard, and opens the destinations of its records.
 
         A param group is split if a pattern in `groups` matches only some of its parameters, so
-        create schedulers afterwards, for the returned optimizer. If this raises, the optimizer is
+        create schedulers afterward, for the returned optimizer. If this raises, the optimizer is
         unchanged.
 
         Args:

@@ -42,12 +42,12 @@ def diagnose(
 ) -> Diagnosis:
     """Reports what is wrong with a training setup, most important first, each with a remedy.
 
-    Checks initialisation, data, forward pass, loss, backward pass, precision and optimizer, and
-    takes a few real steps on the batch. All state is restored afterwards, bit for bit: parameters,
+    Checks initialization, data, forward pass, loss, backward pass, precision and optimizer, and
+    takes a few real steps on the batch. All state is restored afterward, bit for bit: parameters,
     buffers, gradients, the optimizer's state and param groups, training flags and random number
     generators; hooks of the optimizer do not run. Needs memory for one copy of the model and of the
     optimizer's state. Runs in one process: DataParallel and DistributedDataParallel are unwrapped,
-    and compiled parts run eagerly. Synchronises with the GPU.
+    and compiled parts run eagerly. Synchronizes with the GPU.
 
     Args:
         model: The model, in the mode and with the weights to be diagnosed.

@@ -44,7 +44,7 @@ class ActivationCounts(NamedTuple):
 
 
 class ActivationGuard:
-    """Watches the outputs of modules with forward hooks; never synchronises with the GPU.
+    """Watches the outputs of modules with forward hooks; never synchronizes with the GPU.
 
     In `"clean"` mode, before the next module sees an output, NaN and Inf become 0 and everything
     else is clamped to ±limit. Elements are selected, never multiplied, in forward and backward, so
@@ -109,7 +109,7 @@ class ActivationGuard:
         ]
 
     def counts(self) -> dict[str, ActivationCounts]:
-        """Returns the counts of each watched module, by name. Synchronises with the GPU.
+        """Returns the counts of each watched module, by name. Synchronizes with the GPU.
 
         Raises:
             ValueError: The last output was on the meta device, or a placeholder.
@@ -141,7 +141,7 @@ class ActivationGuard:
         self.remove()
 
     def __str__(self) -> str:
-        """Returns one line per module with bad outputs. Synchronises with the GPU."""
+        """Returns one line per module with bad outputs. Synchronizes with the GPU."""
         bad = {name: counts for name, counts in self.counts().items() if any(counts)}
         if not bad:
             return f"no bad values in the outputs of {len(self._names)} modules"

@@ -71,7 +71,7 @@ class BatchCheck:
     constant_is_bad: tuple[bool, ...]
 
     def signals(self, prefix: str = "batch.") -> dict[str, Tensor]:
-        """Returns the result as losses for the guarded step. Never synchronises.
+        """Returns the result as losses for the guarded step. Never synchronizes.
 
         For each tensor there is one float64 `()`: 0 if it is fine, 1 if it is constant or out of
         range, NaN if it is not finite. Pass them to
@@ -97,7 +97,7 @@ class BatchCheck:
         return {prefix + name: v for name, v in zip(self.names, value.unbind(), strict=True)}
 
     def problems(self) -> list[BatchProblem]:
-        """Returns the problems by tensor. Synchronises with the GPU.
+        """Returns the problems by tensor. Synchronizes with the GPU.
 
         Empty under `FakeTensorMode` and for meta tensors, which have no values.
         """
@@ -117,7 +117,7 @@ class BatchCheck:
         ]
 
     def __str__(self) -> str:
-        """Returns one line per problem. Synchronises with the GPU."""
+        """Returns one line per problem. Synchronizes with the GPU."""
         lines = (printable(str(problem)) for problem in self.problems())
         return "\n".join(lines) or "no problems in this batch"
 
@@ -129,7 +129,7 @@ def check_batch(
     high: Limit = None,
     names: Sequence[str] = ("inputs", "targets"),
 ) -> BatchCheck:
-    """Reads every tensor of a batch once. Never synchronises.
+    """Reads every tensor of a batch once. Never synchronizes.
 
     Args:
         batch: A tensor, or nested dicts, lists and tuples of tensors; other values are ignored.

@@ -1,6 +1,6 @@
 """Finds samples that CTC loss cannot align because their targets are longer than their inputs.
 
-A target of n labels needs n time steps, plus one for the blank between two equal neighbours.
+A target of n labels needs n time steps, plus one for the blank between two equal neighbors.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Unaligned(NamedTuple):
     repeats: int
 
     def __str__(self) -> str:
-        blanks = f" and {self.repeats} blanks between equal neighbours" if self.repeats else ""
+        blanks = f" and {self.repeats} blanks between equal neighbors" if self.repeats else ""
         return f"sample {self.sample} has {self.labels} labels{blanks} for {self.steps} time steps"
 
 
 def unaligned(targets: Tensor, input_lengths: Any, target_lengths: Any) -> Iterator[Unaligned]:
-    """Yields the samples that cannot be aligned; synchronises with the GPU.
+    """Yields the samples that cannot be aligned; synchronizes with the GPU.
 
     Args:
         targets: Padded, of shape `(N, S)`, or concatenated, of shape `(sum(target_lengths),)`.

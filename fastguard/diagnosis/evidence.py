@@ -41,7 +41,7 @@ class Evidence:
         self._kept = kept
 
     def isolated(self, work: Callable[[], T]) -> T:
-        """Runs `work` from the saved state and restores that state afterwards."""
+        """Runs `work` from the saved state and restores that state afterward."""
         self._kept.restore()
         try:
             return work()

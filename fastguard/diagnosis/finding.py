@@ -12,7 +12,7 @@ SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note", "ok")
 """Severities from worst to best."""
 
 CHECKS = (
-    "initialisation",
+    "initialization",
     "data",
     "forward",
     "loss",

@@ -60,7 +60,7 @@ class Values:
     @staticmethod
     @torch.no_grad()
     def of(tensor: Tensor) -> Values:
-        """Computes the statistics in a few passes over the tensor; synchronises with the GPU."""
+        """Computes the statistics in a few passes over the tensor; synchronizes with the GPU."""
         x = as_real(tensor).detach()
         size = x.abs()
         finite = size.isfinite()

@@ -295,7 +295,7 @@ def _axis(out: Tensor, dim: Any) -> int:
 
 
 def indices_of(name: str, indices: Tensor, n: int, ignored: int | None) -> Indices:
-    """Summarises class indices or embedding indices; synchronises with the GPU."""
+    """Summarizes class indices or embedding indices; synchronizes with the GPU."""
     counted = indices if ignored is None else indices[indices != ignored]
     if not counted.numel():
         return Indices(name, n, ignored, 0, 0, 0.0)

@@ -35,7 +35,7 @@ class Feature(NamedTuple):
     Attributes:
         name: The name in the documentation.
         since: The first version of torch that has it.
-        without: The behaviour of older versions.
+        without: The behavior of older versions.
     """
 
     name: str

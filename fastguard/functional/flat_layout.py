@@ -13,7 +13,7 @@ from fastguard.errors.versions import grad_dtype_of
 from fastguard.gradients.buckets import FLOATING, Run, name_of
 from fastguard.ranks.dtensors import is_dtensor
 
-ALIGN = 16  # bytes, as needed for 128-bit loads and vectorised optimizer kernels
+ALIGN = 16  # bytes, as needed for 128-bit loads and vectorized optimizer kernels
 SMALLEST_SHARE, TURNS = 16, 64  # parameters per turn, turns until all have been checked
 
 

@@ -29,7 +29,7 @@ from fastguard.gradients.tensor_parts import (
 )
 
 PIECE = 1 << 21
-"""Elements that are copied at a time; so few that they are still in a cache afterwards."""
+"""Elements that are copied at a time; so few that they are still in a cache afterward."""
 
 
 class HostCopier:

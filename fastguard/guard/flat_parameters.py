@@ -8,7 +8,7 @@ of these tensors, so that model and optimizer look ordinary to all other code.
 A run is a part of a block that can be updated as one tensor: its parameters all have a gradient,
 the same state entries and the same step count. During the step of the wrapped optimizer, its param
 groups hold one tensor per run, so that torch makes one fused call. State that torch creates for a
-run is split into views of the block afterwards.
+run is split into views of the block afterward.
 
 Memory, per parameter tensor: up to 12 bytes of padding, and 4 bytes for its step count. When slots
 are laid out again, blocks get new memory, because the old memory may still be in use (by weights

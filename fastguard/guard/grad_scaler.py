@@ -7,7 +7,7 @@ unscaled before, but no reference to itself. The scaler is looked up in the fram
 * The scale tells whether the scaler handles an overflow by itself: it lowers the scale after each
   one, which suffices until the scale is at its minimum.
 * A scaler checks only the gradients of its own rank. If a single rank holds an Inf (a pipeline
-  stage), only that rank would lower its scale, and afterwards the ranks would combine gradients
+  stage), only that rank would lower its scale, and afterward the ranks would combine gradients
   with different scales.
 
 The lookup takes a few microseconds, in steps taken by a scaler only.

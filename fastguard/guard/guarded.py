@@ -82,7 +82,7 @@ class GuardedOptimizer(SavableOptimizer):
 
     Args:
         optimizer: Any dense optimizer of `torch.optim`, or one with the same interface. Fused
-            optimizers skip on the device, without synchronisation.
+            optimizers skip on the device, without synchronization.
         max_norm: Limit of the gradient norm, >= 0; None or `inf`: measure only. Or a rule that sets
             the limit in each step: `ZClip`, `AutoClip`, `AdaGC`, or your own `AdaptiveLimit`. Or
             `AGC`, with `clip_scope="unit"`. Default: None.
@@ -113,7 +113,7 @@ class GuardedOptimizer(SavableOptimizer):
             Default: False.
         compile_step: Whether to compile the update with `torch.compile`, with every write masked by
             the verdict. Any optimizer that can be traced then skips on the device, without
-            synchronisation. Gradients are scaled within the update; `.grad` is not changed.
+            synchronization. Gradients are scaled within the update; `.grad` is not changed.
             Default: False.
         group: The ranks that decide together. None: this process; with DTensors, the ranks that
             their meshes span. A process group: its ranks, which hold different tensors (pipeline
@@ -246,7 +246,7 @@ class GuardedOptimizer(SavableOptimizer):
         Raises:
             NonFiniteGradError: A gradient or loss is non-finite, and `nonfinite="raise"`.
             TrainingDivergedError: More than `max_consecutive_skips` consecutive incidents were
-                skipped. Without synchronisation it is raised one step later.
+                skipped. Without synchronization it is raised one step later.
         """
         if torch_dcp.only_creates_state(self.optimizer):
             return self.optimizer.step()

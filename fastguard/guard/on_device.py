@@ -26,7 +26,7 @@ class OnDevice(ReadsFirstIfNeeded):
 
     The verdict is read first in two cases. If the optimizer has step hooks, which must run only
     when it steps. And in the first step of fused SGD with momentum: if the kernel skipped it, torch
-    would keep the momentum buffer uninitialised, and no value written into the buffer would make
+    would keep the momentum buffer uninitialized, and no value written into the buffer would make
     torch use the formula of the first step again.
     """
 

@@ -39,7 +39,7 @@ class _NonFiniteLoss(Exception):
 
 
 class WholeStep:
-    """Steps first, decides afterwards, and undoes the step if it was bad."""
+    """Steps first, decides afterward, and undoes the step if it was bad."""
 
     reads_first = True
     skips = "after reading the verdict"

@@ -51,7 +51,7 @@ class GuardCallback(Callback):
     """Guards the optimizers of each `fit`, and logs every step.
 
     Logs `train/grad_norm` (before clipping), `train/clip_coef` and `train/skipped_steps` (so far)
-    without synchronising with the GPU. With a per-step schedule, each step synchronises, because
+    without synchronizing with the GPU. With a per-step schedule, each step synchronizes, because
     the schedule waits for an applied step.
 
     Args:

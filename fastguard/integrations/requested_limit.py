@@ -85,5 +85,5 @@ def total_norm_of(verdict: Verdict) -> Tensor:
 
 
 def was_skipped(optimizer: GuardedOptimizer) -> bool:
-    """Whether the last step was skipped. Synchronises with the GPU."""
+    """Whether the last step was skipped. Synchronizes with the GPU."""
     return optimizer.last is not None and bool(optimizer.last.found_inf.item() == 1.0)

@@ -133,7 +133,7 @@ def engine_error(engine: str) -> ValueError:
 def refuse_deepspeed(strategy: object) -> None:
     """Raises a ValueError for a strategy that trains through DeepSpeed.
 
-    It is recognised by class name, because different packages define different classes.
+    It is recognized by class name, because different packages define different classes.
 
     Example:
         >>> refuse_deepspeed(object())

@@ -2,7 +2,7 @@
 
 A piece is a part of one long tensor, or several short tensors with the same coefficients, with
 elements in memory order. If the strides of a parameter, its gradient and its state differ, the
-piece holds copies with the strides of the parameter, which are written back afterwards: torch's
+piece holds copies with the strides of the parameter, which are written back afterward: torch's
 fused CPU kernels ignore strides and would combine the wrong elements.
 """
 

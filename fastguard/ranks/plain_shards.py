@@ -2,7 +2,7 @@
 
 A DTensor knows how its elements are distributed. FSDP1 and DeepSpeed store shards in plain tensors:
 without a group, each rank would clip by the norm of its own shards, and skip steps that others
-take. Shards are recognised by:
+take. Shards are recognized by:
 
     FSDP1                     `_fsdp_flattened` on flat parameters and on the original ones
     DeepSpeed, stage 3        `ds_id` on parameters and on their float32 partitions

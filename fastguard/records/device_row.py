@@ -120,7 +120,7 @@ def learning_rate(groups: Sequence[Mapping[str, Any]], device: torch.device) -> 
 
 
 def pack(outcome: Outcome, row: Tensor) -> None:
-    """Writes the row of a step, float64 `(width,)`. Does not synchronise."""
+    """Writes the row of a step, float64 `(width,)`. Does not synchronize."""
     stats, signals = outcome.stats, outcome.signals
     if isinstance(outcome.limit, Tensor):
         row[-1:].copy_(outcome.limit)

@@ -133,7 +133,7 @@ class LossMeter:
         weight: Tensor | float = 1.0,
         tag: Any = None,
     ) -> None:
-        """Adds the losses of one batch. Never synchronises with the GPU.
+        """Adds the losses of one batch. Never synchronizes with the GPU.
 
         Losses without values, under `FakeTensorMode` or on the meta device, are ignored.
 
@@ -186,18 +186,18 @@ class LossMeter:
             self._count(batch, values)
 
     def _settle(self) -> None:
-        """Counts the losses that are still on a GPU. Synchronises."""
+        """Counts the losses that are still on a GPU. Synchronizes."""
         if self._waiting is not None:
             self._count_all(self._waiting.arrived())
             self._waiting.send()
             self._count_all(self._waiting.arrived())
 
     def compute(self) -> LossSummary:
-        """Returns the means and counts so far. Synchronises with the device."""
+        """Returns the means and counts so far. Synchronizes with the device."""
         return _summary([self.state_dict()])
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> LossSummary:
-        """Returns the means and counts over all ranks of `group`. Synchronises.
+        """Returns the means and counts over all ranks of `group`. Synchronizes.
 
         Every rank must call it; all get the same result. Ranks may have different names and
         different numbers of batches. The state of the meter does not change, so that repeated
@@ -211,7 +211,7 @@ class LossMeter:
         return _summary(states)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the whole state as plain Python values. Synchronises with the device."""
+        """Returns the whole state as plain Python values. Synchronizes with the device."""
         self._settle()
         return {
             "totals": {name: list(totals) for name, totals in self._totals.items()},
@@ -227,7 +227,7 @@ class LossMeter:
         self._batches = int(state["batches"])
 
     def __str__(self) -> str:
-        """Formats the summary. Synchronises with the device."""
+        """Formats the summary. Synchronizes with the device."""
         return str(self.compute())
 
 
@@ -247,12 +247,12 @@ class _Waiting:
     Attributes:
         rows: float64 `(ROWS, width)`, one row per batch: its losses and its weight.
         batches: The batches of the filled rows.
-        travelling: The rows in transfer to the host, the event that ends it, and their batches.
+        traveling: The rows in transfer to the host, the event that ends it, and their batches.
     """
 
     rows: Tensor
     batches: list[_Batch] = field(default_factory=list)
-    travelling: tuple[Tensor, torch.cuda.Event | None, list[_Batch]] | None = None
+    traveling: tuple[Tensor, torch.cuda.Event | None, list[_Batch]] | None = None
 
     @staticmethod
     def fresh(width: int, device: torch.device) -> _Waiting:
@@ -279,20 +279,20 @@ class _Waiting:
         """Starts copying the filled rows to the host; the rows may then be reused."""
         filled, batches, self.batches = self.rows[: len(self.batches)], self.batches, []
         if not filled.is_cuda:
-            self.travelling = (filled.to("cpu", copy=True), None, batches)
+            self.traveling = (filled.to("cpu", copy=True), None, batches)
             return
         host = torch.empty(filled.shape, dtype=filled.dtype, device="cpu", pin_memory=True)
         host.copy_(filled, non_blocking=True)
         event = torch.cuda.Event()
         # The stream of the losses' device, which need not be the current device.
         event.record(torch.cuda.current_stream(filled.device))
-        self.travelling = (host, event, batches)
+        self.traveling = (host, event, batches)
 
     def arrived(self) -> Iterator[tuple[_Batch, Sequence[float]]]:
         """Waits for the rows that were sent last, and yields them."""
-        if self.travelling is None:
+        if self.traveling is None:
             return
-        (host, event, batches), self.travelling = self.travelling, None
+        (host, event, batches), self.traveling = self.traveling, None
         if event is not None:
             event.synchronize()
         for batch, row in zip(batches, host.tolist(), strict=True):

@@ -3,7 +3,7 @@
     cpu        CPUs: NumPy and PyTorch, limited by memory bandwidth
     triton     CUDA and ROCm devices that Triton supports
     reference  all other devices, and tensor subclasses that wrap tensors: PyTorch in float64,
-               without synchronisation
+               without synchronization
 
 All three have the same signatures. The choice is made once per device, from what is installed and
 what the device supports; `fastguard.backend_for(tensor)` returns it. A GPU that Triton does not

@@ -216,7 +216,7 @@ class AdaGC(AdaptiveLimit):
     For a tensor with gradient norm n, in a model with gradient norm N, the limit is
 
         n * max_norm / N      during the warm-up: the norm of the model is clipped to `max_norm`
-        ratio * average       afterwards
+        ratio * average       afterward
 
     where `average` starts with the smallest clipped norm of the warm-up and is then the moving
     average of the clipped norms. Use it with `clip_scope="tensor"`.

@@ -149,7 +149,7 @@ def test_sizes_and_verdicts_are_listed(tmp_path, capsys):
     assert all(text in out for text in (" 999 B ", " 1 kB ", " 1.5 MB ", " 2.5 GB "))
 
 
-def test_a_store_without_its_manifest_is_recognised_and_verified(tmp_path, capsys):
+def test_a_store_without_its_manifest_is_recognized_and_verified(tmp_path, capsys):
     with CheckpointStore(tmp_path) as store:
         for step in (0, 100, 200):
             path = tmp_path / store.save(m={"w": torch.full((3,), 1.0)}, step=step).file

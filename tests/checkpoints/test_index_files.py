@@ -165,7 +165,7 @@ def test_it_is_never_rolled_back(index, capsys):
     assert status == 0 and good.name in out
 
 
-def test_names_of_indexes_are_recognised(tmp_path):
+def test_names_of_indexes_are_recognized(tmp_path):
     yes = "model.safetensors.index.json diffusion.safetensors.index.fp16.json x.bin.index.json"
     no = "config.json index.json model.index.json model.safetensors .safetensors.index.json"
     assert all(is_index(tmp_path / name) for name in yes.split())

@@ -125,7 +125,7 @@ def test_the_previous_handler_is_restored(store, leave):
         else:
             store.close()
         assert signal.getsignal(signal.SIGUSR2) is own
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # what others do afterwards stays
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # what others do afterward stays
         flag.restore()
         assert signal.getsignal(signal.SIGUSR2) is signal.SIG_IGN
     finally:

@@ -1,4 +1,4 @@
-"""`CheckpointStore`: rotation, verdicts, loading, and the state of training afterwards."""
+"""`CheckpointStore`: rotation, verdicts, loading, and the state of training afterward."""
 
 import json
 import os

@@ -90,7 +90,7 @@ def test_a_check_that_fails_does_not_stop_the_others(monkeypatch) -> None:
     stopped = [f for f in found.of("not-checked") if "only once" in f.seen]
     assert {f.check for f in stopped} == {"optimizer", "real steps"}
     assert all(f.severity == "warning" for f in stopped)
-    assert {"initialisation", "data", "backward"} <= {f.check for f in found if f.severity == "ok"}
+    assert {"initialization", "data", "backward"} <= {f.check for f in found if f.severity == "ok"}
 
 
 def test_both_kinds_of_activation_checkpoints_are_supported() -> None:

@@ -95,7 +95,7 @@ def test_a_small_unused_head_is_a_warning_and_a_large_one_an_error() -> None:
     assert [severity(1), severity(1000)] == ["warning", "error"]
 
 
-def test_an_adapter_initialised_to_zero_is_not_an_error() -> None:
+def test_an_adapter_initialized_to_zero_is_not_an_error() -> None:
     class Adapted(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -38,7 +38,7 @@ def test_findings_are_ordered_by_severity_then_importance() -> None:
         *[("ok", "ok")] * 5,
     ]
     assert [f.check for f in found][5:] == [
-        "initialisation",
+        "initialization",
         "data",
         "forward",
         "backward",

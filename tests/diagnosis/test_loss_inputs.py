@@ -248,7 +248,7 @@ def test_inputs_of_ctc_loss_are_checked() -> None:
     [
         ((2, 2), (3, 3), "error"),
         ((3, 2), (3, 3), "note"),
-        ((4, 4), (4, 4), "error"),  # two equal neighbours need a blank between them
+        ((4, 4), (4, 4), "error"),  # two equal neighbors need a blank between them
         ((12, 12), (4, 4), None),
     ],
     ids=["none-left", "one-left", "repeats", "all-left"],

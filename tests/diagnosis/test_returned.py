@@ -148,14 +148,14 @@ def test_a_model_with_its_own_loss_and_a_loss_fn_is_reported() -> None:
 
 
 def test_missing_labels_in_a_mapping_are_named() -> None:
-    class Labelled(OwnLoss):
+    class Labeled(OwnLoss):
         def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
             return super().forward(x, labels)
 
     x, y = sound_batch()
-    found = diagnose(Labelled(), {"x": x})
+    found = diagnose(Labeled(), {"x": x})
     assert "add 'labels' to the batch" in found.of("not-checked")[0].remedy
-    assert diagnose(Labelled(), {"x": x, "labels": y}).ok
+    assert diagnose(Labeled(), {"x": x, "labels": y}).ok
 
 
 def test_nan_in_other_results_of_the_step_is_not_reported() -> None:

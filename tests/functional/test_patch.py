@@ -1,4 +1,4 @@
-"""`patch_torch()` replaces the functions of torch.nn.utils, and restores them afterwards."""
+"""`patch_torch()` replaces the functions of torch.nn.utils, and restores them afterward."""
 
 import sys
 import threading

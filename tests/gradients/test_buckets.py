@@ -92,7 +92,7 @@ def test_a_copy_stands_for_a_lazily_conjugated_gradient_and_is_written_back():
 
 
 def test_kernels_never_read_memory_with_a_negative_bit():
-    """A recognised layout does not hide the bit, since it is part of the layout."""
+    """A recognized layout does not hide the bit, since it is part of the layout."""
     for _ in range(2):
         grads = [torch._neg_view(torch.ones(2, device="meta")) for _ in range(40)]
         (bucket,) = bucketize(grads).buckets

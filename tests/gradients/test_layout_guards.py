@@ -1,4 +1,4 @@
-"""Lists with a known layout are recognised, and no others."""
+"""Lists with a known layout are recognized, and no others."""
 
 import random
 
@@ -21,7 +21,7 @@ def grads_of(n=N):
     return [torch.randn(2 + i % 3, 4) for i in range(n)]
 
 
-def test_new_tensors_with_the_same_layout_are_recognised():
+def test_new_tensors_with_the_same_layout_are_recognized():
     first = bucketize(grads_of()).buckets[0]
     again = bucketize(grads_of()).buckets[0]
     assert again.form is first.form is layout_guards.known_form(grads_of()) is not None
@@ -46,7 +46,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
 @pytest.mark.parametrize("at", [0, N // 2, N - 1])
-def test_a_list_that_differs_anywhere_is_not_recognised(other, at):
+def test_a_list_that_differs_anywhere_is_not_recognized(other, at):
     form = bucketize(grads_of()).buckets[0].form
     different = grads_of()
     different[at] = other(different[at])
@@ -55,7 +55,7 @@ def test_a_list_that_differs_anywhere_is_not_recognised(other, at):
     assert form.fits(grads_of())
 
 
-def test_short_lists_subclasses_and_complex_gradients_are_not_recognised():
+def test_short_lists_subclasses_and_complex_gradients_are_not_recognized():
     assert bucketize(grads_of(layout_guards.MIN_TENSORS - 1)).buckets[0].form is None
     assert bucketize(list(map(torch.nn.Parameter, grads_of()))).buckets[0].form is None
     mixed = [*grads_of(), torch.randn(3, dtype=torch.complex64)]
@@ -64,7 +64,7 @@ def test_short_lists_subclasses_and_complex_gradients_are_not_recognised():
         assert kinds == [(torch.float32, False), (torch.float32, True)]
 
 
-def test_alternating_sets_of_none_gradients_are_all_recognised():
+def test_alternating_sets_of_none_gradients_are_all_recognized():
     for i in [*range(6), *range(6)]:
         grads = grads_of()
         grads[i] = None
@@ -95,8 +95,8 @@ def test_without_torchs_check_every_list_is_inspected(how, monkeypatch):
     assert not layout_guards._forms
 
 
-def test_buckets_of_recognised_lists_equal_those_of_inspected_lists(monkeypatch):
-    """Lists of two dtypes with None in any order give the same buckets, recognised or not."""
+def test_buckets_of_recognized_lists_equal_those_of_inspected_lists(monkeypatch):
+    """Lists of two dtypes with None in any order give the same buckets, recognized or not."""
     kinds = [torch.float32, torch.bfloat16]
     lists = []
     for _ in range(4):

@@ -15,7 +15,7 @@ from guardtest.guarded import parameters_of
 from guardtest.training import give_gradients, new_parameters, poison
 
 
-class Quantised(Tensor):
+class Quantized(Tensor):
     """8-bit codes and one scale; supports the operations of its optimizer, but not `clone`."""
 
     @staticmethod
@@ -44,21 +44,21 @@ class Quantised(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if func in (torch.ops.aten._to_copy.default, torch.ops.aten.detach.default):
             return cls(args[0].codes, args[0].scale)
-        raise NotImplementedError(f"Quantised takes no {func}")
+        raise NotImplementedError(f"Quantized takes no {func}")
 
 
-class Labelled(Tensor):
+class Labeled(Tensor):
     """A plain tensor with an attribute."""
 
 
-def labelled(values, label):
-    made = values.as_subclass(Labelled)
+def labeled(values, label):
+    made = values.as_subclass(Labeled)
     made.label = label
     return made
 
 
 class Momentum(torch.optim.Optimizer):
-    """SGD with a quantised momentum."""
+    """SGD with a quantized momentum."""
 
     def __init__(self, params, lr=0.1):
         super().__init__(params, {"lr": lr})
@@ -68,7 +68,7 @@ class Momentum(torch.optim.Optimizer):
         for p in parameters_of(self):
             old = self.state[p].get("momentum")
             values = p.grad + (0.9 * old.values_() if old is not None else 0)
-            self.state[p]["momentum"] = Quantised.of(values)
+            self.state[p]["momentum"] = Quantized.of(values)
             p -= 0.1 * values
 
 
@@ -86,7 +86,7 @@ def train(opt, steps):
 def everything(opt):
     """Returns copies of weights and momenta."""
     momenta = [opt.state[p]["momentum"] for p in parameters_of(opt)]
-    assert all(type(m) is Quantised for m in momenta)
+    assert all(type(m) is Quantized for m in momenta)
     weights = [p.detach().clone() for p in parameters_of(opt)]
     return weights + [t.clone() for m in momenta for t in (m.codes, m.scale)]
 
@@ -150,7 +150,7 @@ def test_a_checkpoint_store_says_which_class_a_later_process_could_not_load(tmp_
     opt = train(made(), range(2))
     with pytest.raises(TypeError, match=r"optimizer\.state\.0\.momentum .*add_safe_globals"):
         CheckpointStore(tmp_path / "refused").save({"optimizer": opt}, step=2)
-    with torch.serialization.safe_globals([Quantised]):
+    with torch.serialization.safe_globals([Quantized]):
         store = CheckpointStore(tmp_path / "taken")
         store.save({"optimizer": opt}, step=2)
         before = everything(opt)
@@ -160,8 +160,8 @@ def test_a_checkpoint_store_says_which_class_a_later_process_could_not_load(tmp_
 
 
 def test_nested_subclasses_are_split_completely():
-    inner = Quantised.of(torch.randn(3))
-    outer = Quantised(torch.zeros(3, dtype=torch.int8), inner)
+    inner = Quantized.of(torch.randn(3))
+    outer = Quantized(torch.zeros(3, dtype=torch.int8), inner)
     assert [type(t) for t in plain_tensors(outer)] == [Tensor] * 3
     copied = cloned(outer)
     inner.scale.fill_(9.0)
@@ -171,14 +171,14 @@ def test_nested_subclasses_are_split_completely():
 def test_attributes_of_a_subclass_are_restored():
     slot = Snapshot()
     holder = torch.nn.Module()
-    holder.state_dict = lambda: {"value": labelled(torch.ones(2), ["a"])}
+    holder.state_dict = lambda: {"value": labeled(torch.ones(2), ["a"])}
     seen = []
     holder.load_state_dict = seen.append
     slot.take({"x": holder}, 1, None)
     assert slot.nonfinite() == []
     slot.restore({"x": holder})
     (loaded,) = [state["value"] for state in seen]
-    assert type(loaded) is Labelled and loaded.label == ["a"] and loaded.tolist() == [1.0, 1.0]
+    assert type(loaded) is Labeled and loaded.label == ["a"] and loaded.tolist() == [1.0, 1.0]
 
 
 def test_a_tensor_that_cannot_be_copied_is_named():

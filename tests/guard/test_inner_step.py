@@ -371,7 +371,7 @@ def test_a_state_dict_loaded_into_the_wrapped_optimizer_selects_the_stepper(fuse
 
 @pytest.mark.parametrize("alone", [True, False], ids=["own group", "shared group"])
 @pytest.mark.parametrize("how", ["exchanged", "state cleared", "state loaded twice"])
-def test_a_removed_momentum_buffer_is_not_left_uninitialised_by_a_skip(how, alone):
+def test_a_removed_momentum_buffer_is_not_left_uninitialized_by_a_skip(how, alone):
     def run(bad):
         a, b, c = new_parameters([(64,), (64,), (64,)])
         groups = [{"params": [a]}, {"params": [b]}] if alone else [{"params": [a, b]}]

@@ -43,7 +43,7 @@ def verdict(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class MinMax(nn.Module):
-    """An observer as used in quantisation; its buffers are infinite before the first batch."""
+    """An observer as used in quantization; its buffers are infinite before the first batch."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()

@@ -265,7 +265,7 @@ def test_loading_does_not_change_the_state_dict():
 
 
 def test_an_optimizer_that_cannot_save_is_refused_by_rollback_with_the_reason():
-    class NeverInitialised(torch.optim.Optimizer):
+    class NeverInitialized(torch.optim.Optimizer):
         def __init__(self, base):
             self.base, self.param_groups, self.state = base, base.param_groups, base.state
             self.defaults = base.defaults
@@ -273,9 +273,9 @@ def test_an_optimizer_that_cannot_save_is_refused_by_rollback_with_the_reason():
         def step(self, closure=None):
             self.base.step()
 
-    opt = GuardedOptimizer(NeverInitialised(adam(new_parameters())))
+    opt = GuardedOptimizer(NeverInitialized(adam(new_parameters())))
     train(opt, range(2))
-    with pytest.raises(ValueError, match=r"'optimizer'.* NeverInitialised.*_state_dict_pre_hooks"):
+    with pytest.raises(ValueError, match=r"'optimizer'.* NeverInitialized.*_state_dict_pre_hooks"):
         Rollback(opt, {})
 
 

@@ -101,8 +101,8 @@ def test_every_kind_of_nonfinite_element_skips(kind, stepper):
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_a_momentum_buffer_created_late_is_never_left_uninitialised(nesterov):
-    """Fused SGD allocates it in the step; a skip on the device would leave it uninitialised."""
+def test_a_momentum_buffer_created_late_is_never_left_uninitialized(nesterov):
+    """Fused SGD allocates it in the step; a skip on the device would leave it uninitialized."""
 
     def build():
         parameters = new_parameters()  # torch needs a separate param group for late ones

@@ -119,7 +119,7 @@ def test_strided_gradients_are_copied_back():
     assert torch.equal(x, want)
 
 
-def test_unaligned_views_do_not_change_their_neighbours():
+def test_unaligned_views_do_not_change_their_neighbors():
     flat = torch.ones(100)
     triton_stages.apply(
         bucketize([flat[1:8], flat[9:50]]).buckets[0],

@@ -167,7 +167,7 @@ def test_other_strides_at_the_same_address_have_another_table():
 
 
 def test_each_form_of_a_long_list_at_the_same_addresses_has_its_own_table():
-    """Long lists are recognised by their form, without reading their sizes again."""
+    """Long lists are recognized by their form, without reading their sizes again."""
     x = torch.randn(layout_guards.MIN_TENSORS, 12)
     looks = {
         "rows": lambda: [row[:6] for row in x],

@@ -82,7 +82,7 @@ def test_each_bad_value_at_each_position(dtype, norm_type):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
-def test_bad_values_of_all_kinds_in_unaligned_neighbours(dtype):
+def test_bad_values_of_all_kinds_in_unaligned_neighbors(dtype):
     flat = torch.randn(3 * CHUNK).to(dtype)
     grads = list(flat[1:].split([5, 1, CHUNK, 7, 2 * CHUNK - 14]))
     for grad, value in zip(grads, [*BAD.values(), *BAD.values()], strict=False):

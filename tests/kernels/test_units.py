@@ -152,7 +152,7 @@ def test_calls_are_deterministic_and_increment_version_counters():
     assert all(p.grad._version > v for p, v in zip(ps, versions, strict=True))
 
 
-def test_neighbours_of_a_row_do_not_change():
+def test_neighbors_of_a_row_do_not_change():
     whole = torch.ones(100)
     p = torch.nn.Parameter(torch.ones(3, 9))
     p.grad = whole[1:28].view(3, 9)

@@ -278,7 +278,7 @@ def test_a_rank_killed_while_saving_leaves_the_store_intact(
     assert two.run(save_and_resume, tmp_path, True)
 
 
-def signalled(folder: Path) -> tuple[int, int]:
+def signaled(folder: Path) -> tuple[int, int]:
     model = torch.nn.Linear(2, 1)
     store = store_of(folder)
     step = 0
@@ -292,7 +292,7 @@ def signalled(folder: Path) -> tuple[int, int]:
 
 
 def test_a_signal_to_one_rank_ends_all_at_the_same_step(two: Ranks, tmp_path: Path) -> None:
-    assert two.run(signalled, tmp_path) == [(3, 143)] * 2
+    assert two.run(signaled, tmp_path) == [(3, 143)] * 2
     with CheckpointStore(tmp_path) as store:
         assert store.last_clean().step == 3
 

@@ -56,7 +56,7 @@ def test_every_element_of_the_model_counts_once(four: Ranks, name: str) -> None:
 
 
 def clipped(name: str, p: float, max_norm: float) -> tuple[bytes, dict[int, Tensor]]:
-    """Returns the norm, and the full gradients afterwards."""
+    """Returns the norm, and the full gradients afterward."""
     parts, group = SPREADS[name](model_gradients())
     norm = fastguard.clip_grad_norm_([q for _, q in parts], max_norm, p, group=group)
     assert type(norm) is Tensor and norm.dtype is torch.float32
@@ -197,7 +197,7 @@ def test_models_on_which_torch_raises(four: Ranks, name: str) -> None:
 
 
 def lazy_norm() -> tuple[float, float]:
-    """Clips by a partial norm of shards; returns our norm afterwards."""
+    """Clips by a partial norm of shards; returns our norm afterward."""
     parts, _ = fsdp(model_gradients()[:1])
     grads = [p.grad for _, p in parts]
     theirs = torch.linalg.vector_norm(grads[0])

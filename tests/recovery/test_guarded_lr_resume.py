@@ -53,7 +53,7 @@ def test_a_loaded_state_is_complete_and_ignores_earlier_steps() -> None:
 
 @pytest.fixture
 def delayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU without synchronisation: the record of step k arrives before step k + 1."""
+    """As on a GPU without synchronization: the record of step k arrives before step k + 1."""
     longrun.delay_records(monkeypatch)
 
 

@@ -1,4 +1,4 @@
-"""Summarises one file of a checkpoint: its header, size, checksum and non-finite tensors."""
+"""Summarizes one file of a checkpoint: its header, size, checksum and non-finite tensors."""
 
 from __future__ import annotations
 

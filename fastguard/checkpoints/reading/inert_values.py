@@ -70,7 +70,7 @@ class Name:
 
 
 class StandIn:
-    """An object whose class is not loaded; holds the pickled data and has no behaviour.
+    """An object whose class is not loaded; holds the pickled data and has no behavior.
 
     Attributes:
         qualified_name: Name of the class, or of the function that the pickle would have called.

@@ -1,9 +1,9 @@
-"""Recognises other file formats by their first bytes, so they are not reported as damaged."""
+"""Recognizes other file formats by their first bytes, so they are not reported as damaged."""
 
 from __future__ import annotations
 
 BEGINNING = 256
-"""Number of bytes needed to recognise a format."""
+"""Number of bytes needed to recognize a format."""
 
 _STARTS = {
     b"\x93NUMPY": "a numpy array (.npy)",

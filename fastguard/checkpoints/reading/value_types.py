@@ -16,7 +16,7 @@ from typing import Any
 from fastguard.checkpoints.errors import UnsafeFile
 from fastguard.checkpoints.reading.inert_values import Name, StandIn, kind_of
 
-# Standard library modules whose classes, recognised by a capital letter, hold values.
+# Standard library modules whose classes, recognized by a capital letter, hold values.
 _VALUE_MODULES = frozenset(
     """
     collections datetime decimal _decimal fractions uuid ipaddress zoneinfo enum numbers statistics

@@ -25,7 +25,7 @@ _ENTRY = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _MAX16, _MAX32 = 0xFFFF, 0xFFFFFFFF
 _STREAMED, _UTF8 = 0x8, 0x800  # flags: sizes after the data; names in UTF-8
-_DOS_FOLDER = 0x10  # attribute of a folder: torch leaves the memory of such a record uninitialised
+_DOS_FOLDER = 0x10  # attribute of a folder: torch leaves the memory of such a record uninitialized
 _LONGEST_NAME = 500  # torch's reader truncates longer names
 _MAX_BYTES = 128 * 2**20  # directory size, about a million records
 

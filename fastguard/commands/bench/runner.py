@@ -127,7 +127,7 @@ def run_case(
             return [], left_out
         samples = interleave(contenders, work, seconds=seconds, on_round=on_round)
     rows = [
-        summarise(case, name, samples[name], samples[case.baseline], limit, errors[name])
+        summarize(case, name, samples[name], samples[case.baseline], limit, errors[name])
         for name in contenders
     ]
     return rows, left_out
@@ -217,7 +217,7 @@ def rounds(names: Iterable[str], seconds: float) -> Iterator[list[str]]:
         order = [*order[1:], order[0]]
 
 
-def summarise(
+def summarize(
     case: Case,
     contender: str,
     samples: list[Sample],

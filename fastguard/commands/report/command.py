@@ -46,11 +46,11 @@ def run(args: argparse.Namespace) -> int:
     folder = output_folder(args.out if args.out is not None else str(path.parent))
 
     from fastguard.commands.report.page import render
-    from fastguard.commands.report.summary import summarise
+    from fastguard.commands.report.summary import summarize
     from fastguard.commands.report.verdict import judge
 
     with _progress(path) as progress:
-        summary = summarise(read_blocks(path), progress=progress)
+        summary = summarize(read_blocks(path), progress=progress)
     if not summary.records:
         raise_no_records(path, summary.damaged)
     verdict = judge(summary)

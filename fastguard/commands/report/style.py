@@ -66,7 +66,7 @@ _NUMBER = re.compile(r"([0-9]{1,18})")
 
 
 def show_layers(figure: go.Figure, layers: Sequence[str], i: int) -> None:
-    """Gives row `i` one line per layer, the first on top, labelled with its name."""
+    """Gives row `i` one line per layer, the first on top, labeled with its name."""
     figure.update_yaxes(
         range=[len(layers) - 0.5, -0.5],
         showgrid=False,

@@ -1,4 +1,4 @@
-"""`summarise`: reads the records of a run in one pass and keeps only what the report shows."""
+"""`summarize`: reads the records of a run in one pass and keeps only what the report shows."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Summary:
         return not self.table.is_open(self.records)
 
 
-def summarise(
+def summarize(
     blocks: Iterable[Block], *, progress: Callable[[int], object] | None = None
 ) -> Summary:
     """Summarizes a run. Until they are downsampled, drawn values take 8 bytes of memory each.

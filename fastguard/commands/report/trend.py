@@ -101,8 +101,8 @@ def _fit(x: np.ndarray, y: np.ndarray) -> tuple[int, float, float, float]:
     best = (0, float(y.mean()), 0.0, math.inf)
     for hinge in range(len(x) - 1):
         ramp = np.maximum(0.0, x - x[hinge])
-        centred = ramp - ramp.mean()
-        slope = float(centred @ y / (centred @ centred))
+        centered = ramp - ramp.mean()
+        slope = float(centered @ y / (centered @ centered))
         level = float(y.mean() - slope * ramp.mean())
         residual = float(np.sum((y - level - slope * ramp) ** 2))
         if residual < best[3]:

@@ -1,7 +1,7 @@
 """Bounds the time that a scan spends on single lines.
 
-Most lines are skipped, read many at a time, or resemble a line that was analysed before. If a log
-has NaN in wording that never repeats, each line must be analysed, at 0.2 to 0.9 MB/s. Therefore
+Most lines are skipped, read many at a time, or resemble a line that was analyzed before. If a log
+has NaN in wording that never repeats, each line must be analyzed, at 0.2 to 0.9 MB/s. Therefore
 each log has a budget: `FIRST` units of work, plus one per `BYTES_PER_UNIT` bytes. When the budget
 is spent, the rest of the current block of 1 MiB is only searched for NaN and Inf, and lines that
 contain one are counted. The next block earns new units.
@@ -18,13 +18,13 @@ BYTES_PER_UNIT = 64
 """A unit is about one microsecond on one core, so 1 MiB earns 16 ms of work."""
 
 NEW = 96
-"""Units for analysing a line whose shape is not cached; see `units_of`."""
+"""Units for analyzing a line whose shape is not cached; see `units_of`."""
 
 NEW_TOKEN = 24
 """Additional units for each NaN or Inf in the line; each byte costs one more."""
 
 KNOWN = 8
-"""Units for handling a line individually, without analysing it."""
+"""Units for handling a line individually, without analyzing it."""
 
 IN_RUN = 2
 """Number of lines per unit, if they continue a run of bad lines."""
@@ -70,7 +70,7 @@ class Counted:
     """Lines that were only searched.
 
     Attributes:
-        first_line, last_line: Line numbers; lines between them may have been analysed.
+        first_line, last_line: Line numbers; lines between them may have been analyzed.
         n_lines: Number of lines.
         n_nonfinite: Number of those lines that contain NaN or Inf, as a value or as a word.
         first: The first of them.
@@ -101,7 +101,7 @@ class Counted:
 
 
 def units_of(line: bytes) -> int:
-    """The units for analysing a line whose shape is not cached."""
+    """The units for analyzing a line whose shape is not cached."""
     lower = line.lower()
     return NEW + NEW_TOKEN * (lower.count(b"nan") + lower.count(b"inf")) + len(line)
 
@@ -117,7 +117,7 @@ class Budget:
     """The units of work that are left for a log.
 
     Args:
-        unlimited: Whether to analyse every line without a bound.
+        unlimited: Whether to analyze every line without a bound.
     """
 
     def __init__(self, *, unlimited: bool = False) -> None:
@@ -140,6 +140,6 @@ class Budget:
         return self._left < 0 and not self._unlimited
 
     def reserve(self) -> bool:
-        """Whether one more line may be analysed because it may be the first finding."""
+        """Whether one more line may be analyzed because it may be the first finding."""
         self._reserved -= NEW
         return self._reserved >= 0

@@ -6,8 +6,8 @@ CSV and TSV with a header, TensorBoard event files. LOG is a file, optionally gz
 standard input. Words like "info" or "nano" are not matches, and "no nan found" is only noted.
 
 The time is bounded: if the wording around NaN and Inf never repeats, only the first few thousand
-lines are analysed. The others are searched for the words and counted, and the output reports how
-many. With --full every line is analysed.
+lines are analyzed. The others are searched for the words and counted, and the output reports how
+many. With --full every line is analyzed.
 
 Exit status 1 if NaN, Inf, a spike or steady growth was found; 2 if nothing was found, but a log is
 empty, could not be read to its end, or has lines with the words that were only counted; else 0.
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--full",
         action="store_true",
-        help="analyse every line, which can be as slow as 0.2 MB/s",
+        help="analyze every line, which can be as slow as 0.2 MB/s",
     )
 
 

@@ -91,7 +91,7 @@ def _counted(counted: Counted) -> str:
         contain = f"{n:,} contain{'s' * (n == 1)} one, first line {first.number:,}: {text}"
     return (
         f"to bound the time, {_lines(counted.n_lines)} in the range {between} were only searched "
-        f"for NaN and Inf, not analysed: {contain} (--full analyses all)"
+        f"for NaN and Inf, not analyzed: {contain} (--full analyzes all)"
     )
 
 

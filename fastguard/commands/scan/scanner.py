@@ -43,7 +43,7 @@ def scan_log(file: BinaryIO, *, full: bool = False) -> LogScan:
 
     Args:
         file: Binary file, open for reading; need not be seekable.
-        full: Whether to analyse every line without a bound on the time. Default: False.
+        full: Whether to analyze every line without a bound on the time. Default: False.
 
     Returns:
         The findings in the readable part; `problem` explains why reading stopped early.

@@ -8,7 +8,7 @@ from fastguard.diagnosis.checks import (
     backward,
     data,
     forward,
-    initialisation,
+    initialization,
     loss,
     optimizer,
     precision,
@@ -22,7 +22,7 @@ Check = Callable[[Evidence], Iterable[Finding]]
 FAMILIES: dict[str, Check] = {
     module.CHECK: module.check
     for module in (
-        initialisation,
+        initialization,
         data,
         forward,
         loss,

@@ -166,7 +166,7 @@ def _sizes(evidence: Evidence) -> Iterator[Finding]:
                 value=ratio,
                 limit=PROFILE,
                 remedy="use norms and residual connections between the layers, Kaiming or Xavier "
-                "initialisation, and no saturating activations in deep stacks.",
+                "initialization, and no saturating activations in deep stacks.",
             )
 
 

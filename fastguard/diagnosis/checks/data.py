@@ -20,7 +20,7 @@ from fastguard.errors import describe_culprits
 
 CHECK = "data"
 
-RANGE = 100.0  # normalised inputs reach about 5; raw images reach 255
+RANGE = 100.0  # normalized inputs reach about 5; raw images reach 255
 MIN_LABELS = 16  # fewer labels may be equal by chance
 MIN_ELEMENTS = 4  # samples with fewer elements may be equal by chance
 
@@ -129,7 +129,7 @@ def _constant(values: TensorRange) -> Finding:
         f"all {values.numel} elements are {values.max:.4g}",
         where=values.name,
         value=values.max,
-        remedy="check how it is read and normalised (a division by a standard deviation of 0, an "
+        remedy="check how it is read and normalized (a division by a standard deviation of 0, an "
         "integer division by 255); nothing can be learned from constant data.",
     )
 
@@ -144,7 +144,7 @@ def _range(values: TensorRange) -> Finding:
         where=values.name,
         value=values.absmax,
         limit=RANGE,
-        remedy="normalise: divide images by 255, or subtract the mean and divide by the standard "
+        remedy="normalize: divide images by 255, or subtract the mean and divide by the standard "
         "deviation of the training data, plus an eps.",
     )
 

@@ -224,7 +224,7 @@ def _extreme(evidence: Evidence) -> Iterator[Finding]:
         where=large[0].where,
         value=worst,
         limit=LARGE,
-        remedy="put a norm before this layer, lower the gain of its weights, and normalise the "
+        remedy="put a norm before this layer, lower the gain of its weights, and normalize the "
         "inputs.",
     )
 
@@ -266,7 +266,7 @@ _SATURATION = {
     ),
     "softmax": (
         "of the softmax's rows are one-hot and pass no gradient",
-        "divide attention scores by the square root of the head size, or normalise queries and "
+        "divide attention scores by the square root of the head size, or normalize queries and "
         "keys. A softmax over an axis of length 1 is always 1; then the axis is wrong.",
     ),
 }

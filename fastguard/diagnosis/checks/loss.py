@@ -179,7 +179,7 @@ def _values(evidence: Evidence) -> Iterator[Finding]:
             where=name if len(parts) > 1 else "",
             value=largest,
             limit=LARGE,
-            remedy="average over elements instead of summing, normalise the targets, and give this "
+            remedy="average over elements instead of summing, normalize the targets, and give this "
             "part a smaller weight.",
         )
 

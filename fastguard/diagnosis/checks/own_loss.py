@@ -1,4 +1,4 @@
-"""Recognises models that compute their own loss, and suggests a `step=` for them."""
+"""Recognizes models that compute their own loss, and suggests a `step=` for them."""
 
 from __future__ import annotations
 

@@ -41,11 +41,11 @@ def explain_nonfinite(
 ) -> NonFiniteReport:
     """Finds the module, operation and tensor where the first non-finite value appeared.
 
-    The batch is run forward and, if the loss is finite, backward. All state is restored afterwards,
+    The batch is run forward and, if the loss is finite, backward. All state is restored afterward,
     bit for bit: parameters, buffers, gradients, random number generators, training flags and the
     batch. The model runs in its current mode, compiled parts run eagerly, and the hooks of an
     `ActivationGuard` are disabled. Runs in one process: DataParallel and DistributedDataParallel
-    are unwrapped. Synchronises with the GPU.
+    are unwrapped. Synchronizes with the GPU.
 
     Args:
         model: The model, with the weights it had before the bad step.

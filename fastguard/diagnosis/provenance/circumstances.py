@@ -43,7 +43,7 @@ def explain_call(call: Call, outputs: Sequence[Tensor]) -> Explanation | None:
 _FEW_VALUES = (
     "use correction=0 (unbiased=False), where the variance of one value is 0, and add an eps where "
     "it is a divisor; or skip inputs with too few values: drop a last batch of one sample, do not "
-    "normalise a single element."
+    "normalize a single element."
 )
 
 
@@ -152,7 +152,7 @@ def _masked_rows(call: Call, outputs: Sequence[Tensor]) -> Explanation | None:
         "leave at least one position of every row unmasked (padding may mask whole samples, and "
         "masks may be inverted: nn.MultiheadAttention masks where True, "
         "scaled_dot_product_attention where False), or mask with a large negative number, "
-        "torch.finfo(x.dtype).min, and set those rows to 0 afterwards.",
+        "torch.finfo(x.dtype).min, and set those rows to 0 afterward.",
     )
 
 

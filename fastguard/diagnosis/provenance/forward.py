@@ -36,7 +36,7 @@ from fastguard.diagnosis.replay.calls import LOW, Call, all_finite, floats, is_v
 from fastguard.diagnosis.replay.tensor_range import TensorRange, as_real
 
 _NOT_USER = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
-_UNINITIALISED = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+_UNINITIALIZED = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _DESCRIBED = 8  # maximum number of inputs and outputs to describe
 
 
@@ -204,7 +204,7 @@ class ForwardTrace(TorchDispatchMode):
             not has_nan
             and (is_requested or bool(causes))
             and all(cause.placed for cause in causes)
-            and call.name not in _UNINITIALISED
+            and call.name not in _UNINITIALIZED
         )
         event = Event(self._index, str(call.func), self._site(), causes, placed)
         if not event.is_origin:

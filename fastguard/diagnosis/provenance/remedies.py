@@ -78,7 +78,7 @@ KINDS = (
         "matrix product or convolution",
         "mm bmm addmm baddbmm addbmm addmv mv dot vdot matmul linear einsum convolution "
         "convolution_overrideable conv1d conv2d conv3d mkldnn_convolution thnn_conv2d",
-        "a sum of products left the range of its dtype: normalise the inputs, lower the scale of "
+        "a sum of products left the range of its dtype: normalize the inputs, lower the scale of "
         "the weights or the learning rate, and keep this layer in float32 or bfloat16.",
     ),
     _kind(
@@ -88,7 +88,7 @@ KINDS = (
         "bfloat16 or float32.",
     ),
     _kind(
-        "normalisation",
+        "normalization",
         "native_batch_norm batch_norm native_layer_norm layer_norm native_group_norm group_norm "
         "cudnn_batch_norm native_batch_norm_legit native_batch_norm_legit_no_stats var var_mean "
         "std_mean fused_rms_norm rms_norm batch_norm_with_update instance_norm",
@@ -121,7 +121,7 @@ KINDS = (
         "identity.",
     ),
     _kind(
-        "uninitialised memory",
+        "uninitialized memory",
         "empty empty_like empty_strided new_empty new_empty_strided",
         "a tensor from torch.empty was used before it was fully written: use torch.zeros.",
     ),
@@ -212,7 +212,7 @@ def evidence_of(kind: Kind, inputs: Sequence[TensorRange], operation: str = "") 
             takes_any_sign = name == "square root or norm" and not _is_root(operation)
             if r.min < 0 and not takes_any_sign:
                 found.append(f"{r.name} has negative elements down to {r.min:.4g}")
-        elif name == "normalisation" and r.name.endswith("running_var") and r.min < 0:
+        elif name == "normalization" and r.name.endswith("running_var") and r.min < 0:
             found.append(f"the running variance goes down to {r.min:.4g}")
         elif name == "inverse function at the edge of its domain" and r.absmax >= 1:
             found.append(f"{r.name} reaches {r.absmax:.9g}")

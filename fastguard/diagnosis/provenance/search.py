@@ -188,7 +188,7 @@ class Search:
 
 _WRITTEN = Explanation(
     "an Inf that the program wrote",
-    "the program wrote this Inf, as masks do, and nothing removed it afterwards",
+    "the program wrote this Inf, as masks do, and nothing removed it afterward",
     "if a whole row is masked, its maximum, logsumexp or sum is also Inf: exclude such rows from "
     "the loss, or mask with a large finite number, torch.finfo(x.dtype).min.",
 )

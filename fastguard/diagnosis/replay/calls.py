@@ -18,7 +18,7 @@ _OVERWRITES = ("copy_", "fill_", "zero_", "normal_", "uniform_", "bernoulli_", "
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor is finite, in one read; synchronises with the GPU."""
+    """Whether a tensor is finite, in one read; synchronizes with the GPU."""
     x = as_real(tensor)
     if not x.numel() or not x.is_floating_point():
         return True

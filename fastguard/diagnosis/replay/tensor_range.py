@@ -35,7 +35,7 @@ class TensorRange:
     @staticmethod
     @torch.no_grad()
     def of(name: str, tensor: Tensor) -> TensorRange:
-        """Computes the statistics in a few reads; synchronises with the GPU."""
+        """Computes the statistics in a few reads; synchronizes with the GPU."""
         x = as_real(tensor)
         finite = x.isfinite()
         values = x[finite]

@@ -70,7 +70,7 @@ class NoiseScale:
 
     def _averaged(self, signal: float, noise: float) -> dict[str, Any]:
         """Adds an estimate to the averages; returns the record, empty if not yet meaningful."""
-        before = self.averages  # both have the same bias towards 0, which cancels in their ratio
+        before = self.averages  # both have the same bias toward 0, which cancels in their ratio
         signal = DECAY * before[0] + (1 - DECAY) * signal
         noise = DECAY * before[1] + (1 - DECAY) * noise
         self.averages = signal, noise

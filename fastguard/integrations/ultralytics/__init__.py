@@ -29,7 +29,7 @@ def guard(
 ) -> UltralyticsGuard:
     """Guards every later `model.train(...)`; records go to `records.jsonl` in the run's folder.
 
-    Each step synchronises with the GPU, as the trainer's progress bar does anyway.
+    Each step synchronizes with the GPU, as the trainer's progress bar does anyway.
 
     Args:
         model: A `YOLO` or another ultralytics model, or one of its trainers.

@@ -28,7 +28,7 @@ class EpochLosses:
         self._loss = trainer.loss.detach()
 
     def repair_means(self, trainer: Any) -> None:
-        """Restores running means that a batch made NaN or Inf. Synchronises with the GPU."""
+        """Restores running means that a batch made NaN or Inf. Synchronizes with the GPU."""
         if trainer.tloss is None:
             return
         if all(math.isfinite(mean) for mean in trainer.tloss.values()):

@@ -1,4 +1,4 @@
-"""The decide stage in Python floats, for a CPU, where reading a tensor needs no synchronisation.
+"""The decide stage in Python floats, for a CPU, where reading a tensor needs no synchronization.
 
 Computes the same as `reference.decide`, in the same order and with the same state. On a CPU, two
 dozen tensor operations on single numbers take 40 µs; the same arithmetic on Python floats takes

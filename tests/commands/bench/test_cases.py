@@ -5,7 +5,7 @@ import torch
 
 from fastguard.commands.bench import Workload
 from fastguard.commands.bench.clock import Sample
-from fastguard.commands.bench.runner import summarise
+from fastguard.commands.bench.runner import summarize
 from fastguard.commands.bench.selection import gpt2_shapes, selection
 from guardtest.bench import CPU, LIMIT, SHAPES, a_case
 
@@ -63,7 +63,7 @@ def test_the_suite_measures_every_cpu_target(benchmarks):
     for case in benchmarks("suite").cases(CPU):
         for name in case.contenders:
             rows.append(
-                summarise(case, name, [Sample(1, 1, 1)], [Sample(2, 2, 2)], LIMIT, 0.0).as_dict()
+                summarize(case, name, [Sample(1, 1, 1)], [Sample(2, 2, 2)], LIMIT, 0.0).as_dict()
             )
     memory = {"contender": "fastguard", "working_bytes": 1e6}
     accuracy = {

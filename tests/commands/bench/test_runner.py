@@ -8,7 +8,7 @@ from fastguard.commands.bench import Workload, run_case
 from fastguard.commands.bench.clock import Clock, Sample
 from fastguard.commands.bench.contenders import CONTENDERS, PEERS_ON_CUDA
 from fastguard.commands.bench.machine import ceilings, describe_machine, slug_of
-from fastguard.commands.bench.runner import MIN_ROUNDS, Spread, interleave, summarise
+from fastguard.commands.bench.runner import MIN_ROUNDS, Spread, interleave, summarize
 from guardtest.bench import CPU, LIMIT, ON_CPU, a_case
 
 
@@ -31,7 +31,7 @@ def test_rounds_interleave_and_rotate_the_contenders():
 def test_ratios_are_computed_within_rounds():
     baseline = [Sample(t, t, t) for t in (2.0, 20.0, 200.0)]
     own = [Sample(t, t, t) for t in (1.0, 10.0, 100.0)]
-    row = summarise(a_case(), "fastguard", own, baseline, LIMIT, None)
+    row = summarize(a_case(), "fastguard", own, baseline, LIMIT, None)
     assert row.ratio == Spread(2.0, 2.0, 2.0)
     assert row.ms.p50 == 10.0
     assert row.limit_percent == pytest.approx(100 * a_case().grad_bytes / 1e10 / 10e-3)

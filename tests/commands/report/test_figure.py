@@ -7,7 +7,7 @@ import pytest
 
 from fastguard import StepRecord
 from fastguard.commands.report.columns import NORM, Series
-from fastguard.commands.report.summary import summarise
+from fastguard.commands.report.summary import summarize
 from fastguard.records.read_json_lines import Block
 from guardtest import require
 
@@ -37,7 +37,7 @@ def record(step, **more):
 
 @pytest.fixture(scope="module")
 def summary():
-    return summarise([Block([record(step) for step in range(1, STEPS + 1)], 0, 0)])
+    return summarize([Block([record(step) for step in range(1, STEPS + 1)], 0, 0)])
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_every_incident_is_marked(figure):
 def test_marks_for_several_incidents_show_their_number():
     bad = {"action": "skipped", "reason": "nonfinite_loss"}
     rows = [record(step, **(bad if step % 2 else {})) for step in range(1, 6001)]
-    texts = [t for m in traces(draw(summarise([Block(rows, 0, 0)])), "skipped") for t in m.text]
+    texts = [t for m in traces(draw(summarize([Block(rows, 0, 0)])), "skipped") for t in m.text]
     more = [int(text.split(" and ")[1].split(" ")[0]) for text in texts if " and " in text]
     assert len(texts) <= 1024 + 1
     assert len(texts) + sum(more) == 3000 + 1  # odd steps, and step 700
@@ -92,7 +92,7 @@ def test_extremes_and_steps_around_incidents_are_on_the_line(summary):
 def test_the_norm_of_a_step_with_nan_is_a_gap():
     bad = {"nan": 3, "total_norm": 1e-9}
     rows = [record(step, **(bad if step in BAD else {})) for step in range(1, 5001)]
-    curve = summarise([Block(rows, 0, 0)]).curves[NORM]
+    curve = summarize([Block(rows, 0, 0)]).curves[NORM]
     assert set(BAD) == set(curve.x[np.isnan(curve.y)])
     assert np.nanmin(curve.y) >= 1.0
 
@@ -130,7 +130,7 @@ def test_a_norm_over_orders_of_magnitude_has_a_logarithmic_axis(figure):
 
 def test_a_norm_of_zero_is_not_drawn_on_a_logarithmic_axis():
     rows = [record(step, total_norm=[0.0, 1.0, 900.0][step % 3]) for step in range(1, 100)]
-    figure = draw(summarise([Block(rows, 0, 0)]))
+    figure = draw(summarize([Block(rows, 0, 0)]))
     assert figure.layout.yaxis2.type == "log"
     (norm,) = traces(figure, "gradient norm")
     assert {y for y in norm.y if math.isfinite(y)} == {1.0, 900.0}
@@ -139,7 +139,7 @@ def test_a_norm_of_zero_is_not_drawn_on_a_logarithmic_axis():
 @pytest.mark.parametrize("values", [(0.0, 1000.0), (-5.0, 1000.0), (1.0, 40.0)])
 def test_a_loss_with_zeros_or_a_narrow_range_has_a_linear_axis(values):
     rows = [record(step, losses={"loss": values[step % 2]}) for step in range(1, 100)]
-    assert draw(summarise([Block(rows, 0, 0)])).layout.yaxis.type != "log"
+    assert draw(summarize([Block(rows, 0, 0)])).layout.yaxis.type != "log"
 
 
 def test_the_heat_map_counts_bad_steps_by_layer_in_natural_order(figure):
@@ -154,36 +154,36 @@ def test_the_heat_map_counts_bad_steps_by_layer_in_natural_order(figure):
 
 def test_a_run_without_incidents_has_no_rows_for_them():
     records = [record(step) for step in range(1, 100)]
-    titles = [a.text for a in draw(summarise([Block(records, 0, 0)])).layout.annotations]
+    titles = [a.text for a in draw(summarize([Block(records, 0, 0)])).layout.annotations]
     assert len(titles) == 4
 
 
 def test_few_steps_are_drawn_individually():
-    figure = draw(summarise([Block([record(step) for step in range(1, 50)], 0, 0)]))
+    figure = draw(summarize([Block([record(step) for step in range(1, 50)], 0, 0)]))
     (seg,) = traces(figure, "seg")
     assert list(seg.x) == list(range(1, 50))
     assert not [trace for trace in figure.data if trace.meta == "mean"]
 
 
 def test_a_single_step_is_drawn_as_a_marker():
-    figure = draw(summarise([Block([record(1)], 0, 0)]))
+    figure = draw(summarize([Block([record(1)], 0, 0)]))
     assert {trace.mode for trace in figure.data} == {"markers"}
 
 
 def test_names_are_escaped():
     losses = {"<b>x</b>": 1.0, "<a href='javascript:1'>": 2.0}
-    figure = draw(summarise([Block([record(1, losses=losses), record(2, losses=losses)], 0, 0)]))
+    figure = draw(summarize([Block([record(1, losses=losses), record(2, losses=losses)], 0, 0)]))
     assert all("<" not in (trace.name or "") for trace in figure.data)
 
 
 def test_a_summary_without_data_has_an_empty_figure():
-    assert not draw(summarise([Block([{"step": 1}], 0, 0)])).data
-    assert not draw(summarise([])).data
+    assert not draw(summarize([Block([{"step": 1}], 0, 0)])).data
+    assert not draw(summarize([])).data
 
 
 def test_the_limit_is_drawn_with_the_norm():
     records = [record(step, limit=math.inf if step < 3 else 3.0 + step) for step in range(1, 9)]
-    (trace,) = traces(draw(summarise([Block(records, 0, 0)])), "limit")
+    (trace,) = traces(draw(summarize([Block(records, 0, 0)])), "limit")
     drawn = dict(zip(trace.x, trace.y, strict=True))
     assert {step: drawn[step] for step in range(3, 9)} == {step: 3.0 + step for step in range(3, 9)}
 
@@ -200,7 +200,7 @@ def test_a_value_between_two_gaps_is_drawn_as_a_point():
         record(step, **{5: bad, 6: spike, 7: bad}.get(step, {"total_norm": 2.0}))
         for step in range(1, 12)
     ]
-    figure = draw(summarise([Block(records, 0, 0)]))
+    figure = draw(summarize([Block(records, 0, 0)]))
     points = [trace for trace in figure.data if trace.meta == "isolated"]
     assert [(list(p.x), list(p.y), p.mode) for p in points] == [([6], [70.0], "markers")]
     assert points[0].yaxis == "y2" and not points[0].showlegend

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from fastguard.commands.cli import main
-from fastguard.commands.report.summary import summarise
+from fastguard.commands.report.summary import summarize
 from fastguard.commands.report.verdict import judge
 from fastguard.records.read_json_lines import Block, read_blocks
 from guardtest import require
@@ -109,14 +109,14 @@ class Page(HTMLParser):
 
 
 def page_of(text: str) -> str:
-    summary = summarise([Block(rows(text), 0, 0, [header(text)])])
+    summary = summarize([Block(rows(text), 0, 0, [header(text)])])
     return render(f"{text}.jsonl", summary, judge(summary))
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
 def test_text_from_records_is_never_markup_in_the_plots(text: str) -> None:
-    figure = draw(summarise([Block(rows(text), 0, 0)]))
-    plain = draw(summarise([Block(rows("plain"), 0, 0)]))
+    figure = draw(summarize([Block(rows(text), 0, 0)]))
+    plain = draw(summarize([Block(rows("plain"), 0, 0)]))
     ours = set(strings(plain.to_plotly_json()))  # templates and titles written in this package
     theirs = set(strings(figure.to_plotly_json())) - ours
     assert len(theirs) > 10
@@ -169,7 +169,7 @@ def assert_is_reported(records: list[dict[str, Any]], path: Path) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        summary = summarise(read_blocks(path))
+        summary = summarize(read_blocks(path))
         verdict = judge(summary)
         assert render(path.name, summary, verdict).encode()
     assert summary.records + summary.damaged == len(records)
@@ -218,7 +218,7 @@ def test_memory_is_bounded_for_any_number_of_names() -> None:
             yield Block(found, 0, 0)
 
     tracemalloc.start()
-    summary = summarise(blocks())
+    summary = summarize(blocks())
     page = render("r", summary, judge(summary))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

@@ -12,7 +12,7 @@ import pytest
 
 from fastguard import JsonLinesSink, StepRecord
 from fastguard.commands.report.columns import NORM, Series
-from fastguard.commands.report.summary import BUCKETS, REACH, Jump, summarise
+from fastguard.commands.report.summary import BUCKETS, REACH, Jump, summarize
 from fastguard.records.read_json_lines import Block, read_blocks
 
 LOSS = Series("loss", "loss")
@@ -45,7 +45,7 @@ def blocks_of(records, size=10):
 
 
 def summary_of(*records, size=10):
-    return summarise(blocks_of(records, size))
+    return summarize(blocks_of(records, size))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def large(big_run, tmp_path_factory):
     big_run.write_run(path, 200_000, 300, file_bytes=20_000_000)
     with path.open("ab") as file:
         file.write(b'garbage\n{"step": 200001, "total_no')
-    return path, summarise(read_blocks(path))
+    return path, summarize(read_blocks(path))
 
 
 def test_a_large_run_loses_no_incident(large):
@@ -102,9 +102,9 @@ def test_memory_is_bounded_for_long_runs(big_run, tmp_path):
     def kept(steps, incidents):
         path = tmp_path / f"{steps}.jsonl"
         big_run.write_run(path, steps, incidents)
-        summarise([])  # warm-up: some objects are allocated only once
+        summarize([])  # warm-up: some objects are allocated only once
         tracemalloc.start()
-        summary = summarise(read_blocks(path, block_bytes=64 << 10))
+        summary = summarize(read_blocks(path, block_bytes=64 << 10))
         held, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert len(summary.curves[NORM].middle) <= BUCKETS
@@ -194,13 +194,13 @@ def test_a_run_survives_if_a_good_step_follows(ending, survived):
 
 def test_records_with_missing_fields_are_read():
     blocks = [Block([{"step": step} for step in range(1, 4)], 1, 0)]
-    summary = summarise(blocks)
+    summary = summarize(blocks)
     assert (summary.records, summary.damaged, summary.table.incidents) == (3, 1, 0)
     assert not summary.curves
 
 
-def test_an_empty_run_is_summarised():
-    summary = summarise([])
+def test_an_empty_run_is_summarized():
+    summary = summarize([])
     assert (summary.records, summary.survived, summary.table.rows) == (0, True, [])
 
 
@@ -210,7 +210,7 @@ def test_progress_is_reported_in_bytes(tmp_path):
         for step in range(100):
             sink(record(step, lr=math.pi))
     seen = []
-    summary = summarise(read_blocks(path), progress=seen.append)
+    summary = summarize(read_blocks(path), progress=seen.append)
     total = sum(file.stat().st_size for file in tmp_path.iterdir())
     assert sum(seen) == summary.size == total
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fastguard import StepRecord
-from fastguard.commands.report.summary import summarise
+from fastguard.commands.report.summary import summarize
 from fastguard.commands.report.verdict import judge
 from fastguard.records.read_json_lines import Block
 
@@ -33,7 +33,7 @@ def bad(step, reason="nonfinite_grad", action="skipped", *, culprits=(), **more)
 
 
 def verdict_on(records, damaged=0):
-    return judge(summarise([Block(records, damaged, 0)]))
+    return judge(summarize([Block(records, damaged, 0)]))
 
 
 def run(special, steps=STEPS, **more):

@@ -9,7 +9,7 @@ import pytest
 import fastguard
 from fastguard import StepRecord
 from fastguard.commands.report.layer_history import COLUMNS, MAX_LAYERS, LayerHistory
-from fastguard.commands.report.summary import summarise
+from fastguard.commands.report.summary import summarize
 from fastguard.commands.report.verdict import judge
 from fastguard.commands.report.watched import Watched
 from fastguard.records.layers import layer_norms, layer_ratios
@@ -35,7 +35,7 @@ def norms_at(step, grown=(), rng=random):
 
 def summary_of(watch_at, steps=2300, every=10):
     records = [record(s, watch_at(s) if s % every == 1 else None) for s in range(1, steps + 1)]
-    return summarise([Block(records, 0, 0)])
+    return summarize([Block(records, 0, 0)])
 
 
 def findings(watch_at, **more):
@@ -113,12 +113,12 @@ HOSTILE = [
 @pytest.mark.parametrize("watch", HOSTILE, ids=str)
 def test_odd_values_are_ignored(watch):
     row = record(1) | {"watch": watch}
-    verdict = judge(summarise([Block([row] * 20, 0, 0)]))
+    verdict = judge(summarize([Block([row] * 20, 0, 0)]))
     assert verdict.headline == "No incident in 20 steps."
     if require("plotly"):
         from fastguard.commands.report.figure import draw
 
-        draw(summarise([Block([row] * 20, 0, 0)]))
+        draw(summarize([Block([row] * 20, 0, 0)]))
 
 
 def test_names_are_printed_on_one_line():
@@ -168,7 +168,7 @@ def test_a_guarded_run_is_drawn_in_heat_maps(tmp_path):
         opt.step()
         opt.zero_grad()
         records += [r.as_dict() for r in opt.records()]
-    summary = summarise([Block(records, 0, 0)])
+    summary = summarize([Block(records, 0, 0)])
     assert any("large updates" in text and "“2”" in text for text in judge(summary).findings)
     norms, ratios = [t for t in drawing.draw(summary).data if t.meta == "watched"]
     assert len(norms.x) == 13 and len(norms.z) == 2

@@ -1,5 +1,5 @@
 """The time of a scan is bounded by the size of the log, for any content; the output reports the
-lines that were not analysed."""
+lines that were not analyzed."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_output_reports_lines_that_were_only_counted(tmp_path: Path, monkeypatch
     out = capsys.readouterr().out
     assert f"NaN or Inf in at least {scan_log(path.open('rb')).n_bad:,} of {n:,} lines" in out
     assert "to bound the time" in out and f"to {n:,} were only searched" in out
-    assert "--full analyses all" in out
+    assert "--full analyzes all" in out
     assert main(["scan", "--json", str(path)]) == 1
     (said,) = json.loads(capsys.readouterr().out)
     counted = said["only_counted"]
@@ -204,7 +204,7 @@ def test_counted_lines_with_the_words_give_exit_status_2(
     monkeypatch.setattr(budget, "FIRST", 2000)
     capsys.readouterr()
     assert main(["scan", str(path)]) == 2
-    assert "--full analyses all" in capsys.readouterr().out
+    assert "--full analyzes all" in capsys.readouterr().out
     assert main(["scan", "--full", str(path)]) == 0
     path.write_bytes(log(text("epoch,loss,{a},{b}"), 1 << 17))
     capsys.readouterr()

@@ -122,7 +122,7 @@ def test_an_inf_written_by_the_program_that_reaches_the_loss_is_explained() -> N
     model = nn.Sequential(nn.Linear(4, 4), call)
     report = explain_nonfinite(model, (torch.randn(3, 4), None), mean)
     assert report.kind == "an Inf that the program wrote"
-    assert "nothing removed it afterwards" in report.evidence and "finfo" in report.remedy
+    assert "nothing removed it afterward" in report.evidence and "finfo" in report.remedy
 
 
 def test_roots_quotients_and_norms_are_explained_by_ranges() -> None:

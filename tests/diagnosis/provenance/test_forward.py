@@ -187,7 +187,7 @@ def test_a_mapping_is_passed_as_keywords_and_the_loss_of_the_output_is_used():
     assert report.operation == "aten.div.Tensor"
 
 
-def test_uninitialised_memory_is_explained():
+def test_uninitialized_memory_is_explained():
     def leaky(x):
         return x + torch.empty(2, 4)
 
@@ -197,4 +197,4 @@ def test_uninitialised_memory_is_explained():
         report = explain_nonfinite(chain(Call(leaky)), zeros(), mean)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert report.kind == "uninitialised memory"
+    assert report.kind == "uninitialized memory"

@@ -1,4 +1,4 @@
-"""The code for a GPU, generated without one: launches, memory, and no synchronisation."""
+"""The code for a GPU, generated without one: launches, memory, and no synchronization."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def counts_of(*optimizers):
 
 
 @needs_torch(2, 12, "the code of an older inductor is arranged in another way")
-def test_few_launches_no_large_buffer_and_no_synchronisation():
+def test_few_launches_no_large_buffer_and_no_synchronization():
     codes = counts_of("AdamW", "AdamW/unmasked", "SGD")
     for name, counts in codes.items():
         assert counts["launches"] <= 2, name  # step counts and weights

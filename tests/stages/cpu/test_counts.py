@@ -43,7 +43,7 @@ def test_a_bad_tensor_in_several_pieces_is_counted_completely_and_once():
 @pytest.mark.parametrize("bits", [0x7FA00000, 0xFFA00001, 0x7FC00000, 0x7F800000, 0x7F7FFFFF])
 @pytest.mark.filterwarnings("error")
 def test_no_bit_pattern_causes_a_warning(bits, n):
-    """A signalling NaN sets a processor flag, for which numpy warns."""
+    """A signaling NaN sets a processor flag, for which numpy warns."""
     pattern = torch.tensor(bits).to(torch.int32).view(torch.float32)
     for places in (slice(-1, None), slice(0, n, 2)):
         x = torch.ones(n)

@@ -88,7 +88,7 @@ def unet() -> Setup:
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer, initialised with a standard deviation of 0.02."""
+    """A decoder-only transformer, initialized with a standard deviation of 0.02."""
 
     def __init__(self, vocabulary: int = 64, width: int = 32, context: int = 16) -> None:
         super().__init__()

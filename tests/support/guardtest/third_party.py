@@ -55,7 +55,7 @@ NEED_GRAPH = {
 
 
 class Model(nn.Module):
-    """Two layers, small enough for 200 optimizers. State is quantised from 4096 elements on."""
+    """Two layers, small enough for 200 optimizers. State is quantized from 4096 elements on."""
 
     def __init__(self, width: int = 12) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 SIZE = 224  # pixels per side
 BRIGHTEST = 255.0
-COLOURS = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1]]).float()
+COLORS = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1]]).float()
 Batch = tuple[Tensor, dict[str, Tensor]]
 
 
@@ -40,10 +40,10 @@ def draw(n: int, seed: int, fault: Kind | None = None, *, scaled: bool = True) -
     place = 60 + (SIZE - 120) * torch.rand(n, 2, 1, 1, generator=random)
     radius = 30 + 25 * torch.rand(n, 1, 1, generator=random)
     mask = (torch.hypot(rows - place[:, 0], columns - place[:, 1]) < radius).float()[:, None]
-    label = torch.randint(len(COLOURS), (n,), generator=random)
+    label = torch.randint(len(COLORS), (n,), generator=random)
     brightness = 0.4 + 0.4 * torch.rand(n, 3, 1, 1, generator=random)
     noise = 0.1 * torch.rand(n, 3, SIZE, SIZE, generator=random)
-    images = (brightness * COLOURS[label][..., None, None] + noise) * mask
+    images = (brightness * COLORS[label][..., None, None] + noise) * mask
 
     images *= 1.0 if scaled else BRIGHTEST
     if fault is Kind.DEAD_PIXEL:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastguard.commands.demo.incidents.adaptive_stream_data import COLOURS, SIZE
+from fastguard.commands.demo.incidents.adaptive_stream_data import COLORS, SIZE
 
 CHANNELS = 16
 PARTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -55,7 +55,7 @@ class AdaptiveStream(nn.Module):
         self.decoder: nn.Sequential = nn.Sequential(
             nn.Conv2d(CHANNELS, 1, 3, padding=1), nn.Upsample(size=mask_size, mode="bilinear")
         )
-        self.classifier: nn.Linear = nn.Linear(CHANNELS, len(COLOURS))
+        self.classifier: nn.Linear = nn.Linear(CHANNELS, len(COLORS))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Computes mask logits `(B, 1, M, M)` and class scores."""

@@ -17,7 +17,7 @@ class Kind(Enum):
     """Kinds of faulty batches."""
 
     BAD_PIXEL = "one pixel is NaN"
-    MISLABELLED = "labels start at 1 instead of 0"
+    MISLABELED = "labels start at 1 instead of 0"
 
 
 def draw(n: int, seed: int, fault: Kind | None = None) -> Batch:
@@ -40,6 +40,6 @@ def draw(n: int, seed: int, fault: Kind | None = None) -> Batch:
         image[0, half * row : half * (row + 1), half * column : half * (column + 1)] += 0.7
     if fault is Kind.BAD_PIXEL:
         images[0, 0, 0, 0] = math.nan
-    if fault is Kind.MISLABELLED:
+    if fault is Kind.MISLABELED:
         labels = (labels + 1) % CLASSES
     return images, labels

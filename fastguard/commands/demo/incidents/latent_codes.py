@@ -32,7 +32,7 @@ EPOCHS, BATCHES, BATCH_SIZE = 6, 20, 4
 LOST_EPOCH = 5
 FAULTS = {  # by epoch and batch, counted from 1
     (2, 7): Kind.OPEN_MESH,
-    (3, 4): Kind.MILLIMETRES,
+    (3, 4): Kind.MILLIMETERS,
     **{(LOST_EPOCH, batch): Kind.LOST_SCALE for batch in range(1, BATCHES + 1)},
 }
 VALIDATION_BATCHES, BROKEN_VALIDATION_BATCH = 5, 3

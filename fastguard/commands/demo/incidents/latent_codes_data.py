@@ -16,7 +16,7 @@ class Kind(Enum):
     """Kinds of faulty batches."""
 
     OPEN_MESH = "a mesh with a hole has no inside: the distances of one shape are NaN"
-    MILLIMETRES = "one shape was not normalised: its distances are a thousand times too large"
+    MILLIMETERS = "one shape was not normalized: its distances are a thousand times too large"
     LOST_SCALE = "the scales are missing, so all distances were divided by 0"
 
 
@@ -39,7 +39,7 @@ def sample(n: int, random: torch.Generator, fault: Kind | None = None) -> Batch:
     distances = torch.where(shapes[:, None] % 2 > 0, disc, square)
     if fault is Kind.OPEN_MESH:
         distances[0] = torch.nan
-    elif fault is Kind.MILLIMETRES:
+    elif fault is Kind.MILLIMETERS:
         distances[0] *= 1000.0
     elif fault is Kind.LOST_SCALE:
         distances = distances / 0.0

@@ -121,7 +121,7 @@ def test_each_checkpoint_has_a_verdict_an_epoch_and_a_metric(guarded, folder):
 def without_rollback(tmp_path_factory):
     """The guarded run with `keep=1`, no rollback, and wrong labels in epoch 2."""
     folder = tmp_path_factory.mktemp("without_rollback")
-    worse = {(2, batch): Kind.MISLABELLED for batch in range(40, BATCHES + 1)}
+    worse = {(2, batch): Kind.MISLABELED for batch in range(40, BATCHES + 1)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(classifier.ROLLBACK, "after_skips", None)
         patch.setitem(classifier.STORE, "keep", 1)

@@ -36,7 +36,7 @@ LETTER = "E"
 for package in ("rich", "matplotlib", "plotly", "tensorboard", "yaml"):
     require(package)
 TAG_OF = {fault: tag for tag, fault in FAULTS.items() if tag[0] != LOST_EPOCH}
-OPEN_MESH, MILLIMETRES = TAG_OF[Kind.OPEN_MESH], TAG_OF[Kind.MILLIMETRES]
+OPEN_MESH, MILLIMETERS = TAG_OF[Kind.OPEN_MESH], TAG_OF[Kind.MILLIMETERS]
 LIMITS = 1.0, 0.1  # max_norm of decoder and codes in SETTINGS
 
 
@@ -95,7 +95,7 @@ def test_both_runs_agree_until_the_first_bad_batch(as_it_was, guarded):
 def test_decoder_and_codes_have_their_own_limits(guarded):
     coefs, arrived = guarded.facts["clip_coefs"], guarded.facts["arrived"]
     assert {len(c) for c in coefs} == {2}
-    exploded = index(MILLIMETRES)
+    exploded = index(MILLIMETERS)
     assert guarded.records[exploded].action == "clipped"
     assert coefs[exploded][0] != coefs[exploded][1]
     assert arrived[exploded] == pytest.approx(LIMITS)
@@ -173,9 +173,9 @@ def test_the_meter_never_syncs_during_an_epoch(monkeypatch, guarded):
 
 
 def test_values_out_of_range_are_named(guarded):
-    record = guarded.records[index(MILLIMETRES)]
-    assert (record.tag, record.spikes) == (MILLIMETRES, ("batch.sdf",))
-    assert [r.tag for r in guarded.records if "batch.sdf" in r.spikes] == [MILLIMETRES]
+    record = guarded.records[index(MILLIMETERS)]
+    assert (record.tag, record.spikes) == (MILLIMETERS, ("batch.sdf",))
+    assert [r.tag for r in guarded.records if "batch.sdf" in r.spikes] == [MILLIMETERS]
     nonfinite = guarded.records[index(OPEN_MESH)]
     assert [n for n, v in nonfinite.losses.items() if not math.isfinite(v)] == ["sdf", "batch.sdf"]
 
@@ -279,7 +279,7 @@ def test_with_a_single_limit_the_codes_exceed_theirs(monkeypatch, tmp_path):
     joint = SETTINGS[SETTINGS.index("[batch]") :] + "\n[guard]\nmax_norm = 1.0\n"
     monkeypatch.setattr(latent_codes, "SETTINGS", joint)
     outcome = latent_codes.run(tmp_path, guarded=True)
-    exploded = index(MILLIMETRES)
+    exploded = index(MILLIMETERS)
     assert {len(coefs) for coefs in outcome.facts["clip_coefs"]} == {1}
     decoder, codes = outcome.facts["arrived"][exploded]
     assert math.hypot(decoder, codes) == pytest.approx(1.0)
@@ -324,8 +324,8 @@ def test_with_a_handwritten_average_the_lost_epoch_looks_best(handwritten_averag
 
 def test_without_the_batch_check_the_other_unit_is_not_recorded(monkeypatch, tmp_path):
     monkeypatch.setattr(latent_codes, "SETTINGS", SETTINGS[: SETTINGS.index("[batch]")])
-    monkeypatch.setattr(latent_codes, "EPOCHS", MILLIMETRES[0])
-    record = latent_codes.run(tmp_path, guarded=True).records[index(MILLIMETRES)]
+    monkeypatch.setattr(latent_codes, "EPOCHS", MILLIMETERS[0])
+    record = latent_codes.run(tmp_path, guarded=True).records[index(MILLIMETERS)]
     assert record.reason is None and not record.spikes
 
 
@@ -341,5 +341,5 @@ def test_faulty_batches_contain_their_faults():
     by_kind = {kind: sample(4, random, kind)[2] for kind in (None, *Kind)}
     assert by_kind[None].abs().max() < 2
     assert by_kind[Kind.OPEN_MESH].isnan().sum() == by_kind[None].shape[1]
-    assert by_kind[Kind.MILLIMETRES].abs().max() > 100
+    assert by_kind[Kind.MILLIMETERS].abs().max() > 100
     assert not by_kind[Kind.LOST_SCALE].isfinite().any()

@@ -40,7 +40,7 @@ def commands(block: str) -> list[tuple[list[str], int]]:
 def test_the_code_and_commands_of_a_page_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(sys.modules, "train", None)  # removes the page's module afterwards
+    monkeypatch.setitem(sys.modules, "train", None)  # removes the page's module afterward
     del sys.modules["train"]
     page = (PAGES / f"{name}.md").read_text()
     ran = 0

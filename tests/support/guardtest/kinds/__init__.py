@@ -8,7 +8,7 @@ from guardtest.kinds import (  # noqa: F401  (they register)
     backward,
     data,
     forward,
-    initialisation,
+    initialization,
     loss,
     optimizer,
     precision,

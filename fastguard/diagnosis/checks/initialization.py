@@ -15,10 +15,10 @@ from fastguard.errors import describe_culprits
 from fastguard.gradients.buckets import FLOATING, bucketize
 from fastguard.stages.measure import measure
 
-CHECK = "initialisation"
+CHECK = "initialization"
 
 # The gain of a random layer is the rms of its outputs over that of its inputs: 0.58 for torch's
-# default nn.Linear, 1.4 for Kaiming, about 0.1 for small GPTs initialised with 0.02, and 0.01 for
+# default nn.Linear, 1.4 for Kaiming, about 0.1 for small GPTs initialized with 0.02, and 0.01 for
 # the last layer of a policy.
 GAIN_HIGH, GAIN_LOW = 10.0, 0.009
 GAIN_HOPELESS = 1e3  # ten such layers exceed the range of float32
@@ -69,8 +69,8 @@ def _nonfinite(evidence: Evidence) -> Iterator[Finding]:
             where=culprits[0][0],
             value=sum(sum(c[1:]) for c in culprits),
             limit=0,
-            remedy="if the model is new, check how this tensor is initialised (torch.empty is not "
-            "initialised); otherwise an earlier step destroyed it: go back to a checkpoint that "
+            remedy="if the model is new, check how this tensor is initialized (torch.empty is not "
+            "initialized); otherwise an earlier step destroyed it: go back to a checkpoint that "
             "passes `fastguard ckpt verify`, and train with fastguard.GuardedOptimizer.",
         )
 

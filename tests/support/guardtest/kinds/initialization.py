@@ -11,7 +11,7 @@ from guardtest.kinds.case import Setup, case
 from guardtest.kinds.setups import mlp, regression
 
 
-@case("nonfinite-weight", "error", "initialisation", where="2.bias", says="2.bias (1 NaN)")
+@case("nonfinite-weight", "error", "initialization", where="2.bias", says="2.bias (1 NaN)")
 def nonfinite_weight(faulty: bool) -> Setup:
     model = mlp(4, 16, 1)
     if faulty:
@@ -20,35 +20,35 @@ def nonfinite_weight(faulty: bool) -> Setup:
     return regression(model)
 
 
-@case("negative-variance", "error", "initialisation", where="1 (BatchNorm1d)")
+@case("negative-variance", "error", "initialization", where="1 (BatchNorm1d)")
 def negative_variance(faulty: bool) -> Setup:
     norm = nn.BatchNorm1d(16)
     norm.running_var[3] = -0.5 if faulty else 0.5
     return regression(nn.Sequential(nn.Linear(4, 16), norm, nn.Linear(16, 1)))
 
 
-@case("extreme-gain", "warning", "initialisation", where="0 (Linear)")
+@case("extreme-gain", "warning", "initialization", where="0 (Linear)")
 def extreme_gain(faulty: bool) -> Setup:
     model = mlp(4, 16, 1)
     nn.init.normal_(model[0].weight, std=10.0 if faulty else 1.0)
     return regression(model)
 
 
-@case("zero-weight", "warning", "initialisation", where="2 (Linear)")
+@case("zero-weight", "warning", "initialization", where="2 (Linear)")
 def zero_weight(faulty: bool) -> Setup:
     model = mlp(4, 16, 1)
     nn.init.zeros_(model[2].weight if faulty else model[2].bias)
     return regression(model)
 
 
-@case("constant-weight", "warning", "initialisation", where="0 (Linear)", says="0.1")
+@case("constant-weight", "warning", "initialization", where="0 (Linear)", says="0.1")
 def constant_weight(faulty: bool) -> Setup:
     model = mlp(4, 16, 1)
     nn.init.constant_(model[0].weight if faulty else model[0].bias, 0.1)
     return regression(model)
 
 
-@case("norm-eps", "warning", "initialisation", where="1 (LayerNorm)")
+@case("norm-eps", "warning", "initialization", where="1 (LayerNorm)")
 def norm_eps(faulty: bool) -> Setup:
     norms = (
         nn.LayerNorm(16, eps=0.0 if faulty else 1e-12),
