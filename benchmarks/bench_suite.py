@@ -18,8 +18,8 @@ from fastguard.commands.bench.clock import Clock, Sample
 from fastguard.commands.bench.contenders import Prepared
 from fastguard.commands.bench.machine import Ceilings, available_bytes, ceilings
 from fastguard.commands.bench.runner import prepare, summarize, warm_up
-from fastguard.commands.bench.session import quiet_guard
 from fastguard.commands.bench.workload import Case, Workload, bytes_needed
+from fastguard.commands.terminal import incidents_unlogged
 
 ROUNDS = 7
 
@@ -47,7 +47,7 @@ def test_case(benchmark, case: Case, contender: str, request: pytest.FixtureRequ
     if bytes_needed(case) > 0.8 * available_bytes(device):
         pytest.skip(f"needs {bytes_needed(case) / 1e9:.0f} GB of memory")
     benchmark.group = case.id
-    with torch.no_grad(), quiet_guard():
+    with torch.no_grad(), incidents_unlogged():
         work, field, left_out = field_of(case, device)
         if contender in left_out:
             pytest.skip(left_out[contender])

@@ -29,9 +29,9 @@ from fastguard.commands.bench.machine import Ceilings, ceilings
 from fastguard.commands.bench.results import Result, new_result, save
 from fastguard.commands.bench.runner import run_case
 from fastguard.commands.bench.selection import USUAL_STEP
-from fastguard.commands.bench.session import quiet_guard
 from fastguard.commands.bench.table import row_table
 from fastguard.commands.bench.workload import Case
+from fastguard.commands.terminal import incidents_unlogged
 
 SECONDS = 110.0  # no case starts later; the last one may take ten more seconds
 CASE_SECONDS = 4.0
@@ -119,7 +119,7 @@ def main() -> int:
         if args.out:
             save(result, args.out)
 
-    with quiet_guard():
+    with incidents_unlogged():
         case_seconds = 0.2 if args.quick else CASE_SECONDS
         measure_all(result, device, chosen, write, seconds=args.seconds, case_seconds=case_seconds)
     write()

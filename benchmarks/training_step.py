@@ -32,7 +32,6 @@ from fastguard.commands.bench.machine import describe_machine, title_of, version
 from fastguard.commands.bench.results import write
 from fastguard.commands.bench.runner import Spread, rounds
 from fastguard.commands.bench.selection import USUAL_STEP
-from fastguard.commands.bench.session import quiet_guard
 from fastguard.commands.bench.steps import (
     LR,
     clip_and_step,
@@ -40,6 +39,7 @@ from fastguard.commands.bench.steps import (
     clip_and_step_if_norm_is_finite,
 )
 from fastguard.commands.demo.model import GPT
+from fastguard.commands.terminal import incidents_unlogged
 
 MODES = ("eager", "compiled")
 BARE = "bare step"
@@ -204,7 +204,7 @@ def main() -> int:
     document |= {"size": asdict(size), "steps_a_sample": STEPS, "rows": [], "failures": {}}
     for mode in MODES:
         try:
-            with quiet_guard():
+            with incidents_unlogged():
                 document["rows"] += measured(size, device, mode, seconds)
         except Exception as error:  # the other mode still runs
             document["failures"][mode] = f"{type(error).__name__}: {error}"

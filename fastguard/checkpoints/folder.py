@@ -11,7 +11,6 @@ get the manifest from rank 0, since on a network file system they may see an old
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import stat
 import weakref
@@ -26,10 +25,9 @@ from fastguard.checkpoints.entry import Entry, from_json
 from fastguard.checkpoints.errors import CheckpointError, StoreLocked
 from fastguard.checkpoints.manifest import Manifest
 from fastguard.checkpoints.reading.file_report import FileReport, not_ignored
+from fastguard.errors.logger import log
 from fastguard.ranks.lockstep import Peers
 from fastguard.records.regular_files import NotRegularFile
-
-log: logging.Logger = logging.getLogger("fastguard")
 
 Rotation = Callable[[Sequence[Entry]], tuple[Entry, ...]]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +14,7 @@ from fastguard.checkpoints.entry import Entry
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile
 from fastguard.checkpoints.folder import Folder
 from fastguard.checkpoints.random_state import set_random_state
-
-log: logging.Logger = logging.getLogger("fastguard")
+from fastguard.errors.logger import log
 
 _KINDS = {"min": "smallest", "max": "largest"}
 Which = int | Literal["last", "last-clean", "best"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -23,14 +22,13 @@ from fastguard.checkpoints.reading.file_report import HEADER
 from fastguard.checkpoints.stop_signal import SignalFlag
 from fastguard.errors import describe_culprits
 from fastguard.errors.checked_numbers import number_of
+from fastguard.errors.logger import log
 from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.ranks.lockstep import Peers
 from fastguard.records.step_record import StepRecord
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-log: logging.Logger = logging.getLogger("fastguard")
 
 
 class CheckpointStore(StoreView):

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
+from fastguard.errors.logger import log
 from fastguard.errors.plain_text import printable as printable
 
 
@@ -44,12 +45,17 @@ def text_of(value: object) -> str:
 
 
 @contextmanager
-def incidents_unlogged() -> Iterator[None]:
-    """Hides the guard's log lines about incidents, for commands that print incidents themselves."""
-    log = logging.getLogger("fastguard")
-    before = log.level
-    log.setLevel(logging.ERROR)
+def incidents_unlogged(*others: str) -> Iterator[None]:
+    """Hides the guard's log lines about incidents, for commands that print incidents themselves.
+
+    Args:
+        others: Names of other loggers whose warnings are hidden too.
+    """
+    levels = {logger: logger.level for logger in (log, *map(logging.getLogger, others))}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        log.setLevel(before)
+        for logger, level in levels.items():
+            logger.setLevel(level)

@@ -13,7 +13,7 @@ import traceback
 import unicodedata
 from collections.abc import Callable
 
-from fastguard.errors.last_resort import HANDLER, LOGGER, PREFIX
+from fastguard.errors.logger import HANDLER, PREFIX, log
 
 
 def printable(text: str, limit: int | None = None) -> str:
@@ -116,5 +116,5 @@ def _traceback_part(part: str) -> str:
     return printable(part)
 
 
-LOGGER.addFilter(_OneLine())
-LOGGER.addHandler(HANDLER)
+log.addFilter(_OneLine())
+log.addHandler(HANDLER)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from fastguard.errors.last_resort import announce
+from fastguard.errors.logger import announce, log
 
 if TYPE_CHECKING:
     from fastguard.guard.reporting import ReportingOptimizer
-
-log: logging.Logger = logging.getLogger("fastguard")
 
 _ANNOUNCED: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 

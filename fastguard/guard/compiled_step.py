@@ -8,7 +8,6 @@ when it changes for the first time.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastguard.errors.logger import log
 from fastguard.gradients.buckets import GradBuckets
 from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.guard.clip_scope import Layout
@@ -42,8 +42,6 @@ from fastguard.guard.param_gradients import Gradients
 from fastguard.guard.read_first import ReadsFirstIfNeeded, skips_step
 from fastguard.guard.step_hooks import has_step_hooks, run_global_post_hooks, run_global_pre_hooks
 from fastguard.stages.contract import Verdict
-
-log: logging.Logger = logging.getLogger("fastguard")
 
 BACKEND = "inductor"  # backend of torch.compile
 MAX_GRAPHS = 16

@@ -7,7 +7,6 @@ implements the interface of `torch.optim.Optimizer` for schedulers, scalers and 
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastguard.errors.logger import log
 from fastguard.functional.arguments import warn_of_zero
 from fastguard.gradients.buckets import GradBuckets
 from fastguard.gradients.tensor_kinds import watched
@@ -70,8 +70,6 @@ from fastguard.stages.spike_rules import GRAD_NORM, MissingLosses, Rule, rules_b
 
 if TYPE_CHECKING:
     from fastguard.guard.rank_watch import RankWatch
-
-log: logging.Logger = logging.getLogger("fastguard")
 
 NOT_GIVEN: Any = object()
 """Default for the closure; an explicit None is passed to the wrapped `step`."""

@@ -17,7 +17,6 @@ would without a guard.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,13 +27,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from fastguard.errors import NonFiniteGradError, TrainingDivergedError
+from fastguard.errors.logger import log
 from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.guard.buffer_places import Batch, Place
 from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.stages.contract import HostVerdict, Verdict
 from fastguard.stages.reason import Reason
-
-log: logging.Logger = logging.getLogger("fastguard")
 
 
 def protect_buffers(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from fastguard.errors.logger import log
 from fastguard.functional.flat_buckets import FlatGradBuckets
 from fastguard.functional.flat_layout import check_flat, has_slot
 from fastguard.gradients.buckets import GradBuckets, bucketize
@@ -23,8 +23,6 @@ from fastguard.guard.flat_checks import check_apart, check_flat_parameters
 from fastguard.ranks.groups import Group, check_same_tensors
 from fastguard.ranks.plain_shards import check_plain_shards
 from fastguard.ranks.team import Team, team_of
-
-log: logging.Logger = logging.getLogger("fastguard")
 
 TRUSTED = "trusted"
 Flat = bool | Literal["trusted"]

@@ -9,7 +9,6 @@ IndexError. Costs one copy of weights and state per step.
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import replace
 from itertools import chain
@@ -19,6 +18,7 @@ import torch
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from fastguard.errors.logger import log
 from fastguard.gradients.buckets import GradBuckets
 from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.guard.clip_scope import Limit
@@ -30,8 +30,6 @@ from fastguard.records.losses import named_losses
 from fastguard.stages.apply import apply
 from fastguard.stages.contract import Verdict
 from fastguard.stages.spike_rules import Rule
-
-log: logging.Logger = logging.getLogger("fastguard")
 
 
 class _NonFiniteLoss(Exception):

@@ -10,7 +10,6 @@ as `__len__`. Attributes that it lacks are missing there too, because training l
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import wraps
@@ -20,10 +19,9 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from fastguard.errors.logger import log
 from fastguard.guard.special_methods import adopt_special_methods
 from fastguard.guard.state_dict import torch_dcp
-
-log: logging.Logger = logging.getLogger("fastguard")
 
 # Set by GradScaler on the wrapper. Not delegated, or values on the wrapped optimizer would be taken
 # for the scaler's.

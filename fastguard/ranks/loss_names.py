@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import overload
@@ -24,6 +23,7 @@ from typing import overload
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from fastguard.errors.logger import log
 from fastguard.errors.plain_text import printable
 
 PLACES = 12
@@ -34,8 +34,6 @@ OWN = PLACES - 1
 
 OTHERS = "other losses"
 """The name of the shared position in records."""
-
-log: logging.Logger = logging.getLogger("fastguard")
 
 _KEY = "fastguard/losses"
 _of_group: weakref.WeakKeyDictionary[ProcessGroup, LossNames] = weakref.WeakKeyDictionary()

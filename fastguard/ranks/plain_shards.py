@@ -16,16 +16,14 @@ parameters, so a step must be taken by all ranks or by none.
 from __future__ import annotations
 
 import gc
-import logging
 from collections.abc import Sequence
 
 from torch import Size, Tensor
 from torch.distributed import ProcessGroup
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fastguard.errors.logger import log
 from fastguard.ranks.groups import AS_TORCH, Group, Replicated, several_ranks
-
-log: logging.Logger = logging.getLogger("fastguard")
 
 FSDP1, DEEPSPEED = "FullyShardedDataParallel", "DeepSpeed ZeRO"
 

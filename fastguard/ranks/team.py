@@ -14,7 +14,6 @@ segment, so that the measure stage needs no weights.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from fastguard.errors.logger import log
 from fastguard.ranks.dtensors import dtensor_types, make_whole_
 from fastguard.ranks.groups import Group, check_group, process_group_of
 from fastguard.ranks.loss_names import LossNames
@@ -33,8 +33,6 @@ from fastguard.ranks.span import Span, ranks_of, span_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-log: logging.Logger = logging.getLogger("fastguard")
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,14 +9,13 @@ Checked when a record reaches the host, with comparisons of a few Python floats.
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import TYPE_CHECKING
 
+from fastguard.errors.logger import log
+
 if TYPE_CHECKING:
     from fastguard.records.step_record import StepRecord
-
-log: logging.Logger = logging.getLogger("fastguard")
 
 EXACT = 1e-4
 """Relative tolerance; float32 gradients clipped to 1 have a norm of 1 within 2e-7."""

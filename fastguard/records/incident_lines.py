@@ -14,10 +14,8 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fastguard.errors.last_resort import PREFIX
+from fastguard.errors.logger import PREFIX, log
 from fastguard.records.step_record import StepRecord
-
-log: logging.Logger = logging.getLogger("fastguard")
 
 BURST = 3
 """Number of incidents of one kind that are logged without delay."""

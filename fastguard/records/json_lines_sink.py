@@ -7,7 +7,6 @@ and one warning is logged.
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable
@@ -16,14 +15,13 @@ from pathlib import Path
 import torch
 
 from fastguard.errors.checked_numbers import count_of
+from fastguard.errors.logger import log
 from fastguard.errors.plain_text import shown
 from fastguard.records.line_writer import LineWriter
 from fastguard.records.regular_files import folder_error
 from fastguard.records.run_header import device_text, header_line
 from fastguard.records.step_record import StepRecord
 from fastguard.records.strict_json import encode
-
-log: logging.Logger = logging.getLogger("fastguard")
 
 
 class JsonLinesSink:

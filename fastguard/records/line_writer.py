@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import threading
 import weakref
 from pathlib import Path
 from typing import ClassVar
 
+from fastguard.errors.logger import log
 from fastguard.records.regular_files import check_regular
 from fastguard.records.rotated_files import (
     full_file,
@@ -32,8 +32,6 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
-
-log: logging.Logger = logging.getLogger("fastguard")
 
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_APPEND
 for _name in ("O_CLOEXEC", "O_NONBLOCK", "O_NOCTTY", "O_BINARY"):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Callable
 from typing import Any
 
+from fastguard.errors.logger import log
 from fastguard.errors.plain_text import shown
 from fastguard.records.step_record import REPLICA_DRIFT, StepRecord
-
-log: logging.Logger = logging.getLogger("fastguard")
 
 
 class TensorBoardSink:

@@ -10,7 +10,6 @@ its rotated files.
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fastguard.errors.logger import log
 from fastguard.errors.plain_text import printable, shown
 from fastguard.records.regular_files import folder_error
 from fastguard.records.rotated_files import open_run
@@ -28,8 +28,6 @@ try:  # twice as fast as json, which parses what orjson refuses, such as a bare 
     from orjson import loads as _loads
 except ImportError:
     _loads: Callable[[bytes], Any] = json.loads
-
-log: logging.Logger = logging.getLogger("fastguard")
 
 _required = itemgetter("step", "total_norm", "clip_coef", "action")  # fields without a default
 _NUMBERS = frozenset({int, float, str})  # NaN and infinities are strings

@@ -8,7 +8,6 @@ right after a step, when the caches are full of the model.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import threading
@@ -19,6 +18,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
+from fastguard.errors.logger import log
 from fastguard.errors.plain_text import shown
 from fastguard.gradients.tensor_kinds import TRACED
 from fastguard.records.advice import LONGEST_SEARCH, Advice
@@ -28,8 +28,6 @@ from fastguard.records.step_record import StepRecord
 from fastguard.records.subscription import Inbox
 from fastguard.records.unfinished import Pending, Settled, send_watched
 from fastguard.stages.contract import HostVerdict, Known
-
-log: logging.Logger = logging.getLogger("fastguard")
 
 KEPT = 4096
 """Number of records kept for `records()` and for `history`; older ones are dropped."""

@@ -6,7 +6,6 @@ Readers may run at the same time: they see all records up to some moment, in ord
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -14,9 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
+from fastguard.errors.logger import log
 from fastguard.records.regular_files import open_regular
-
-log: logging.Logger = logging.getLogger("fastguard")
 
 Identity = tuple[int, int]
 """Device and inode, which identify a file under any name."""

@@ -7,16 +7,14 @@ records earlier, for this inbox only.
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fastguard.records.recorder import Recorder
+from fastguard.errors.logger import log
 from fastguard.records.step_record import StepRecord
-
-log: logging.Logger = logging.getLogger("fastguard")
 
 
 class Inbox(deque["StepRecord"]):

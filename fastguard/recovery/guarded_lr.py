@@ -13,7 +13,6 @@ that starts below the floor is clamped silently.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from fastguard.errors.checked_numbers import number_of
+from fastguard.errors.logger import log
 from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.guard.weak_hooks import hook_weakly
 from fastguard.records.step_record import StepRecord
@@ -35,8 +35,6 @@ from fastguard.recovery.schedule_arguments import (
 )
 from fastguard.recovery.step_counts import Counts, records_of, verdict_of
 from fastguard.recovery.warmup import Warmup
-
-log: logging.Logger = logging.getLogger("fastguard")
 
 
 class GuardedLR(LRScheduler):

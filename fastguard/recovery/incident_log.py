@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import deque
 from typing import Any, NamedTuple
 
+from fastguard.errors.logger import log
 from fastguard.records.step_record import StepRecord
-
-log: logging.Logger = logging.getLogger("fastguard")
 
 POSITIONS = 1 << 16
 """Maximum number of bad steps whose data positions are kept: about 8 MB."""

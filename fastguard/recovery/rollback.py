@@ -9,7 +9,6 @@ is lowered, and the caller learns where to continue and which data to leave out.
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from torch.nn.parameter import is_lazy
 from fastguard.checkpoints import CheckpointStore
 from fastguard.errors import TrainingDivergedError
 from fastguard.errors.checked_numbers import count_of, number_of
+from fastguard.errors.logger import log
 from fastguard.errors.plain_text import shown
 from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.guard.grad_scaler import keep_lower_scales
@@ -40,8 +40,6 @@ from fastguard.recovery.snapshot_stores import (
     SnapshotStorage,
     group_sizes,
 )
-
-log: logging.Logger = logging.getLogger("fastguard")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ same one, or none does.
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -14,13 +13,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from fastguard.checkpoints import CheckpointError, CheckpointStore
+from fastguard.errors.logger import log
 from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.guard.weak_hooks import hook_weakly
 from fastguard.ranks.lockstep import Peers
 from fastguard.recovery.incident_log import Moment
 from fastguard.recovery.snapshot import Snapshot
-
-log: logging.Logger = logging.getLogger("fastguard")
 
 POSITION = "position"
 """The name under which a checkpoint of `Rollback` holds the data position."""

@@ -12,13 +12,13 @@ noise in a nearly constant signal from being a spike. OLMo trains with this rule
 from __future__ import annotations
 
 import difflib
-import logging
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fastguard.errors.checked_numbers import count_of, is_integer, number_of
+from fastguard.errors.logger import log
 from fastguard.errors.plain_text import shown
 
 Action = Literal["skip", "clip", "record"]
@@ -28,8 +28,6 @@ LARGEST_WINDOW = 2**20
 """Largest number of values in a baseline: 8 MB, which each step reads."""
 PATIENCE = 100
 """Number of steps after which a warning names the losses that rules need but were never passed."""
-
-log: logging.Logger = logging.getLogger("fastguard")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from fastguard.commands.bench.machine import ceilings
 from fastguard.commands.bench.results import Result, new_result
 from fastguard.commands.bench.runner import Row, run_case
 from fastguard.commands.bench.workload import Case
+from fastguard.commands.terminal import incidents_unlogged
 
 
 def measure_cases(
@@ -37,7 +37,7 @@ def measure_cases(
     limit = ceilings(device)
     rows: list[Row] = []
     left_out: dict[str, str] = {}
-    with quiet_guard(), _progress(console, len(cases)) as advance:
+    with incidents_unlogged(), _progress(console, len(cases)) as advance:
         for case in cases:
             advance(case.id)
             found, missing = run_case(case, device, limit, seconds=seconds)
@@ -47,20 +47,6 @@ def measure_cases(
     result["left_out"] = left_out
     result["seconds"] = time.perf_counter() - start
     return result
-
-
-@contextmanager
-def quiet_guard() -> Iterator[None]:
-    """Hides the log lines about skipped steps, of which benchmarks have many."""
-    log = logging.getLogger("fastguard")
-    handler, propagates = logging.NullHandler(), log.propagate
-    log.addHandler(handler)
-    log.propagate = False
-    try:
-        yield
-    finally:
-        log.propagate = propagates
-        log.removeHandler(handler)
 
 
 @contextmanager

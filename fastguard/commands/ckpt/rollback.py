@@ -17,10 +17,8 @@ from fastguard.checkpoints.store import CheckpointStore
 from fastguard.commands.ckpt.answer import Answer
 from fastguard.commands.terminal import say, text_of
 from fastguard.commands.usage import UsageError
-from fastguard.errors.last_resort import PREFIX
+from fastguard.errors.logger import PREFIX, log
 from fastguard.errors.plain_text import shown
-
-log: logging.Logger = logging.getLogger("fastguard")
 
 FINE, FOUND_BAD = 0, 1
 

@@ -8,10 +8,8 @@ batches are skipped, and training is otherwise unaffected.
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,9 @@ import torch
 from fastguard.commands.demo.incidents import Outcome
 from fastguard.commands.demo.incidents.detector_data import write_detector
 from fastguard.commands.demo.incidents.detector_faults import Faults, Kind
+from fastguard.commands.demo.incidents.plain_loop import all_finite
 from fastguard.commands.demo.training import one_thread
+from fastguard.commands.terminal import incidents_unlogged
 from fastguard.records.read_json_lines import read_records
 
 os.environ.setdefault("YOLO_OFFLINE", "true")  # before ultralytics looks for the network
@@ -61,7 +61,7 @@ def run(folder: Path, guarded: bool) -> Outcome:
     architecture, data = write_detector(folder / "data", BATCHES)
     watch = Watch()
     error = None
-    with _quiet(), one_thread():
+    with incidents_unlogged("ultralytics"), one_thread():  # without progress bars
         model = YOLO(architecture)
         Faults(FAULTS).attach(model)
         if guarded:
@@ -121,18 +121,14 @@ class Watch:
         model, states = self.trainer.model, self.trainer.optimizer.state.values()
         return {
             "epochs": tuple(self.epochs),
-            "weights": _finite(model.parameters()),
-            "statistics": _finite(model.buffers()),
-            "ema": _finite(self.trainer.ema.ema.state_dict().values()),
+            "weights": all_finite(model.parameters()),
+            "statistics": all_finite(model.buffers()),
+            "ema": all_finite(self.trainer.ema.ema.state_dict().values()),
             "ema_updates": self.trainer.ema.updates,
-            "momenta": _finite(state["momentum_buffer"] for state in states),
+            "momenta": all_finite(state["momentum_buffer"] for state in states),
             "lr": self.lr,
             "momentum": self.momentum,
         }
-
-
-def _finite(tensors: Any) -> bool:
-    return all(bool(torch.isfinite(t).all()) for t in tensors)
 
 
 def _sentence(facts: dict[str, Any], records: Sequence[Any]) -> str:
@@ -146,17 +142,3 @@ def _sentence(facts: dict[str, Any], records: Sequence[Any]) -> str:
     skipped = [record for record in records if record.action == "skipped"]
     where = " and ".join(f"batch {r.tag['batch']} of epoch {r.tag['epoch']}" for r in skipped)
     return f"trained all {wanted} epochs, skipped {where or 'nothing'}"
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Turns off the trainer's progress bars."""
-    loggers = [logging.getLogger(name) for name in ("ultralytics", "fastguard")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

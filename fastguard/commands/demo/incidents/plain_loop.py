@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -11,19 +10,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastguard.commands.demo.training import one_thread
+from fastguard.commands.terminal import incidents_unlogged
 
 
 @contextmanager
 def quiet_one_thread() -> Iterator[None]:
     """Limits torch to one thread and hides the log output of fastguard."""
-    log = logging.getLogger("fastguard")
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with one_thread():
-            yield
-    finally:
-        log.setLevel(before)
+    with one_thread(), incidents_unlogged():
+        yield
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:

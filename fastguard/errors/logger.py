@@ -1,4 +1,4 @@
-"""Prints messages of the logger `fastguard` if the program has not configured logging.
+"""The logger `fastguard`, which prints its messages if the program has not configured logging.
 
 Python would print such messages of level WARNING and above to stderr (`logging.lastResort`).
 `LastResort` does this for the logger `fastguard`, with colors on a terminal. As soon as the program
@@ -12,7 +12,7 @@ import os
 import sys
 from typing import TextIO
 
-LOGGER = logging.getLogger("fastguard")
+log: logging.Logger = logging.getLogger("fastguard")
 
 PREFIX = "fastguard: "
 """Prefix of each message of the logger."""
@@ -36,8 +36,8 @@ class LastResort(logging.Handler):
         """Whether this handler prints, because the program has not configured logging."""
         if logging.lastResort is None:  # the way to disable such messages
             return False
-        others = [handler for handler in LOGGER.handlers if handler is not self]
-        return not others and LOGGER.propagate and not logging.getLogger().handlers
+        others = [handler for handler in log.handlers if handler is not self]
+        return not others and log.propagate and not logging.getLogger().handlers
 
 
 HANDLER = LastResort()
@@ -49,12 +49,12 @@ def announce(text: str) -> None:
     A level that the program has set, for the root logger or for `fastguard`, is respected. Python's
     default level, WARNING, is not.
     """
-    untouched = LOGGER.level == logging.NOTSET and logging.getLogger().level == logging.WARNING
-    if LOGGER.isEnabledFor(logging.INFO) or not (untouched and HANDLER.is_in_charge()):
-        LOGGER.info("%s", text)
+    untouched = log.level == logging.NOTSET and logging.getLogger().level == logging.WARNING
+    if log.isEnabledFor(logging.INFO) or not (untouched and HANDLER.is_in_charge()):
+        log.info("%s", text)
         return
-    record = LOGGER.makeRecord(LOGGER.name, logging.INFO, __file__, 0, "%s", (text,), None)
-    if LOGGER.filter(record):
+    record = log.makeRecord(log.name, logging.INFO, __file__, 0, "%s", (text,), None)
+    if log.filter(record):
         HANDLER.handle(record)
 
 
