@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.accuracy import accuracy_cases, measure_accuracy
 from benchmarks.growth import SECONDS as POINT_SECONDS
-from benchmarks.growth import fits, growth_cases
+from benchmarks.growth import fits, growth_cases, growth_table
 from benchmarks.memory import measure_memory, memory_cases
 from benchmarks.plots import draw
 from benchmarks.suite import CPU_SECONDS, CUDA_SECONDS, cases
@@ -30,7 +30,7 @@ from fastguard.commands.bench.machine import slug_of
 from fastguard.commands.bench.results import save
 from fastguard.commands.bench.selection import SECONDS, selection
 from fastguard.commands.bench.session import measure_cases
-from fastguard.commands.bench.table import growth_table, row_table
+from fastguard.commands.bench.table import row_table
 from fastguard.commands.usage import UsageError, output_folder
 
 RESULTS = Path(__file__).parent / "results"

@@ -19,12 +19,12 @@ from dataclasses import replace
 
 import torch
 
+from benchmarks.contenders import READ_PASS
 from benchmarks.script import commit, options
 from benchmarks.suite import EXTREMES, ONE_GB, model_shapes
 from benchmarks.syncs import count_syncs
 from benchmarks.targets import judge, target_table
 from fastguard.commands.bench.command import wide_console
-from fastguard.commands.bench.contenders import READ_PASS
 from fastguard.commands.bench.machine import Ceilings, ceilings
 from fastguard.commands.bench.results import Result, new_result, save
 from fastguard.commands.bench.runner import run_case

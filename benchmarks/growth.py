@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fastguard.commands.bench.results import Result
+from fastguard.commands.bench.table import rich_parts
 from fastguard.commands.bench.workload import Case, Shape
 
 TENSORS = (10, 30, 100, 300, 1000, 3000, 10_000, 20_000)
@@ -100,3 +101,17 @@ def curve(result: Result, series: str, contender: str) -> tuple[np.ndarray, np.n
     ]
     x, ms = zip(*sorted(points), strict=True) if points else ((), ())
     return np.array(x, dtype=float), np.array(ms, dtype=float)
+
+
+def growth_table(result: Result) -> Any:
+    """The slopes of the growth curves."""
+    box, table = rich_parts()
+    t = table.Table(title="Growth", box=box.SIMPLE_HEAD, title_justify="left")
+    t.add_column("cost against number of")
+    t.add_column("contender")
+    t.add_column("slope", justify="right")
+    t.add_column("exponent", justify="right")
+    for fit in result["fits"]:
+        slope = f"{fit['slope']:.3g} {fit['unit']}"
+        t.add_row(fit["series"], fit["contender"], slope, f"{fit['exponent']:.2f}")
+    return t

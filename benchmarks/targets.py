@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from fastguard.commands.bench.contenders import READ_PASS
+from benchmarks.contenders import READ_PASS
 from fastguard.commands.bench.results import Result, find
 from fastguard.commands.bench.steps import FLAT_PARAMETERS, TRUSTED_PARAMETERS
 from fastguard.commands.bench.table import rich_parts

@@ -39,7 +39,7 @@ from fastguard.guard.masked_update import (
     trace,
 )
 from fastguard.guard.param_gradients import Gradients
-from fastguard.guard.read_first import ReadsFirstIfNeeded, skips_step
+from fastguard.guard.read_first import ReadFirst, skips_step
 from fastguard.guard.step_hooks import has_step_hooks, run_global_post_hooks, run_global_pre_hooks
 from fastguard.stages.contract import Verdict
 
@@ -73,7 +73,7 @@ class _Compiled:
     has_run: bool = False
 
 
-class CompiledStep(ReadsFirstIfNeeded):
+class CompiledStep(ReadFirst):
     """Runs the update of an optimizer as one compiled graph that applies the verdict itself.
 
     In three cases, the verdict is read first and the optimizer is called without compilation:
@@ -143,7 +143,7 @@ class CompiledStep(ReadsFirstIfNeeded):
             if live:
                 graph, inputs = self._graph_for(live)
         if graph is None or inputs is None:
-            self._read_first.step(buckets, verdict, call, changes)
+            super().step(buckets, verdict, call, changes)
             self._n_creating[live] += not skips_step(verdict)
             return
         n_segments = self._gradients.layout.n_segments

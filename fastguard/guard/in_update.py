@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from fastguard.gradients.buckets import GradBuckets
 from fastguard.guard.inner_step import StepCall
-from fastguard.guard.read_first import ReadsFirstIfNeeded, skips_step
+from fastguard.guard.read_first import ReadFirst, skips_step
 from fastguard.guard.step_hooks import has_step_hooks, run_global_hooks
 from fastguard.optim.optimizer import FusedOptimizer
 from fastguard.optim.orders import Orders
 from fastguard.stages.contract import Verdict
 
 
-class InUpdate(ReadsFirstIfNeeded):
+class InUpdate(ReadFirst):
     """Passes the verdict to an optimizer of `fastguard.optim`.
 
     If the optimizer has step hooks, which must run only when it steps, the verdict is read first.
@@ -37,9 +37,6 @@ class InUpdate(ReadsFirstIfNeeded):
         """Returns True: the class of the optimizer does not change."""
         return True
 
-    def reset(self) -> None:
-        """Does nothing: there is no state per parameter."""
-
     def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> None:
         """Calls the optimizer with the verdict."""
         if self.reads_first and skips_step(verdict):
@@ -47,9 +44,6 @@ class InUpdate(ReadsFirstIfNeeded):
             return
         with self.optimizer.obeying(_orders(buckets, verdict)):
             self._inner(call)
-
-    def conclude(self, taken: bool) -> None:
-        """Does nothing: nothing is kept that a failed step could be undone with."""
 
     def _on_host(self) -> bool:
         groups = self.optimizer.param_groups

@@ -12,13 +12,13 @@ from torch.optim import Optimizer
 
 from fastguard.gradients.buckets import GradBuckets
 from fastguard.guard.inner_step import InnerStep, StepCall, reads_found_inf
-from fastguard.guard.read_first import ReadsFirstIfNeeded
+from fastguard.guard.read_first import ReadFirst
 from fastguard.guard.step_hooks import has_step_hooks
 from fastguard.stages.apply import apply
 from fastguard.stages.contract import Verdict
 
 
-class OnDevice(ReadsFirstIfNeeded):
+class OnDevice(ReadFirst):
     """Passes the verdict to the kernel of a fused optimizer, as `found_inf`.
 
     The kernel tests `found_inf == 1` and expects float32 of shape `()`. `grad_scale` remains None,
@@ -48,7 +48,7 @@ class OnDevice(ReadsFirstIfNeeded):
     def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> None:
         """Applies the verdict to the gradients, and steps with `found_inf` set."""
         if self.reads_first or self._creates_momentum():
-            self._read_first.step(buckets, verdict, call, changes)
+            super().step(buckets, verdict, call, changes)
             return
         if changes:
             apply(buckets, verdict)

@@ -26,14 +26,25 @@ def skips_step(verdict: Verdict) -> bool:
 
 
 class ReadFirst:
-    """Reads the verdict, then steps or skips: free on a CPU, one read of a scalar on a GPU."""
+    """Reads the verdict, then steps or skips: free on a CPU, one read of a scalar on a GPU.
 
-    reads_first = True
-    skips = "after reading the verdict"
+    Also the base class of the steppers that do so only in some steps.
+
+    Args:
+        optimizer: The wrapped optimizer.
+        inner: Calls the optimizer.
+    """
+
+    skips: str = "after reading the verdict"
 
     def __init__(self, optimizer: Optimizer, inner: InnerStep | None = None) -> None:
         self.optimizer = optimizer
         self._inner = inner or InnerStep(optimizer)
+
+    @property
+    def reads_first(self) -> bool:
+        """Whether every step reads the verdict first."""
+        return True
 
     def fits(self) -> bool:
         """Whether the optimizer still cannot skip by itself."""
@@ -64,27 +75,3 @@ class ReadFirst:
 
     def conclude(self, taken: bool) -> None:
         """Does nothing: nothing is kept that a failed step could be undone with."""
-
-
-class ReadsFirstIfNeeded:
-    """Base class of the steppers that read the verdict first only in some steps.
-
-    Args:
-        optimizer: The wrapped optimizer.
-        inner: Calls the optimizer.
-    """
-
-    def __init__(self, optimizer: Optimizer, inner: InnerStep | None = None) -> None:
-        self.optimizer = optimizer
-        self._inner = inner or InnerStep(optimizer)
-        self._read_first = ReadFirst(optimizer, self._inner)
-
-    def applicable(
-        self, limits: tuple[Limit, ...], rules: tuple[Rule, ...]
-    ) -> tuple[tuple[Limit, ...], tuple[Rule, ...]]:
-        """See `ReadFirst.applicable`."""
-        return self._read_first.applicable(limits, rules)
-
-    def evaluate(self, call: StepCall, loss: Any, *, stop_at_nonfinite: bool) -> tuple[Any, Any]:
-        """See `ReadFirst.evaluate`."""
-        return self._read_first.evaluate(call, loss, stop_at_nonfinite=stop_at_nonfinite)

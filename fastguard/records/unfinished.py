@@ -21,45 +21,6 @@ _ARRIVED = Arrival(torch.empty(0, device="cpu"), None)
 _LABELS = tuple(reason.label for reason in Reason)
 
 
-def _record(
-    known: Known,
-    signal_names: Sequence[str],
-    lr: float,
-    tag: Any,
-    culprits: Sequence[Culprit],
-    n_culprits: int,
-    ranks: tuple[int, int | None],
-    limit: float,
-    watch: dict[str, Any],
-    time: float,
-) -> StepRecord:
-    differ = any(watch.get(REPLICA_DRIFT, {}).values())
-    nan, posinf, neginf = known.nonfinite_counts
-    return StepRecord(
-        step=known.step,
-        total_norm=known.total_norm,
-        clip_coef=known.clip_coef,
-        action=_action(known.clip_coef, known.skipped, known.cleaned),
-        reason=_LABELS[known.reason] or (REPLICA_DRIFT if differ else None),
-        nan=nan,
-        posinf=posinf,
-        neginf=neginf,
-        culprits=tuple(culprits[:NAMED_CULPRITS]),
-        n_culprits=n_culprits,
-        losses=dict(known.losses),
-        spikes=tuple(compress(signal_names, known.spikes)),
-        thresholds=dict(zip(signal_names, known.thresholds, strict=True)),
-        consecutive_skips=known.consecutive_skips,
-        lr=lr,
-        tag=tag,
-        culprit_ranks=ranks[0],
-        culprit_rank=ranks[1],
-        limit=limit,
-        watch=watch,
-        time=time,
-    )
-
-
 def _action(coef: float, skipped: bool, cleaned: bool) -> str:
     if skipped:
         return "skipped"
@@ -77,6 +38,7 @@ class Settled(NamedTuple):
     lr: float
     tag: Any
     culprits: Sequence[Culprit]
+    n_culprits: int
     ranks: tuple[int, int | None]
     limit: float
     watched: tuple[Watched, Tensor] | None
@@ -92,13 +54,15 @@ class Settled(NamedTuple):
         """Returns the values of a step decided on the host."""
         assert isinstance(outcome.verdict, HostVerdict)
         known = outcome.verdict.known
+        culprits = outcome.stats.culprits() if any(known.nonfinite_counts) else ()
         return Settled(
             outcome.key,
             known,
             outcome.signal_names,
             float(outcome.lr),  # converted now, since a tensor may change
             outcome.tag,
-            outcome.stats.culprits() if any(known.nonfinite_counts) else (),
+            culprits,
+            len(culprits),
             outcome.signals.culprit_rank,
             float(outcome.limit) if known.limit is None else known.limit,
             None if outcome.watched is None else (outcome.watched, outcome.watched.values()),
@@ -106,25 +70,37 @@ class Settled(NamedTuple):
         )
 
     def record(self) -> StepRecord:
-        """Returns the record."""
-        culprits = self.culprits
-        return _record(
-            self.known,
-            self.signal_names,
-            self.lr,
-            self.tag,
-            culprits,
-            len(culprits),
-            self.ranks,
-            self.limit,
-            _watch_results(self.watched, self.known),
-            self.time,
+        """Returns the record. The watched values must have reached the host."""
+        known = self.known
+        watch: dict[str, Any] = {}
+        if self.watched is not None:
+            watched, values = self.watched
+            watch = watched.results(values.tolist(), known)
+        differ = any(watch.get(REPLICA_DRIFT, {}).values())
+        nan, posinf, neginf = known.nonfinite_counts
+        return StepRecord(
+            step=known.step,
+            total_norm=known.total_norm,
+            clip_coef=known.clip_coef,
+            action=_action(known.clip_coef, known.skipped, known.cleaned),
+            reason=_LABELS[known.reason] or (REPLICA_DRIFT if differ else None),
+            nan=nan,
+            posinf=posinf,
+            neginf=neginf,
+            culprits=tuple(self.culprits[:NAMED_CULPRITS]),
+            n_culprits=self.n_culprits,
+            losses=dict(known.losses),
+            spikes=tuple(compress(self.signal_names, known.spikes)),
+            thresholds=dict(zip(self.signal_names, known.thresholds, strict=True)),
+            consecutive_skips=known.consecutive_skips,
+            lr=self.lr,
+            tag=self.tag,
+            culprit_ranks=self.ranks[0],
+            culprit_rank=self.ranks[1],
+            limit=self.limit,
+            watch=watch,
+            time=self.time,
         )
-
-
-def _watch_results(watched: tuple[Watched, Tensor] | None, known: Known) -> dict[str, Any]:
-    """Returns `StepRecord.watch`; the values must have reached the host."""
-    return {} if watched is None else watched[0].results(watched[1].tolist(), known)
 
 
 def send_watched(outcome: Outcome) -> tuple[Watched, Tensor] | None:
@@ -180,17 +156,17 @@ class Pending:
         # The names of other ranks' losses may only be known now.
         row = unpack(self.arrival.row, self.loss_names, self.is_joint, self.limit is None)
         culprits = [(self.name_of(i), n, p, m) for i, n, p, m in row.culprits]
-        lr = row.lr if self.lr is None else self.lr
-        limit = row.limit if self.limit is None else self.limit
-        return _record(
+        settled = Settled(
+            self.key,
             row.known,
             self.signal_names,
-            lr,
+            row.lr if self.lr is None else self.lr,
             self.tag,
             culprits,
             row.n_culprits,
             row.ranks,
-            limit,
-            _watch_results(self.watched, row.known),
+            row.limit if self.limit is None else self.limit,
+            self.watched,
             self.time,
         )
+        return settled.record()

@@ -14,10 +14,6 @@ from torch import Tensor
 
 import fastguard
 from fastguard.commands.bench.workload import Workload
-from fastguard.gradients.buckets import bucketize
-from fastguard.stages.measure import measure
-
-READ_PASS = "fastguard read pass"
 
 # Bound here, so that `patch_torch` cannot change it.
 torch_clip: Callable[..., Tensor] = torch.nn.utils.clip_grad_norm_
@@ -42,7 +38,7 @@ class Prepared:
     parameters: Sequence[Tensor]
 
 
-def _on_parameters(work: Workload, call: Callable[[], Tensor | None]) -> Prepared:
+def on_parameters(work: Workload, call: Callable[[], Tensor | None]) -> Prepared:
     return Prepared(call, work.restore, work.parameters)
 
 
@@ -57,25 +53,12 @@ def torch_foreach(work: Workload) -> Prepared:
                 torch.nan_to_num_(p.grad, nan=0.0, posinf=0.0, neginf=0.0)  # type: ignore[arg-type]
         return torch_clip(parameters, limit, foreach=True)
 
-    return _on_parameters(work, call)
-
-
-def torch_for_loop(work: Workload) -> Prepared:
-    """`torch.nn.utils.clip_grad_norm_(foreach=False)`."""
-    _finite_only(work)
-    return _on_parameters(work, lambda: torch_clip(work.parameters, work.max_norm, foreach=False))
-
-
-def torch_compiled(work: Workload) -> Prepared:
-    """`torch.nn.utils.clip_grad_norm_` under `torch.compile`."""
-    _finite_only(work)
-    compiled = torch.compile(torch_clip)
-    return _on_parameters(work, lambda: compiled(work.parameters, work.max_norm))
+    return on_parameters(work, call)
 
 
 def isfinite_then_clip(work: Workload) -> Prepared:
     """The handwritten guard of most training scripts."""
-    _finite_only(work)
+    finite_only(work)
     parameters, limit = work.parameters, work.max_norm
 
     def call() -> Tensor | None:
@@ -83,12 +66,12 @@ def isfinite_then_clip(work: Workload) -> Prepared:
             return None
         return torch_clip(parameters, limit)
 
-    return _on_parameters(work, call)
+    return on_parameters(work, call)
 
 
 def grad_scaler_then_clip(work: Workload) -> Prepared:
     """`unscale_`, `clip_grad_norm_`, `step` and `update`, with an optimizer that does nothing."""
-    _finite_only(work)
+    finite_only(work)
     optimizer = _NoOptimizer(work.parameters)
     scaler = grad_scaler(work.device)
 
@@ -99,22 +82,15 @@ def grad_scaler_then_clip(work: Workload) -> Prepared:
         scaler.update()
         return norm
 
-    return _on_parameters(work, call)
+    return on_parameters(work, call)
 
 
 def fastguard_function(work: Workload) -> Prepared:
     """`fastguard.clip_grad_norm_`."""
-    mode = _mode(work)
-    return _on_parameters(
+    mode = mode_of(work)
+    return on_parameters(
         work, lambda: fastguard.clip_grad_norm_(work.parameters, work.max_norm, nonfinite=mode)
     )
-
-
-def fastguard_compiled(work: Workload) -> Prepared:
-    """`fastguard.clip_grad_norm_` under `torch.compile`."""
-    mode = _mode(work)
-    compiled = torch.compile(fastguard.clip_grad_norm_, fullgraph=True)
-    return _on_parameters(work, lambda: compiled(work.parameters, work.max_norm, nonfinite=mode))
 
 
 def fastguard_flat(work: Workload) -> Prepared:
@@ -128,7 +104,7 @@ def fastguard_flat_trusted(work: Workload) -> Prepared:
 
 
 def _flat(work: Workload, *, trusted: bool) -> Prepared:
-    mode = _mode(work)
+    mode = mode_of(work)
     twin = work.twin()
     flat = fastguard.FlatGradBuckets(twin, trusted=trusted)
     return Prepared(
@@ -138,48 +114,20 @@ def _flat(work: Workload, *, trusted: bool) -> Prepared:
     )
 
 
-def measure_segments(work: Workload) -> Prepared:
-    """Only the stage that measures, with the parameters distributed over segments."""
-    segments, count = work.segment_ids, work.case.segments
-
-    def call() -> Tensor:
-        return measure(bucketize(work.grads, segments=segments, n_segments=count), 2.0).total_norm
-
-    return _on_parameters(work, call)
-
-
-def measure_segments_flat(work: Workload) -> Prepared:
-    """`FlatGradBuckets.measure`, with the parameters distributed over segments."""
-    twin = work.twin()
-    segments, count = work.segment_ids, work.case.segments
-    flat = fastguard.FlatGradBuckets(twin, segments=segments, n_segments=count)
-    return Prepared(lambda: flat.measure().total_norm, lambda: None, twin)
-
-
-def read_pass(work: Workload) -> Prepared:
-    """One pass over existing buckets, for comparison with the read bandwidth."""
-    buckets = bucketize(work.grads)
-
-    def call() -> None:
-        measure(buckets)
-
-    return Prepared(call, work.restore, work.parameters)
-
-
 def apex_clip(work: Workload) -> Prepared:
     """`clip_grad_norm_` of apex."""
-    _finite_only(work)
+    finite_only(work)
     _needs_cuda(work)
     try:
         from apex.contrib.clip_grad import clip_grad_norm_  # type: ignore[import-not-found]
     except ImportError as error:
         raise Unavailable(f"apex is not importable ({error})") from None
-    return _on_parameters(work, lambda: clip_grad_norm_(work.parameters, work.max_norm))
+    return on_parameters(work, lambda: clip_grad_norm_(work.parameters, work.max_norm))
 
 
 def transformer_engine_clip(work: Workload) -> Prepared:
     """Clips as Megatron-LM does: norm, coefficient on the host, scale."""
-    _finite_only(work)
+    finite_only(work)
     _needs_cuda(work)
     try:
         from transformer_engine.pytorch.optimizers import (  # type: ignore[import-not-found]
@@ -199,12 +147,12 @@ def transformer_engine_clip(work: Workload) -> Prepared:
             multi_tensor_applier(multi_tensor_scale, overflow, [grads, grads], coef)
         return norm
 
-    return _on_parameters(work, call)
+    return on_parameters(work, call)
 
 
 def nemo_automodel_clip(work: Workload) -> Prepared:
     """Clips as NeMo Automodel does: sum of squares in Triton kernels, then torch's scaling."""
-    _finite_only(work)
+    finite_only(work)
     _needs_cuda(work)
     try:
         from nemo_automodel.components.training.triton.grad_norm import (  # type: ignore[import-not-found]
@@ -218,26 +166,20 @@ def nemo_automodel_clip(work: Workload) -> Prepared:
         torch.nn.utils.clip_grads_with_norm_(work.parameters, work.max_norm, norm)
         return norm
 
-    return _on_parameters(work, call)
+    return on_parameters(work, call)
 
 
 PEERS_ON_CUDA = ("apex", "TransformerEngine", "NeMo Automodel")
 CONTENDERS: dict[str, Callable[[Workload], Prepared]] = {
     "torch foreach": torch_foreach,
-    "torch for-loop": torch_for_loop,
-    "torch compiled": torch_compiled,
     "isfinite + clip": isfinite_then_clip,
     "GradScaler + clip": grad_scaler_then_clip,
-    READ_PASS: read_pass,
     "apex": apex_clip,
     "TransformerEngine": transformer_engine_clip,
     "NeMo Automodel": nemo_automodel_clip,
     "fastguard": fastguard_function,
-    "fastguard compiled": fastguard_compiled,
     "fastguard flat": fastguard_flat,
     "fastguard flat trusted": fastguard_flat_trusted,
-    "fastguard measure": measure_segments,
-    "fastguard measure flat": measure_segments_flat,
 }
 
 
@@ -256,11 +198,11 @@ class _NoOptimizer(torch.optim.Optimizer):
         return None
 
 
-def _mode(work: Workload):
+def mode_of(work: Workload):
     return "zero" if work.case.situation == "one NaN, zeroed" else "propagate"
 
 
-def _finite_only(work: Workload) -> None:
+def finite_only(work: Workload) -> None:
     if work.case.situation.startswith("one NaN"):
         raise Unavailable("it cannot replace NaN in a gradient")
 

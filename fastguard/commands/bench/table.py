@@ -50,20 +50,6 @@ def row_table(result: Result) -> Any:
     return t
 
 
-def growth_table(result: Result) -> Any:
-    """The slopes of the growth curves."""
-    box, table = rich_parts()
-    t = table.Table(title="Growth", box=box.SIMPLE_HEAD, title_justify="left")
-    t.add_column("cost against number of")
-    t.add_column("contender")
-    t.add_column("slope", justify="right")
-    t.add_column("exponent", justify="right")
-    for fit in result["fits"]:
-        slope = f"{fit['slope']:.3g} {fit['unit']}"
-        t.add_row(fit["series"], fit["contender"], slope, f"{fit['exponent']:.2f}")
-    return t
-
-
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     r = row["ratio"]
     error = row["norm_error"]

@@ -11,7 +11,7 @@ from fastguard.commands.bench.steps import STEPS
 from guardtest import require
 from guardtest.bench import ON_CPU, ROOT, SHAPES, a_case, benchmarks
 
-targets = benchmarks("targets")
+targets, growth = benchmarks("targets"), benchmarks("growth")
 
 
 def test_a_result_can_be_saved_and_loaded(tmp_path, result):
@@ -67,11 +67,11 @@ def test_tables_name_every_case_contender_and_target(result):
     require("rich")
     from rich.console import Console
 
-    from fastguard.commands.bench.table import growth_table, row_table
+    from fastguard.commands.bench.table import row_table
 
     judged = result | {"targets": targets.judge(result)}
     console = Console(width=200, record=True, file=open("/dev/null", "w"))
-    for table in (row_table(result), growth_table(result), targets.target_table(judged)):
+    for table in (row_table(result), growth.growth_table(result), targets.target_table(judged)):
         console.print(table)
     text = console.export_text()
     for column in ("case", "contender", "ratio p50 [p20..p80]", "% of limit", "norm error"):
