@@ -75,7 +75,11 @@ class Place:
             return
         part = _part(now)
         if part is None:
-            if whole:
+            if _overlaps(now):
+                if now is not self.buffer:
+                    kept = kept.to(now.device, now.dtype)
+                    self._table[self._name] = kept if whole else torch.where(is_bad(now), kept, now)
+            elif whole:
                 now.copy_(kept)
             return
         if part.shape != kept.shape:

@@ -7,7 +7,6 @@ implements the interface of `torch.optim.Optimizer` for schedulers, scalers and 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -396,10 +395,8 @@ class GuardedOptimizer(SavableOptimizer):
                 self.nonfinite,
                 dict(zip(self.rules, rules, strict=True)),
             )
-            fixed = policy.joint_limit
-            self._recorder.max_norm = math.inf if isinstance(fixed, Tensor) else fixed
-            if isinstance(self._stepper, WholeStep):
-                self._recorder.max_norm = None
+            can_clip = not isinstance(self._stepper, WholeStep)
+            self._recorder.limit_is_given = policy.adaptive is None if can_clip else None
             if hasattr(self, "_policy"):  # False in the constructor
                 guard_state.fit(self._state, self._policy, policy, self._device)
             layout = self._gradients.layout

@@ -40,10 +40,11 @@ def protect_buffers(
 ) -> ModelBuffers:
     """Restores the buffers of a model whenever `optimizer` skips a step.
 
-    Call it once, when the model is ready for training. If the guard skips a step or raises, all
-    buffers are restored, including integer counters; after an applied step, only elements that have
-    become NaN or Inf. It never waits for a GPU, unless a buffer was replaced or resized, or is not
-    a plain tensor. The integrations for trainers call it themselves.
+    Call it once, when the model is ready for training. Modules added or replaced later are not
+    protected: after that, `remove()` the protection and call it again. If the guard skips a step or
+    raises, all buffers are restored, including integer counters; after an applied step, only
+    elements that have become NaN or Inf. It never waits for a GPU, unless a buffer was replaced or
+    resized, or is not a plain tensor. The integrations for trainers call it themselves.
 
     Args:
         model: The model; its buffers are copied once, on their devices.
@@ -216,7 +217,9 @@ class ModelBuffers:
 
     def _follow_changes(self, *, taken_back: bool) -> None:
         """Adapts to buffers that were replaced, moved, resized, or allocated since."""
-        kept = dict(self._odd)
+        # Expanded tensors cannot be written to, so they still have the values of the last look.
+        kept = {p: p.buffer for p in self._places if p.had_values and not p.can_change}
+        kept |= dict(self._odd)
         for batch in self._batches:
             kept |= batch.kept_by_place()
         unknown = []

@@ -56,6 +56,7 @@ class GuardedAcceleratedOptimizer(AcceleratedOptimizer):
     """Accelerate's wrapper around a guarded optimizer."""
 
     limit: RequestedLimit
+    span: BatchSpan
     statistics: ModelBuffers | None
     guard: AcceleratorGuard
 
@@ -68,7 +69,7 @@ class GuardedAcceleratedOptimizer(AcceleratedOptimizer):
         """Attaches the step hooks, which are not copied with an optimizer."""
         if self.statistics is not None:
             self.statistics.follow(self.optimizer)
-        StepTags(self.optimizer, self._tag, self._clear)
+        StepTags(self.optimizer, self._tag, self.span.clear)
 
     def __getstate__(self) -> dict[str, Any]:
         # A scheduler replaces `step` on the instance; a copy of it would step the original.
@@ -79,10 +80,7 @@ class GuardedAcceleratedOptimizer(AcceleratedOptimizer):
         self.attach()
 
     def _tag(self) -> dict[str, Any]:
-        return self.guard.tag(self.optimizer)
-
-    def _clear(self) -> None:
-        self.guard.span.clear()
+        return self.span.tag(self.guard.step_number(self.optimizer))
 
 
 class AcceleratorGuard:
@@ -113,7 +111,6 @@ class AcceleratorGuard:
         self.options: Mapping[str, Any] = options
         self.fixed: bool = fixed
         self.records = records
-        self.span: BatchSpan = BatchSpan()
         self._model = model
         self._passes = _Passes()
         # In the order of `prepare`. Weak, since a trainer may replace its optimizers.
@@ -164,6 +161,7 @@ class AcceleratorGuard:
             optimizer, device_placement=device_placement, scaler=self.accelerator.scaler
         )
         prepared.guard = self
+        prepared.span = BatchSpan()
         prepared.limit = RequestedLimit(optimizer, fixed=self.fixed)
         prepared.statistics = None if model is None else ModelBuffers(model)
         prepared.attach()
@@ -208,16 +206,21 @@ class AcceleratorGuard:
 
     def count_batch(self) -> None:
         """Counts a batch. In a custom loop, each call of `backward` counts as one batch."""
-        self.span.begin(*self._passes.next_batch(self.accelerator.gradient_state))
-        self.span.add()
+        self.begin_batch(*self._passes.next_batch(self.accelerator.gradient_state))
+
+    def begin_batch(self, epoch: int | None, batch: int) -> None:
+        """Adds a batch to the next step of each optimizer, before its backward pass."""
+        for prepared in self.prepared:
+            prepared.span.begin(epoch, batch)
+            prepared.span.add(to=prepared)
 
     def loss_of_batch(self, loss: Tensor) -> Tensor:
         """Returns the loss of a micro-batch, such that their mean is the loss of the step."""
         return loss
 
-    def tag(self, optimizer: GuardedOptimizer) -> dict[str, Any]:
-        """Returns the tag of the next step: the batches that contribute to it."""
-        return self.span.tag(optimizer.steps_taken + 1)
+    def step_number(self, optimizer: GuardedOptimizer) -> int:
+        """Returns the number of the next step, from 1, for its tag."""
+        return optimizer.steps_taken + 1
 
     def get_state_dict(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Like Accelerate's method; flat parameters are copied.

@@ -11,7 +11,7 @@ Tested with lightning 2.6.6.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ class FabricGuard:
         self.model: nn.Module | None = model
         self.options: dict[str, Any] = options
         self.records = records
-        self.span: BatchSpan = BatchSpan()
+        self.spans: dict[GuardedOptimizer, BatchSpan] = {}
         self.limits: dict[GuardedOptimizer, RequestedLimit] = {}
         self._statistics: dict[GuardedOptimizer, ModelBuffers] = {}
         self._fabric_methods = ReplacedMethods(fabric, self, ("backward", "setup_dataloaders"))
@@ -95,16 +95,22 @@ class FabricGuard:
         for loader in loaders if isinstance(loaders, list) else [loaders]:
             if type(loader) is _FabricDataLoader:
                 loader.__class__ = _ReportingDataLoader
-                loader.fastguard_span = self.span
+                loader.fastguard_begin = self.begin_batch
         return loaders
 
     def backward(self, tensor: Tensor, *args: Any, **kwargs: Any) -> None:
         """Like Fabric's method; also passes the loss to the guard if its optimizer is known."""
-        self.span.add()
+        for optimizer, span in self.spans.items():
+            span.add(to=optimizer)
         optimizer = optimizer_of_loss(list(self.limits), tensor, self.world_size)
         if optimizer is not None:
             optimizer.observe(tensor.detach())
         self._fabric_methods.original("backward")(tensor, *args, **kwargs)
+
+    def begin_batch(self, epoch: int, batch: int) -> None:
+        """Sets the current batch, which a data loader returns next."""
+        for span in self.spans.values():
+            span.begin(epoch, batch)
 
     def setup_module_and_optimizers(
         self, module: nn.Module, optimizers: list[Optimizer], *rest: Any
@@ -127,6 +133,7 @@ class FabricGuard:
         if self.model is not None:
             self._statistics[optimizer] = ModelBuffers(self.model)
         self.limits[optimizer] = RequestedLimit(optimizer, fixed="max_norm" in self.options)
+        self.spans[optimizer] = BatchSpan()
         self._attach(optimizer)
         self.records.begin(list(self.limits), writes=self.strategy.is_global_zero)
         return self._strategy_methods.original("setup_optimizer")(optimizer)
@@ -158,9 +165,8 @@ class FabricGuard:
         """Attaches the step hooks, which are not copied with an optimizer."""
         if optimizer in self._statistics:
             self._statistics[optimizer].follow(optimizer)
-        StepTags(
-            optimizer, lambda: self.span.tag(optimizer.steps_taken + 1), lambda: self.span.clear()
-        )
+        span = self.spans[optimizer]
+        StepTags(optimizer, lambda: span.tag(optimizer.steps_taken + 1), span.clear)
 
     def _unscale(self, optimizer: GuardedOptimizer) -> None:
         """Unscales without the precision plugin, which refuses optimizers that can unscale."""
@@ -172,13 +178,13 @@ class FabricGuard:
 class _ReportingDataLoader(_FabricDataLoader):
     """Fabric's data loader; also tells the guard which batch it returns."""
 
-    fastguard_span: BatchSpan
+    fastguard_begin: Callable[[int, int], None]
 
     def __iter__(self) -> Iterator[Any]:
         epoch = self._num_iter_calls
         for batch, item in enumerate(super().__iter__()):
             if torch.is_grad_enabled():  # not in validation
-                self.fastguard_span.begin(epoch, batch)
+                self.fastguard_begin(epoch, batch)
             yield item
 
 

@@ -68,7 +68,7 @@ class GuardCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Counts batches, for the tags of records."""
         assert self._guard is not None
-        self._guard.begin_batch()
+        self._guard.begin_next_batch()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Counts the next micro-batch of the same step."""
@@ -158,18 +158,17 @@ class TrainerGuard(AcceleratorGuard):
         self._epoch += 1
         self._batch, self._first_batch = self._first_batch, 0
 
-    def begin_batch(self) -> None:
+    def begin_next_batch(self) -> None:
         """Starts the forward and backward pass of the next batch."""
-        self.span.begin(self._epoch, self._batch)
-        self.span.add()
+        self.begin_batch(self._epoch, self._batch)
         self._batch += 1
 
     def count_batch(self) -> None:
         """Does nothing, since the callback counts."""
 
-    def tag(self, optimizer: GuardedOptimizer) -> dict[str, Any]:
-        """Returns the tag; `global_step` is the Trainer's counter after this step."""
-        return self.span.tag(self.trainer.state.global_step + 1)
+    def step_number(self, optimizer: GuardedOptimizer) -> int:
+        """Returns the Trainer's counter after the next step."""
+        return self.trainer.state.global_step + 1
 
     def total_norm(self, optimizer: GuardedOptimizer, parameters: list[Tensor]) -> Tensor:
         """Returns a tensor for the norm that the next step measures, which avoids a read."""

@@ -143,11 +143,11 @@ class GuardCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         """Passes the loss of a micro-batch to the guard if its optimizer is known."""
-        for span in self._spans:
+        for optimizer, span in zip(self.optimizers, self._spans, strict=True):
             _begin_batch(span, trainer)
             # With several optimizers, the loss belongs to one that has not stepped on this batch.
             if len(self._spans) == 1 or not span.has_stepped:
-                span.add()
+                span.add(to=optimizer)
         optimizer = optimizer_of_loss(self.optimizers, loss, trainer.world_size)
         if optimizer is None:
             return

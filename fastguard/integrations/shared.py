@@ -156,8 +156,13 @@ def optimizer_of_loss(
     return optimizer if world_size == 1 or optimizer.group is not None else None
 
 
+def has_gradients(optimizer: Optimizer) -> bool:
+    """Whether any parameter has a gradient; with flat buckets, every parameter has one."""
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+
+
 class BatchSpan:
-    """The batches that contribute gradients to the next step.
+    """The batches that contribute gradients to the next step of an optimizer.
 
     Example:
         >>> span = BatchSpan()
@@ -172,6 +177,7 @@ class BatchSpan:
         self._now: tuple[int | None, int] | None = None  # epoch and batch
         self._added: list[tuple[int | None, int]] = []  # first and last batch of the next step
         self._stepped: tuple[int | None, int] | None = None  # current batch at the last step
+        self._tag: dict[str, Any] = {}  # of the step in progress
 
     @property
     def has_stepped(self) -> bool:
@@ -187,29 +193,41 @@ class BatchSpan:
         """
         self._now = epoch, batch
 
-    def add(self) -> None:
-        """Adds the current batch to those of the next step."""
+    def add(self, *, to: Optimizer | None = None) -> None:
+        """Adds the current batch to those of the next step, before its backward pass.
+
+        Args:
+            to: The optimizer of the step. If it has no gradients, earlier batches did not
+                contribute, or were cleared. Default: None: they count.
+        """
+        if to is not None and not has_gradients(to):
+            self._added.clear()
         if self._now is not None:
             self._added[1:] = [self._now]
+            if self._tag:  # the backward pass is part of the closure of a step
+                self._tag.update(self._position())
 
     def tag(self, global_step: int) -> dict[str, Any]:
-        """Returns a tag that identifies these batches.
+        """Returns a tag that identifies these batches; `add` updates it until `clear`.
 
         Args:
             global_step: The number of the step, from 1.
         """
-        tag: dict[str, Any] = {"global_step": global_step}
-        if self._now is None:
-            return tag
-        added = self._added or [self._now]
-        (_, first), (epoch, last) = added[0], added[-1]
-        batch = last if added[0] == added[-1] else f"{first}-{last}"
-        return {"batch": batch, **tag} if epoch is None else {"epoch": epoch, "batch": batch, **tag}
+        self._tag = {**self._position(), "global_step": global_step}
+        return self._tag
 
     def clear(self) -> None:
         """Starts a new span after a step."""
         self._added.clear()
-        self._stepped = self._now
+        self._stepped, self._tag = self._now, {}
+
+    def _position(self) -> dict[str, Any]:
+        if self._now is None:
+            return {}
+        added = self._added or [self._now]
+        (_, first), (epoch, last) = added[0], added[-1]
+        batch = last if added[0] == added[-1] else f"{first}-{last}"
+        return {"batch": batch} if epoch is None else {"epoch": epoch, "batch": batch}
 
 
 class StepTags:

@@ -50,8 +50,8 @@ class Advice:
 
         Args:
             record: The next record.
-            max_norm: The limit of the whole model's norm; inf: no limit; None: the guard cannot
-                clip.
+            max_norm: The given limit of the whole model's norm in this step; inf: there is none;
+                None: the guard cannot clip.
             longest_search: Steps in a row that may be skipped to lower a loss scale.
         """
         if record.reason is None:
@@ -100,7 +100,7 @@ class ClippedBefore:
         return self._at_limit >= HIT * AT_LIMIT or self._near_limit >= HIT * NEAR_LIMIT
 
     def _is_constant(self, norm: float) -> bool:
-        """Whether the norm stays at a round number, as a person would choose for a limit.
+        """Whether the norm stays at a number that a person could have chosen as a limit.
 
         Norms that are all bitwise equal do not count: clipped norms differ by rounding errors,
         whereas a toy model with a constant gradient has exactly the same norm at every step.
@@ -114,7 +114,7 @@ class ClippedBefore:
         self._alike += HIT
         self._lowest, self._highest = min(self._lowest, norm), max(self._highest, norm)
         moves = self._lowest < self._highest
-        return self._alike >= HIT * CONSTANT and moves and _is_round(self._first)
+        return self._alike >= HIT * CONSTANT and moves and _is_limit(self._first)
 
     def _warn(self, what: str) -> None:
         self.has_warned = True
@@ -127,9 +127,16 @@ class ClippedBefore:
         )
 
 
-def _is_round(x: float) -> bool:
-    """Whether a number has two significant digits, such as 0.25 or 10, within `EXACT`."""
-    return abs(x - float(f"{x:.1e}")) <= EXACT * x
+def _is_limit(x: float) -> bool:
+    """Whether a number or its square has two significant digits, such as 0.25 or 10.
+
+    The square of the norm is the sum of the squares of the norms of parts, clipped one by one.
+    """
+    return _is_round(x, EXACT) or _is_round(x * x, 2 * EXACT)
+
+
+def _is_round(x: float, tolerance: float) -> bool:
+    return abs(x - float(f"{x:.1e}")) <= tolerance * x
 
 
 def _warn_scale_does_not_fall(steps: int) -> None:

@@ -52,8 +52,8 @@ class Recorder:
     Attributes:
         finished: Finished records that `drain` has not returned yet.
         history: The last finished records, including those that `drain` has returned.
-        max_norm: Current limit of the whole model's norm; inf: no limit; None: the guard cannot
-            clip, so that gradients may be clipped before they reach it.
+        limit_is_given: Whether the limit of the norm is given, not learned from earlier norms.
+            None: the guard cannot clip, so that gradients may be clipped before they reach it.
         longest_search: Steps in a row that a loss scaler may skip to find its scale.
         last: The last finished record; None: there is none.
         sinks: Called with each finished record.
@@ -65,7 +65,7 @@ class Recorder:
     def __init__(self) -> None:
         self.finished: deque[StepRecord] = deque(maxlen=KEPT)
         self.history: deque[StepRecord] = deque(maxlen=KEPT)
-        self.max_norm: float | None = math.inf
+        self.limit_is_given: bool | None = True
         self.longest_search = LONGEST_SEARCH
         self._advice = Advice()
         self._lines = IncidentLines()
@@ -87,7 +87,8 @@ class Recorder:
     def __getstate__(self) -> dict[str, Any]:
         # Sinks and subscribers belong to the run, not to a copy of its optimizer.
         self.wait()
-        return {name: getattr(self, name) for name in ("finished", "history", "max_norm", "last")}
+        names = ("finished", "history", "limit_is_given", "last")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__()  # type: ignore[misc]
@@ -245,7 +246,9 @@ class Recorder:
         try:
             self._logged = record  # set before, in case a logging handler asks for the records
             self._lines.add(record)
-            self._advice.check(record, self.max_norm, self.longest_search)
+            given = self.limit_is_given
+            max_norm = None if given is None else record.limit if given else math.inf
+            self._advice.check(record, max_norm, self.longest_search)
         except BaseException:
             self._logged = None
             raise

@@ -98,6 +98,18 @@ class Growing(nn.Module):
         return x
 
 
+class Expanded(nn.Module):
+    """A running mean, kept as a view that repeats one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.ones(1).expand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = self.mean[:1].lerp(x.detach().mean().view(1), 0.5).expand(4)
+        return x
+
+
 KINDS: dict[str, Callable[[], nn.Module]] = {
     "batchnorm": lambda: nn.BatchNorm1d(4),
     "cumulative": lambda: nn.BatchNorm1d(4, momentum=None),
@@ -115,6 +127,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "per-channel": PerChannel,
     "history": History,
     "growing": Growing,
+    "expanded": Expanded,
     "lazy": nn.LazyBatchNorm1d,
 }
 
@@ -177,13 +190,27 @@ def test_a_run_with_bad_batches_ends_bitwise_as_one_without(kind: str, fused: bo
 
 
 @pytest.mark.usefixtures("verdict")
-@pytest.mark.parametrize("kind", ["batchnorm", "min-max", "per-channel", "history", "growing"])
+@pytest.mark.parametrize(
+    "kind", ["batchnorm", "min-max", "per-channel", "history", "growing", "expanded"]
+)
 def test_the_first_batch_may_be_bad(kind: str) -> None:
     loop = Loop(KINDS[kind]())
     protect_buffers(loop.model, loop.opt)
     before = buffers_of(loop.model)
     loop.batch(0, bad=True)
     assert same(buffers_of(loop.model), before)
+
+
+def test_an_expanded_buffer_that_becomes_nan_in_an_applied_step_is_restored() -> None:
+    loop = Loop(Expanded())
+    protect_buffers(loop.model, loop.opt)
+    (module,) = (m for m in loop.model.modules() if isinstance(m, Expanded))
+    loop.batch(0)
+    before = module.mean.clone()
+    module.mean = torch.full((1,), math.nan).expand(4)
+    loop.opt.step()
+    assert loop.opt.applied_steps == 2
+    assert torch.equal(module.mean, before)
 
 
 def test_without_protection_the_evaluation_is_nan() -> None:

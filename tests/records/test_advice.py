@@ -87,6 +87,37 @@ def test_gradients_clipped_beforehand_to_another_limit_are_reported_once(limit, 
     assert "0.5, as if clipped to a limit other" in message
 
 
+def test_gradients_clipped_beforehand_to_a_limit_that_changes_are_reported_once(log):
+    """Although the records are read only at the end."""
+    model = nn.Linear(16, 4)
+    opt = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=1e-4))
+    for step in range(2 * AT_LIMIT):
+        opt.max_norm = 0.5 - 0.01 * step
+        (20.0 * model(torch.randn(8, 16)).square().mean()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), opt.max_norm)
+        opt.step()
+        opt.zero_grad()
+    opt.records()
+    (message,) = told(log)
+    assert "which is the guard's own max_norm" in message
+
+
+@pytest.mark.parametrize("limit", [0.1, None])
+def test_parts_of_a_model_clipped_beforehand_are_reported_once(limit, log):
+    parts = nn.Linear(16, 32), nn.Linear(32, 4)
+    model = nn.Sequential(*parts)
+    opt = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=1e-4), max_norm=limit)
+    for _ in range(2 * CONSTANT):
+        (20.0 * model(torch.randn(8, 16)).square().mean()).backward()
+        for part in parts:
+            torch.nn.utils.clip_grad_norm_(part.parameters(), 0.1)
+        opt.step()
+        opt.zero_grad()
+    opt.records()
+    (message,) = told(log)
+    assert "0.1414, as if clipped to a limit other" in message
+
+
 @pytest.mark.parametrize("batches", ["new", "one"])
 @pytest.mark.parametrize("limit", [1.0, 0.01, None])
 def test_a_loop_that_leaves_clipping_to_the_guard_is_not_reported(limit, batches, log):
