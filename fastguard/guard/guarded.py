@@ -286,8 +286,8 @@ class GuardedOptimizer(SavableOptimizer):
             self.param_groups, signals.inv_scale, keep=policy.nonfinite == "raise"
         )
 
-        watched, signals = read_step(self._watch, self, buckets, signals, scaling.scaler)
         stats = measure(buckets, self.norm_type, signals.inv_scale)
+        watched, signals = read_step(self._watch, self, buckets, stats, signals, scaling.scaler)
         stats, signals = self._reduced(stats, signals, buckets, scaling)
         if watched is not None:
             watched.take_sums(signals)

@@ -11,9 +11,9 @@ from torch import Tensor
 from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.guard.clip_scope import limits
 from fastguard.guard.compiled_step import CompiledStep
-from fastguard.guard.watch.replica_drift import sum_of_words
 from fastguard.ranks.agreement import COUNTS, Place
 from fastguard.ranks.dtensors import local_parts
+from fastguard.stages.reference_watch import sum_of_bits
 
 if TYPE_CHECKING:
     from fastguard.guard.guarded import GuardedOptimizer
@@ -98,7 +98,7 @@ def _sums_of_replicas(
         return sums
     grads = [p if p.grad is None else p.grad for p in replicas]
     # Exact sums, since new parameters are often constant: ones, zeros.
-    found = [sum_of_words(t, torch.int64).cpu() for t in local_parts([*replicas, *grads])]
+    found = [sum_of_bits(t.detach()).cpu() for t in local_parts([*replicas, *grads])]
     numbers = torch.stack(found).tolist()
     n = len(replicas)
     for p, values, gradient in zip(replicas, numbers[:n], numbers[n:], strict=True):

@@ -105,6 +105,16 @@ class Stages(Protocol):
         ...
 
     @staticmethod
+    def read_bits(bucket: GradBucket, n_segments: int, nonzero: bool, checksum: bool) -> Tensor:
+        """Returns counts of nonzero elements and the checksum of one bucket, int64 `(S + 1,)`."""
+        ...
+
+    @staticmethod
+    def count_exponents(bucket: GradBucket, stride: int, inv_scale: Tensor | None = None) -> Tensor:
+        """Returns the counts of the exponents of a sample of one bucket, int64 `(257,)`."""
+        ...
+
+    @staticmethod
     def unit_coefs(
         units: UnitBucket,
         limits: Tensor,

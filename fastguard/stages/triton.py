@@ -5,7 +5,8 @@
     apply     chunk table -> launch 3                                         nothing, or 2N bytes
     pack      launch 4, one program: the record of the step                   O(S + K)
 
-Adaptive gradient clipping takes two more launches: see `fastguard.kernels.units`.
+Adaptive gradient clipping takes two more launches: see `fastguard.kernels.units`. So does a watched
+step, for each result and bucket: see `fastguard.kernels.watch`.
 
 No function here waits for the device.
 """
@@ -23,6 +24,7 @@ from torch.autograd.graph import increment_version
 from fastguard.gradients.buckets import GradBucket
 from fastguard.gradients.unit_buckets import UnitBucket
 from fastguard.kernels import units as unit_kernels
+from fastguard.kernels import watch as watch_kernels
 from fastguard.kernels.apply import apply_chunks
 from fastguard.kernels.chunks import ChunkTable, table_of
 from fastguard.kernels.decide import decide_step
@@ -214,6 +216,23 @@ def scale_units(units: UnitBucket, coefs: Tensor) -> None:
     for position, buffer in table.grad_copies:
         bucket.grads[position].copy_(buffer)
     increment_version(bucket.grads)
+
+
+def read_bits(bucket: GradBucket, n_segments: int, nonzero: bool, checksum: bool) -> Tensor:
+    """Reads the bit patterns: see `fastguard.stages.reference_watch.read_bits`."""
+    device, item_size = bucket.device, bucket.dtype.itemsize
+    table = table_of(bucket, n_segments, n_programs(device))
+    _copy_in(table, bucket)
+    return watch_kernels.read_bits(table, device, item_size, n_segments, nonzero, checksum)
+
+
+def count_exponents(bucket: GradBucket, stride: int, inv_scale: Tensor | None = None) -> Tensor:
+    """Counts exponents: see `fastguard.stages.reference_watch.count_exponents`."""
+    # The table of `measure` if it has run: any number of segments will do.
+    n_segments = next(iter(bucket.memo.tables), 0) or max(bucket.segment_ids) + 1
+    table = table_of(bucket, n_segments, n_programs(bucket.device))
+    _copy_in(table, bucket)
+    return watch_kernels.count_exponents(table, bucket.device, bucket.dtype, stride, inv_scale)
 
 
 def _copy_in(table: ChunkTable, bucket: GradBucket) -> None:

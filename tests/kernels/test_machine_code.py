@@ -37,6 +37,12 @@ MAX_INSTRUCTIONS = {  # of the main loop, per 16 bytes read; the budget of sm_90
     "apply bf16": 36,
     "apply fp32": 16,
     "apply fp64": 14,
+    "bits 16 checksum": 26,
+    "bits 16 nonzero checksum": 76,
+    "bits 32 nonzero": 22,
+    "bits 32 checksum": 11,
+    "bits 32 nonzero checksum": 24,
+    "bits 64 nonzero checksum": 20,
 }
 MAX_UPDATE_INSTRUCTIONS = {  # per element; torch's own fused AdamW takes 60 (fp32), 65 (bf16)
     "adamw fp32": 32,
@@ -116,15 +122,18 @@ def test_machine_code(target, capsys):
         if name.startswith("ratio") and "per_element" in row:
             assert row["loads"] == 2 and row["narrow_loads"] == row["loop_spills"] == 0, row
             assert row["per_element"] <= (40 if "fp32" in name else 90), row
-        if not name.startswith(("measure", "apply")):
+        if not name.startswith(("measure", "apply", "bits")):
             continue
-        # 128-bit loads in flight; one is enough if logarithms are the limit.
-        assert row["loads"] >= (1 if any_power else 4), row
+        # 128-bit loads in flight; one is enough if logarithms are the limit. An AMD multiprocessor
+        # holds more threads, so the compiler may keep fewer in flight.
+        fewest = 2 if name.startswith("bits") and target.startswith("gfx") else 4
+        assert row["loads"] >= (1 if any_power else fewest), row
         if name.startswith("apply"):
             assert row["stores"] >= 4, row
         if not target.startswith("gfx") and not any_power:
             assert row["narrow_loads"] == row["narrow_stores"] == row["loop_spills"] == 0, row
             kind = " ".join(words[:2] + ["group"] * ("group" in words))
+            kind = name if name.startswith("bits") else kind
             assert row["instructions"] <= MAX_INSTRUCTIONS[kind], row
 
 

@@ -16,45 +16,97 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastguard.gradients.buckets import GradBuckets, bucketize
 from fastguard.guard.clip_scope import Layout
 from fastguard.ranks.dtensors import local_parts
 from fastguard.ranks.team import Sharing
 from fastguard.stages.contract import Known
+from fastguard.stages.grad_stats import GradStats
+from fastguard.stages.measure import measure
+from fastguard.stages.watch import read_bits
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class WatchedGradients:
     """The step that a quantity reads. All tensors are the local ones of this rank.
 
     Attributes:
         layout: The parameters and their names.
+        buckets: The gradients, as the step measures them.
+        stats: The result of the measure stage, of this rank alone.
         device: The device of the decision, and of the values of a reading.
-        sharing: How the ranks share the parameters; None in a single process.
         inv_scale: float64 `()`: the factor that unscales the gradients; None: 1.
         scale: The loss scale of this step, `()`; None: there is none.
         local_squared_norm: Returns the squared norm `()` of this rank's gradients before they were
             reduced, including the loss scale; None: not available.
         exact_weight: Returns the tensor that the optimizer updates for a parameter: its float32
             master copy, or the parameter itself. None: always the parameter itself.
+        due: Names of the quantities that read this step.
     """
 
     layout: Layout
+    buckets: GradBuckets
+    stats: GradStats
     device: torch.device
-    sharing: Sharing | None = None
     inv_scale: Tensor | None = None
     scale: Tensor | None = None
     local_squared_norm: Callable[[], Tensor | None] | None = None
     exact_weight: Callable[[Tensor], Tensor] | None = None
+    due: frozenset[str] = frozenset()
+    _by_tensor: GradBuckets | None = None
+    _bits: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def sharing(self) -> Sharing | None:
+        """How the ranks share the parameters; None in a single process."""
+        return self.buckets.sharing
 
     @property
     def with_gradient(self) -> list[int]:
         """Positions of the parameters with a gradient."""
         return [i for i, p in enumerate(self.layout.parameters) if p.grad is not None]
 
-    def gradients(self, positions: Sequence[int]) -> list[Tensor]:
-        """Returns the gradients of these parameters, detached."""
-        grads = [self.layout.parameters[i].grad for i in positions]
-        return [g.detach() for g in local_parts(grads)]  # type: ignore[arg-type]
+    def power_sums(self) -> Tensor:
+        """Returns the sum of squares of each unscaled gradient, float64 `(T,)`; 0 without one.
+
+        Those of the measure stage if it measures tensor by tensor, with `clip_scope="tensor"`.
+        """
+        stats = self.stats if self._is_by_tensor and self.stats.norm_type == 2.0 else None
+        if stats is None:
+            stats = measure(self._gradients_by_tensor(), 2.0, self.inv_scale)
+        return stats.power_sum
+
+    def nonzero(self) -> Tensor:
+        """Returns the number of nonzero elements of each gradient, int64 `(T,)`."""
+        return self._read_bits()[0]
+
+    def checksum(self) -> Tensor:
+        """Returns the checksum of the gradients, int64 `()`."""
+        return self._read_bits()[1]
+
+    def _read_bits(self) -> tuple[Tensor, Tensor]:
+        """Reads nonzero elements and the checksum once, as far as quantities need them."""
+        if self._bits is None:
+            nonzero = "tensor_norms" in self.due
+            buckets = self._gradients_by_tensor() if nonzero else self.buckets
+            checksum = "replica_drift" in self.due
+            self._bits = read_bits(buckets, nonzero=nonzero, checksum=checksum)
+        return self._bits
+
+    @property
+    def _is_by_tensor(self) -> bool:
+        """Whether each tensor is a segment of the step."""
+        n = len(self.layout.parameters)
+        return isinstance(self.layout.segments, range) and self.buckets.n_measured == n
+
+    def _gradients_by_tensor(self) -> GradBuckets:
+        if self._is_by_tensor:
+            return self.buckets
+        if self._by_tensor is None:
+            grads = [p.grad for p in self.layout.parameters]
+            n = len(grads)
+            self._by_tensor = bucketize(grads, segments=range(n), n_segments=n, device=self.device)
+        return self._by_tensor
 
     def weights(self, positions: Sequence[int]) -> list[Tensor]:
         """Returns these parameters, detached."""

@@ -1,10 +1,11 @@
 """`"replica_drift"`: checks that replicas are bitwise equal, by checksums.
 
-    c = sum over all 32-bit words of the tensors, mod 2**32        for gradients and for weights
+    c = sum over all elements of their bits, mod 2**32             for gradients and for weights
 
 The sum depends neither on the order of the elements nor on their distribution over tensors, and a
-single flipped bit always changes it. Each half of c (16 bits) is added to the vector that the ranks
-exchange, as three integers, which float64 sums exactly for up to 2**17 ranks:
+single flipped bit always changes it: see `fastguard.stages.watch`. Each half of c (16 bits) is
+added to the vector that the ranks exchange, as three integers, which float64 sums exactly for up to
+2**17 ranks:
 
     P = sum c_r      Q = sum c_r^2      R = sum u_r c_r            u_r: a fixed number per rank
 
@@ -19,19 +20,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastguard.gradients.buckets import FLOATING, bucketize
 from fastguard.gradients.transfer import moved, numbers_on
 from fastguard.guard.watch.quantity import Reading, WatchedGradients
 from fastguard.stages.contract import Known
-from fastguard.stages.cpu.vectors import flat
+from fastguard.stages.reference_watch import sum_of_bits
+from fastguard.stages.watch import WORD, read_bits
 
-WORD = 0xFFFFFFFF
 HALF = 0xFFFF
+MEASURED = frozenset({*FLOATING, torch.complex32, torch.complex64, torch.complex128})
 WATCHED = ("gradients", "weights")
 
 
@@ -43,11 +47,7 @@ class ReplicaDrift:
         assert step.sharing is not None
         team = step.sharing.team
         ranks = dist.get_process_group_ranks(team.group)
-        everything = range(len(step.layout.parameters))
-        found = [
-            checksum(step.gradients(step.with_gradient), step.device),
-            checksum(step.weights(everything), step.device),
-        ]
+        found = [step.checksum(), checksum(step.layout.parameters, step.device)]
         halves = [half for c in found for half in (c & HALF, c >> 16)]
         c = torch.stack(halves).double()
         mine = numbers_on([_number_of(ranks.index(team.rank))], step.device)
@@ -65,32 +65,18 @@ class ReplicaDrift:
 
 
 def checksum(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Returns the sum of all 32-bit words of the tensors, mod 2**32, as int64 `()` on `device`.
+    """Returns the checksum of tensors of any dtype, int64 `()` in `[0, 2**32)`, on `device`.
 
     Waits for a GPU only to move the sums to another device.
     """
-    sums = [moved(sum_of_words(t), device) for t in tensors if t.numel()]
-    if not sums:
-        return torch.zeros((), dtype=torch.int64, device=device)
-    return torch.stack(sums).sum() & WORD
-
-
-def sum_of_words(t: Tensor, dtype: torch.dtype = torch.int32) -> Tensor:
-    """Returns the sum of the words of a tensor, int64 `()`, plus up to 3 bytes after the last.
-
-    Args:
-        t: The tensor.
-        dtype: In which the words are summed. int32, the default, is fast and wraps around mod
-            2**32, which makes the sum of 8192 equal words 0 for most constants. int64 is exact.
-    """
-    t = torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
-    vector = flat(t.resolve_neg())
-    if vector.storage_offset() * vector.itemsize % 4 or not vector.is_contiguous():
-        vector = vector.clone(memory_format=torch.contiguous_format)
-    data = vector.view(torch.uint8)
-    whole = len(data) - len(data) % 4
-    total = data[:whole].view(torch.int32).sum(dtype=dtype).long()
-    return total if whole == len(data) else total + data[whole:].sum()
+    others: list[Tensor] = []
+    if not set(map(attrgetter("dtype"), tensors)) <= MEASURED:  # such as integers
+        others = [t for t in tensors if t.dtype not in MEASURED]
+        tensors = [t for t in tensors if t.dtype in MEASURED]
+    _, total = read_bits(bucketize(tensors, device=device), nonzero=False, checksum=True)
+    for t in others:
+        total = total + moved(sum_of_bits(t.detach()), device)
+    return total & WORD if others else total
 
 
 def _number_of(i: int) -> int:

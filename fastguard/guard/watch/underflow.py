@@ -13,13 +13,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fastguard.gradients.transfer import moved
 from fastguard.guard.watch.quantity import Reading, WatchedGradients
 from fastguard.stages.contract import Known
-from fastguard.stages.cpu.vectors import flat
+from fastguard.stages.watch import count_exponents
 
 SAMPLE = 1 << 18
 FORMATS = {
@@ -31,7 +29,7 @@ FORMATS = {
 """Exponents of the smallest normal numbers (2 ** exponent) by format."""
 
 BIAS = 127  # bias of the exponent field of float32
-FIELDS = 256  # number of values of the exponent field
+NONFINITE = 255  # exponent field of NaN and Inf
 
 
 class Underflow:
@@ -42,35 +40,21 @@ class Underflow:
 
         NaN and Inf are in the last field.
         """
-        grads = [g for g in step.gradients(step.with_gradient) if g.numel()]
-        total = sum(g.numel() for g in grads)
+        buckets = step.buckets.buckets
+        total = sum(sum(b.sizes or map(Tensor.numel, b.grads)) for b in buckets)
         stride = max(1, math.ceil(total / SAMPLE)) | 1  # odd: shares no factor with rows of 2**k
-        parts = [moved(_sampled(g, stride), step.device) for g in grads]
-        sample = torch.cat(parts) if parts else torch.zeros(0, device=step.device)
-        if step.inv_scale is not None:
-            sample = sample * step.inv_scale.float()
-        fields = sample.view(torch.int32) >> 23 & 0xFF
-        zero = sample == 0
-        places = torch.where(zero, FIELDS, fields).long()
-        counts = torch.zeros(FIELDS + 1, dtype=torch.int64, device=step.device)
-        counts.index_add_(0, places, torch.ones_like(places))
+        counts = count_exponents(step.buckets, stride, step.inv_scale)
         return Reading(counts.double(), _entries, sums_over_ranks=step.is_sharded)
-
-
-def _sampled(grad: Tensor, stride: int) -> Tensor:
-    """Returns every `stride`-th element as float32; float64 out of range becomes 0 or Inf."""
-    real = torch.view_as_real(grad) if grad.is_complex() else grad
-    return flat(real)[stride // 2 % real.numel() :: stride].float()
 
 
 def _entries(numbers: list[float], known: Known) -> dict[str, Any]:
     counts = list(map(int, numbers))
-    nonzero = sum(counts[: FIELDS - 1])
+    nonzero = sum(counts[:NONFINITE])
     if not nonzero:
         return {}
     told: dict[str, Any] = {
         name: sum(counts[: exponent + BIAS]) / nonzero for name, exponent in FORMATS.items()
     }
     # Field 0 holds the subnormal numbers of float32, all below 2**-126.
-    told["exponents"] = {str(f - BIAS): c for f, c in enumerate(counts[: FIELDS - 1]) if c}
+    told["exponents"] = {str(f - BIAS): c for f, c in enumerate(counts[:NONFINITE]) if c}
     return {"underflow": told}

@@ -1,6 +1,6 @@
 """`Watch`: the quantities that a guarded optimizer watches, and the steps in which it reads them.
 
-A watched step first reads the quantities, then measures and decides as in every step, so watching
+A watched step measures as every step does, then reads the quantities, then decides, so watching
 does not change training by a single bit. In other steps nothing is read, allocated or exchanged.
 The values reach the host together with the record of the step: on a GPU through pinned memory,
 guarded by the same event.
@@ -34,6 +34,7 @@ from fastguard.guard.watch.update_ratio import UpdateRatio
 from fastguard.optim.optimizer import FusedOptimizer
 from fastguard.ranks.team import Team
 from fastguard.stages.contract import Known, Signals
+from fastguard.stages.grad_stats import GradStats
 
 if TYPE_CHECKING:
     from torch.amp.grad_scaler import GradScaler
@@ -70,9 +71,10 @@ class Watch:
     def __init__(self, names: tuple[str, ...], every: int | None) -> None:
         self.names: tuple[str, ...] = names
         self.every: int | None = every
-        self._quantities = [QUANTITIES[name]() for name in names]
-        self._intervals = [every or (1 if name in IN_EVERY_STEP else EVERY) for name in names]
-        self._noise = next((q for q in self._quantities if isinstance(q, NoiseScale)), None)
+        self._quantities = {name: QUANTITIES[name]() for name in names}
+        self._intervals = {name: every or (1 if name in IN_EVERY_STEP else EVERY) for name in names}
+        noise = self._quantities.get("noise_scale")
+        self._noise = noise if isinstance(noise, NoiseScale) else None
         self._steps = 0
 
     @property
@@ -127,12 +129,12 @@ class Watch:
         Raises:
             ValueError: An input that a quantity needs is missing.
         """
-        intervals = zip(self._quantities, self._intervals, strict=True)
-        due = [quantity for quantity, every in intervals if self._steps % every == 0]
+        due = [name for name in self.names if self._steps % self._intervals[name] == 0]
         self._steps += 1
         if not due or _is_capturing(step.device):
             return None
-        return WatchedStep([quantity.read(step) for quantity in due])
+        step.due = frozenset(due)
+        return WatchedStep([self._quantities[name].read(step) for name in due])
 
 
 class WatchedStep:
@@ -191,6 +193,7 @@ def read_step(
     watch: Watch | None,
     run: GuardedOptimizer,
     buckets: GradBuckets,
+    stats: GradStats,
     signals: Signals,
     scaler: GradScaler | None,
 ) -> tuple[WatchedStep | None, Signals]:
@@ -200,6 +203,7 @@ def read_step(
         watch: The watched quantities; None: none.
         run: The guarded optimizer.
         buckets, signals: The inputs of the step.
+        stats: The result of the measure stage.
         scaler: The loss scaler; None: there is none, or it is unknown.
 
     Returns:
@@ -212,8 +216,9 @@ def read_step(
         scale = signals.inv_scale.reciprocal()
     step = WatchedGradients(
         run._gradients.layout,
+        buckets,
+        stats,
         run._device,
-        buckets.sharing,
         signals.inv_scale,
         scale,
         None if run.rank_watch is None else run.rank_watch.take_squared_norm,

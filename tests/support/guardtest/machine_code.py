@@ -285,6 +285,22 @@ def variants():
         yield f"scale units {dtype}", units._scale, rows, shape
 
 
+def watch_variants():
+    """Yields the variants of the kernels that read bits and exponents."""
+    from fastguard.kernels import watch
+
+    bits = {"addresses_ptr": "*i64", "chunks_ptr": "*i64", "found_ptr": "*i64"}
+    bits |= {"n_chunks": "i32", "n_segments": "i32"}
+    cases = [(2, False, True), (2, True, True), (4, True, False), (4, False, True)]
+    for item, nonzero, checksum in (*cases, (4, True, True), (8, True, True)):
+        name = f"bits {8 * item}" + " nonzero" * nonzero + " checksum" * checksum
+        yield name, watch._bits, bits, watch.bits_constants(item, nonzero, checksum)
+    counts = {**dict.fromkeys(("addresses_ptr", "chunks_ptr", "pieces_ptr"), "*i64")}
+    counts |= {"counts_ptr": "*i64", "inv_scale_ptr": "*fp64", "n_chunks": "i32", "stride": "i32"}
+    constants = watch.exponents_constants(_torch_dtype("bf16"), True)
+    yield "exponents bf16", watch._exponents, counts, constants
+
+
 def update_variants():
     """Yields the variants of the update kernel, of `advance` and of update clipping."""
     from fastguard.kernels import formulas, update, update_clipping
@@ -370,7 +386,9 @@ def main(targets: list[str]) -> None:
     only = next((t[5:] for t in targets if t.startswith("only=")), "")
     targets = [t for t in targets if not t.startswith("only=")]
     wanted = [int(t) if t.isdigit() else t for t in targets] or [*CUDA, *SLOW_FP64, *ROCM]
-    for name, launcher, signature, constants in itertools.chain(variants(), update_variants()):
+    for name, launcher, signature, constants in itertools.chain(
+        variants(), watch_variants(), update_variants()
+    ):
         if only and not name.startswith(only):
             continue
         for target in wanted:
