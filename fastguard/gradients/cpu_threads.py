@@ -17,6 +17,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from torch import Tensor
 
+from fastguard.gradients.memory_order import in_memory_order
+
 Tensors = list[Tensor] | tuple[Tensor, ...]  # accepted by torch's foreach functions
 
 DOT = 2**13  # elements per dot product; OpenBLAS uses one thread for up to 10,000
@@ -76,6 +78,5 @@ def _pieces(t: Tensor) -> Sequence[Tensor]:
         return (t,)
     if t.dim() == 1 and t.is_contiguous():
         return t.split(GRAIN)
-    # For channels_last and other permuted tensors: a view in the order of memory.
-    by_stride = t.permute(sorted(range(t.dim()), key=t.stride, reverse=True))
+    by_stride = in_memory_order(t)
     return by_stride.view(-1).split(GRAIN) if by_stride.is_contiguous() else (t,)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fastguard.gradients.cpu_threads import GRAIN, sum_of_squares, sums_of_squares
-from fastguard.stages.cpu.vectors import buffer, flat, gathered
+from fastguard.gradients.memory_order import flat
+from fastguard.stages.cpu.vectors import buffer, gathered
 
 ROW = 256
 ROWS = 8  # rows of a block

@@ -50,6 +50,7 @@ import torch
 from torch import Tensor
 
 from fastguard.gradients.cpu_threads import FEW
+from fastguard.gradients.memory_order import flat
 from fastguard.stages.cpu.l2_blocks import (
     ALONE,
     BLOCK,
@@ -61,7 +62,6 @@ from fastguard.stages.cpu.l2_blocks import (
     as_arrays,
     exact_power_sum,
 )
-from fastguard.stages.cpu.vectors import flat
 
 LARGE = 2**16  # larger tensors are read in rows, on several threads if there are enough elements
 EXACT_BELOW = 2**17  # with fewer elements, summing in float64 is cheaper than the audit

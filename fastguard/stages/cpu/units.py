@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from fastguard.gradients.cpu_threads import sums_of_squares
+from fastguard.gradients.memory_order import flat
 from fastguard.gradients.unit_buckets import UnitBucket
-from fastguard.stages.cpu.vectors import flat, flattened
+from fastguard.stages.cpu.vectors import flattened
 from fastguard.stages.formulas import SMALLEST_FACTOR, factor_dtype
 
 BLOCK = 512  # elements of a dot product in float32

@@ -10,21 +10,13 @@ import torch
 from torch import Tensor
 
 from fastguard.gradients.cpu_threads import GRAIN
+from fastguard.gradients.memory_order import flat
 from fastguard.gradients.tensor_kinds import lasting
 
 ALIGN = 16  # elements: a float32 vector starts at a cache line
 _local = threading.local()
 # Flattens and concatenates without a Python object per tensor.
 flattened = torch._C._nn.flatten_dense_tensors  # type: ignore[attr-defined]
-
-
-def flat(t: Tensor) -> Tensor:
-    """Returns the elements of a tensor as a vector, in memory order to avoid a copy if possible."""
-    if t.dim() == 1:
-        return t
-    if not t.is_contiguous():  # such as channels_last
-        t = t.permute(sorted(range(t.dim()), key=t.stride, reverse=True))
-    return t.reshape(-1)
 
 
 def gathered(

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fastguard.gradients.buckets import GradBucket
 from fastguard.gradients.cpu_threads import FEW
-from fastguard.stages.cpu.vectors import flat, gathered
+from fastguard.gradients.memory_order import flat
+from fastguard.stages.cpu.vectors import gathered
 from fastguard.stages.reference_watch import ZEROS
 
 CACHED = 2**17  # elements that are read at a time: 512 kB of float32, half of a level-2 cache
