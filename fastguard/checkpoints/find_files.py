@@ -14,6 +14,7 @@ from fastguard.checkpoints.errors import CheckpointError
 from fastguard.checkpoints.folder import is_store
 from fastguard.checkpoints.index_files import is_index
 from fastguard.checkpoints.missing_files import missing_parts
+from fastguard.errors import several
 from fastguard.records.regular_files import open_regular
 
 ENDINGS = (".pt", ".pth", ".ckpt", ".safetensors", ".bin", ".pt.tar", ".pth.tar", ".ckpt.tar")
@@ -103,8 +104,7 @@ def where_else(folder: Path) -> str:
     below = folders_of_checkpoints(folder)
     if not below:
         return "holds no checkpoints; pass a store, a file, or a folder of files"
-    more = f" and {len(below) - SHOWN} more" if len(below) > SHOWN else ""
-    listed = ", ".join(map(str, below[:SHOWN])) + more
+    listed = several([str(path) for path in below], SHOWN)
     return f"holds no checkpoints itself; these subfolders do: {listed}"
 
 

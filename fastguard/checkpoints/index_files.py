@@ -14,11 +14,11 @@ from pathlib import Path
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile
 from fastguard.checkpoints.reading.contents import read_contents
 from fastguard.checkpoints.reading.safetensors_header import json_without_doubles
+from fastguard.errors import several
 from fastguard.records.regular_files import open_regular
 
 _NAME = re.compile(r".+\.(safetensors|bin)\.index(\.[^.]+)?\.json", re.IGNORECASE)
 _LARGEST = 100 * 2**20  # bytes; the limit of a safetensors header, which also lists every tensor
-_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def check_index(path: Path) -> IndexCheck:
     for file, tensors in sorted(by_file.items()):
         beside = path.parent / file
         if not beside.exists():
-            problems.append(f"{file} is missing, with {_listed(tensors)}")
+            problems.append(f"{file} is missing, with {several(tensors)}")
             continue
         there.append(beside)
         try:
@@ -64,11 +64,11 @@ def check_index(path: Path) -> IndexCheck:
         except (CheckpointError, OSError) as error:
             why = error.strerror if isinstance(error, OSError) else str(error)
             why = str(why).removeprefix(f"{beside}: ")
-            problems.append(f"{file} cannot be read, with {_listed(tensors)}: {why}")
+            problems.append(f"{file} cannot be read, with {several(tensors)}: {why}")
             continue
         lacking = [tensor for tensor in tensors if tensor not in held]
         if lacking:
-            problems.append(f"{file} does not hold {_listed(lacking)}")
+            problems.append(f"{file} does not hold {several(lacking)}")
     return IndexCheck(len(places), tuple(there), tuple(problems))
 
 
@@ -95,8 +95,3 @@ def _places(path: Path) -> Mapping[str, str]:
 def _names_in(path: Path) -> frozenset[str]:
     tree = read_contents(path).tree
     return frozenset(map(str, tree)) if isinstance(tree, dict) else frozenset()
-
-
-def _listed(tensors: list[str]) -> str:
-    more = f" and {len(tensors) - _SHOWN} more" if len(tensors) > _SHOWN else ""
-    return ", ".join(tensors[:_SHOWN]) + more

@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from fastguard.checkpoints.errors import CheckpointError
 from fastguard.checkpoints.index_files import is_index
 from fastguard.checkpoints.sharded.metadata import NAME as METADATA
 from fastguard.checkpoints.sharded.metadata import read_metadata
+from fastguard.errors import several
 
 SHOWN = 3
 _PART = re.compile(r"(.*?)(\d{1,9})([-_.]of[-_.])(\d{1,9})(\D.*)", re.IGNORECASE)
@@ -43,12 +45,12 @@ def missing_parts(names: Iterable[str]) -> Iterator[str]:
         if len(there) >= n or any(index.startswith(base + ".") for index in indexes):
             continue
         first = 0 if 0 in there else 1
-        lacking = (i for i in range(first, first + n) if i not in there)
-        listed = ", ".join(f"{i:0{width}}" for i, _ in zip(lacking, range(SHOWN), strict=False))
-        more = f" and {n - len(there) - SHOWN} more" if n - len(there) > SHOWN else ""
+        lacking = (f"{i:0{width}}" for i in range(first, first + n) if i not in there)
+        n_lacking = n - len(there)
         yield (
-            f"{stem}{'N' * width}{between}{total}{ending}: {n - len(there)} of its {n} files "
-            f"{'is' if n - len(there) == 1 else 'are'} missing: {listed}{more}"
+            f"{stem}{'N' * width}{between}{total}{ending}: {n_lacking} of its {n} files "
+            f"{'is' if n_lacking == 1 else 'are'} missing: "
+            f"{several(list(islice(lacking, SHOWN)), SHOWN, n_lacking)}"
         )
 
 
@@ -65,16 +67,12 @@ def missing_shards(folder: Path) -> str | None:
     except FileNotFoundError:
         ranks = {int(found[1]) for name in names if (found := _SHARD.fullmatch(name))}
         gaps = [rank for rank in range(min(max(ranks, default=-1), 10**4)) if rank not in ranks]
-        others = f"; so are the files of rank {', '.join(map(str, gaps[:SHOWN]))}" if gaps else ""
-        more = f" and {len(gaps) - SHOWN} more" if len(gaps) > SHOWN else ""
-        return f"{METADATA} is missing, without which no shard can be read{others}{more}"
+        others = f"; so are the files of rank {several(list(map(str, gaps)))}" if gaps else ""
+        return f"{METADATA} is missing, without which no shard can be read{others}"
     except (CheckpointError, OSError) as error:
         return str(error)
     lacking = sorted(wanted - names)
     if not lacking:
         return None
-    more = f" and {len(lacking) - SHOWN} more" if len(lacking) > SHOWN else ""
     are = "is" if len(lacking) == 1 else "are"
-    return (
-        f"{len(lacking)} of {len(wanted)} files {are} missing: {', '.join(lacking[:SHOWN])}{more}"
-    )
+    return f"{len(lacking)} of {len(wanted)} files {are} missing: {several(lacking)}"

@@ -18,11 +18,9 @@ from typing import Any
 from fastguard import __version__
 from fastguard.commands.parsing import Parser
 from fastguard.commands.standard_output import pipe_safe_output
-from fastguard.commands.usage import UsageError
+from fastguard.commands.usage import FINE, INTERRUPTED, USAGE_ERROR, UsageError
 from fastguard.errors.plain_text import printable
 from fastguard.records.regular_files import NotRegularFile
-
-FINE, FOUND_BAD, USAGE_ERROR, INTERRUPTED = 0, 1, 2, 130
 
 
 @dataclass(frozen=True, slots=True)

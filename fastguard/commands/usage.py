@@ -1,4 +1,4 @@
-"""Shared helpers of the commands: one-line usage errors and early argument checks."""
+"""Shared helpers of the commands: exit statuses, one-line usage errors, early argument checks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastguard.errors.plain_text import shown
+
+FINE, FOUND_BAD, USAGE_ERROR, INTERRUPTED = 0, 1, 2, 130
+"""Exit statuses of the commands."""
 
 
 class UsageError(Exception):

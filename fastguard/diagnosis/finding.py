@@ -150,9 +150,3 @@ def by_importance(finding: Finding) -> tuple[int, int, int]:
 def percent(share: float) -> str:
     """Formats a share with three digits: `0.25` becomes `25 %`."""
     return f"{100 * share:.3g} %"
-
-
-def several(names: list[str] | tuple[str, ...], n: int = 3) -> str:
-    """Lists the first names and how many more there are."""
-    more = f" and {len(names) - n} more" if len(names) > n else ""
-    return ", ".join(names[:n]) + more

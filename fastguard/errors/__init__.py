@@ -30,8 +30,23 @@ def describe_culprits(culprits: Sequence[Culprit], n_culprits: int | None = None
             f"{n} {kind}" for n, kind in ((nan, "NaN"), (posinf, "+Inf"), (neginf, "-Inf")) if n
         ]
         named.append(f"{printable(name, MAX_NAME_LENGTH)} ({', '.join(counts)})")
-    more = total - len(named)
-    return ", ".join(named) + (f" and {more} more" if more > 0 else "")
+    return several(named, NAMED_CULPRITS, total)
+
+
+def several(names: Sequence[str], n: int = 3, total: int | None = None) -> str:
+    """Lists the first names and how many more there are.
+
+    Args:
+        names: The names, or the first of them.
+        n: Number of names to list.
+        total: Number of all names. Default: those in `names`.
+
+    Example:
+        >>> several(["a", "b", "c", "d", "e"])
+        'a, b, c and 2 more'
+    """
+    more = (len(names) if total is None else total) - len(names[:n])
+    return ", ".join(names[:n]) + (f" and {more} more" if more > 0 else "")
 
 
 def nearest(key: str, valid: Collection[str]) -> str:

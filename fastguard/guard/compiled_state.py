@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastguard.guard.inner_step import steps_as_torch
-from fastguard.guard.masked_update import CreatesState, Place
+from fastguard.guard.placeholder_optimizer import CreatesState, Place
 from fastguard.guard.whole_step import WholeStep
 from fastguard.optim.optimizer import FusedOptimizer
 from fastguard.ranks.dtensors import is_dtensor

@@ -28,17 +28,16 @@ from fastguard.guard.compiled_state import (
     dtype_of_numbers,
 )
 from fastguard.guard.inner_step import StepCall
-from fastguard.guard.masked_update import (
+from fastguard.guard.masked_update import Traced, trace
+from fastguard.guard.param_gradients import Gradients
+from fastguard.guard.placeholder_optimizer import (
     NUMBERS,
     CountsInPython,
     CreatesState,
     Members,
     NotTraceable,
     Place,
-    Traced,
-    trace,
 )
-from fastguard.guard.param_gradients import Gradients
 from fastguard.guard.read_first import ReadFirst, skips_step
 from fastguard.guard.step_hooks import has_step_hooks, run_global_post_hooks, run_global_pre_hooks
 from fastguard.stages.contract import Verdict

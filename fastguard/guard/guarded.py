@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 from fastguard.errors.logger import log
 from fastguard.functional.arguments import warn_of_zero
 from fastguard.gradients.buckets import GradBuckets
-from fastguard.gradients.tensor_kinds import watched
 from fastguard.guard.announcement import announce_guard
 from fastguard.guard.arguments import (
     MODES,
@@ -26,10 +25,8 @@ from fastguard.guard.arguments import (
     check_choice,
     check_flat_choice,
     check_optimizer,
-    check_settings,
     check_whole_step,
     keywords_only,
-    named_parameters_of,
 )
 from fastguard.guard.clamp import Clamped
 from fastguard.guard.clip_scope import (
@@ -42,11 +39,11 @@ from fastguard.guard.clip_scope import (
     policy_of,
 )
 from fastguard.guard.compiled_state import check_compiled_optimizer
-from fastguard.guard.flat_checks import check_flat_dtypes, check_flat_optimizer
+from fastguard.guard.flat_checks import check_flat_optimizer
 from fastguard.guard.grad_scaler import ScalerInputs, longest_search, scaler_inputs, tell_scaler
 from fastguard.guard.inner_step import ClosureNeeded, StepCall, StepSignature
 from fastguard.guard.param_gradients import Flat, Gradients
-from fastguard.guard.rank_arguments import arguments_of, places_of
+from fastguard.guard.rank_arguments import agree
 from fastguard.guard.saving import SavableOptimizer
 from fastguard.guard.state_dict import guard_state, torch_dcp
 from fastguard.guard.step_hooks import with_own_hooks, without_global_pre_hooks
@@ -55,7 +52,6 @@ from fastguard.guard.stepper import requested_stepper
 from fastguard.guard.unit_clipping import UnitClipping
 from fastguard.guard.watch.watch import WatchName, check_watchable, read_step, watch_of
 from fastguard.guard.whole_step import WholeStep
-from fastguard.ranks.agreement import check_agreement
 from fastguard.ranks.groups import Group, refuse_several_ranks
 from fastguard.records.device_row import Outcome, learning_rate
 from fastguard.records.losses import Loss, ObservedLosses, named_losses, stacked
@@ -280,7 +276,7 @@ class GuardedOptimizer(SavableOptimizer):
         self._follow_parameters()
         scaling = scaler_inputs(self, self._device)
         signals, policy = self._signals(scaling), self._current_policy()
-        self._agree()
+        agree(self)
         buckets = self._gradients.buckets()
         flight.clamped = Clamped.of(
             self.param_groups, signals.inv_scale, keep=policy.nonfinite == "raise"
@@ -355,19 +351,6 @@ class GuardedOptimizer(SavableOptimizer):
             self._limits = ()  # recreates the policy on the new device
             self._state, self._device = self._state.to(device), device
 
-    def _agree(self) -> None:
-        """Checks in the first step, and with new segments, that all ranks have the same arguments.
-
-        The check is a collective, which all ranks must join. If the number of segments changed on
-        some ranks only, their sums could not be reduced either.
-        """
-        team, n = self._gradients.team, self._gradients.layout.n_segments
-        if self._n_agreed == n or watched():  # there are no values to compare while tracing
-            return
-        if team is not None:
-            check_agreement(arguments_of(self, team), places_of(self, team), team)
-        self._n_agreed = n
-
     def _signals(self, scaling: ScalerInputs) -> Signals:
         losses = self._observed.take()
         if self._missing_losses is not None:
@@ -404,30 +387,3 @@ class GuardedOptimizer(SavableOptimizer):
             self._units = None if agc is None else UnitClipping(agc, layout, self.norm_type)
             self._policy, self._limits = policy, now
         return self._policy
-
-    # The interface of torch.optim.Optimizer.
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a param group to the wrapped optimizer; guarded from the next step on.
-
-        Args:
-            param_group: As in torch, plus `max_norm` and `clip_value`.
-
-        Raises:
-            TypeError, ValueError: It cannot be guarded; it was not added.
-        """
-        named = named_parameters_of(param_group)
-        limits([*self.param_groups, param_group], self.clip_scope, self.max_norm)
-        check_settings(param_group, [p for _, p in named])
-        self._gradients.check_new(named)
-        if self._gradients.with_parameters:
-            check_flat_dtypes(self.optimizer, [p for _, p in named])
-        self.optimizer.add_param_group(param_group)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients; with flat buckets one fill per buffer sets them to zero.
-
-        Args:
-            set_to_none: As in torch; ignored with flat buckets.
-        """
-        self._gradients.zero_(set_to_none)

@@ -8,16 +8,30 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastguard.gradients.tensor_kinds import has_numbers
+from fastguard.gradients.tensor_kinds import has_numbers, watched
 from fastguard.guard.clip_scope import limits
 from fastguard.guard.compiled_step import CompiledStep
-from fastguard.ranks.agreement import COUNTS, Place
+from fastguard.ranks.agreement import COUNTS, Place, check_agreement
 from fastguard.ranks.dtensors import local_parts
 from fastguard.stages.reference_watch import sum_of_bits
 
 if TYPE_CHECKING:
     from fastguard.guard.guarded import GuardedOptimizer
     from fastguard.ranks.team import Team
+
+
+def agree(optimizer: GuardedOptimizer) -> None:
+    """Checks in the first step, and with new segments, that all ranks have the same arguments.
+
+    The check is a collective, which all ranks must join. If the number of segments changed on some
+    ranks only, their sums could not be reduced either.
+    """
+    team, n = optimizer._gradients.team, optimizer._gradients.layout.n_segments
+    if optimizer._n_agreed == n or watched():  # there are no values to compare while tracing
+        return
+    if team is not None:
+        check_agreement(arguments_of(optimizer, team), places_of(optimizer, team), team)
+    optimizer._n_agreed = n
 
 
 def arguments_of(optimizer: GuardedOptimizer, team: Team) -> dict[str, str]:

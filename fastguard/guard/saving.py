@@ -6,16 +6,14 @@ from typing import Any
 
 import torch
 
-from fastguard.guard.arguments import check_settings
-from fastguard.guard.clip_scope import limits
 from fastguard.guard.lifetime import saved_with
-from fastguard.guard.reporting import ReportingOptimizer
+from fastguard.guard.param_groups import GroupedOptimizer
 from fastguard.guard.state_dict import guard_state, inner_state, parts, torch_dcp
 from fastguard.records.losses import ObservedLosses
 from fastguard.stages.contract import Policy
 
 
-class SavableOptimizer(ReportingOptimizer):
+class SavableOptimizer(GroupedOptimizer):
     """An optimizer whose state dict contains the state of the guard."""
 
     _policy: Policy
@@ -66,8 +64,3 @@ class SavableOptimizer(ReportingOptimizer):
             self._watch.go_on_from(watched)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
-
-    def _check_param_groups(self) -> None:
-        limits(self.param_groups, self.clip_scope, self.max_norm)
-        for group in self.param_groups:
-            check_settings(group, group["params"])

@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from fastguard.errors import several
+
 if TYPE_CHECKING:
     from fastguard.ranks.team import Team
 
@@ -148,14 +150,8 @@ def _by_rank(name: str, values: Sequence[str], ranks: Sequence[int]) -> str:
     holders: dict[str, list[str]] = {}
     for value, rank in zip(values, ranks, strict=True):
         holders.setdefault(value, []).append(str(rank))
-    return f"{name} is " + _listed(
-        [
-            f"{value} on {'rank' if len(owners) == 1 else 'ranks'} {_listed(owners)}"
-            for value, owners in holders.items()
-        ]
-    )
-
-
-def _listed(items: Sequence[str]) -> str:
-    more = len(items) - LISTED
-    return ", ".join(items[:LISTED]) + (f" and {more} more" if more > 0 else "")
+    values_on = [
+        f"{value} on {'rank' if len(owners) == 1 else 'ranks'} {several(owners, LISTED)}"
+        for value, owners in holders.items()
+    ]
+    return f"{name} is {several(values_on, LISTED)}"

@@ -37,11 +37,16 @@ class KnownGroups:
         self._known[before:] = [(group, _first_parameter(group)) for group in groups[before:]]
 
     def check_same(self, groups: Sequence[Group]) -> None:
-        """Raises a ValueError if a group was removed and another one has its index.
+        """Raises a ValueError if a group was removed.
 
         A group counts as the same if it is the same dict, even with other parameters, or another
         dict with the same first parameter, as after `load_state_dict`.
         """
+        if len(groups) < len(self._known):
+            raise ValueError(
+                f"the optimizer has {len(groups)} param groups, but GuardedLR has "
+                f"{len(self._known)}; after removing a param group, create a new GuardedLR"
+            )
         for i, (group, (known, parameter)) in enumerate(zip(groups, self._known, strict=False)):
             first = _first_parameter(group)
             if group is not known and first is not parameter:
@@ -115,6 +120,12 @@ class GroupValues:
             own = (self._written[i], self._to_write[i])
             if not isinstance(group["lr"], Tensor) and self._setting.read(group) not in own:
                 values[i] = None
+
+
+def are_captured(groups: Sequence[Group]) -> bool:
+    """Whether a CUDA graph captures the learning rates; every replay would write the same value."""
+    on_gpu = any(isinstance(group["lr"], Tensor) and group["lr"].is_cuda for group in groups)
+    return on_gpu and torch.cuda.is_current_stream_capturing()
 
 
 def _first_parameter(group: Group) -> Any:

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -26,7 +25,14 @@ from fastguard.errors.logger import log
 from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.guard.weak_hooks import hook_weakly
 from fastguard.records.step_record import StepRecord
-from fastguard.recovery.group_values import LR, MOMENTUM, GroupValues, KnownGroups, one_each
+from fastguard.recovery.group_values import (
+    LR,
+    MOMENTUM,
+    GroupValues,
+    KnownGroups,
+    are_captured,
+    one_each,
+)
 from fastguard.recovery.schedule_arguments import (
     check_back_off,
     guarded_of,
@@ -111,6 +117,7 @@ class GuardedLR(LRScheduler):
         self.clean_steps: int = 0
         self.applied_steps: int = 0
         self.held_at_floor: int = 0
+        self._lowered = 1.0  # product of the factors of `lower(factor)`
         self._needs_metric = needs_metric(self.schedule)
         self._is_due = False  # whether a step was applied since the schedule's last step
         self._is_behind = False  # whether values remain to be written
@@ -190,18 +197,17 @@ class GuardedLR(LRScheduler):
             (0.5, [0.3])
         """
         self._catch_up()
-        groups = self.optimizer.param_groups
-        self._lr.adopt_changed(groups)
-        self._momentum.adopt_changed(groups)
+        self._lr.adopt_changed(self._groups)
+        self._momentum.adopt_changed(self._groups)
         self._is_trainers_turn = False
         self._set()
         try:
             yield
         finally:
             self._register_groups()
-            self._lr.restore(groups := self.optimizer.param_groups)
+            self._lr.restore(self._groups)
             if self._start_momentum:
-                self._momentum.restore(groups)
+                self._momentum.restore(self._groups)
             self._is_trainers_turn = True
 
     def lower(self, factor: float | None = None) -> None:
@@ -273,8 +279,6 @@ class GuardedLR(LRScheduler):
         self._show()
         self.held_at_floor = state_dict["held_at_floor"]  # last, since `_show` may count again
 
-    _lowered = 1.0  # product of the factors of `lower(factor)`
-
     def _follow(self) -> None:
         """Applies warm-up and back-off before each optimizer step, without a call of `step`.
 
@@ -282,16 +286,10 @@ class GuardedLR(LRScheduler):
         """
         is_new = len(self.optimizer.param_groups) != len(self._lr.scheduled)
         due = self._inbox or is_new or self._is_behind
-        if self._is_trainers_turn or not due or self._is_captured():
+        if self._is_trainers_turn or not due or are_captured(self._groups):
             return
         self._catch_up()
         self._set(unless_changed=True)
-
-    def _is_captured(self) -> bool:
-        """Whether a CUDA graph captures the step, in which case every replay would write the same
-        value."""
-        on_gpu = any(isinstance(g["lr"], Tensor) and g["lr"].is_cuda for g in self._groups)
-        return on_gpu and torch.cuda.is_current_stream_capturing()
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -313,32 +311,16 @@ class GuardedLR(LRScheduler):
         """Counts a step. Counts it once if called again with the same record."""
         learned, counts = self._learned
         if learned is not record:
-            counts = self._counts_after(record)
+            before = Counts(self.backoffs, self.clean_steps, self.applied_steps, self._is_due)
+            counts = before.after(record, self.backoff < 1.0, self.recovery)
+            if counts.backoffs != before.backoffs:
+                # Recovery has the same level as back-off: a log with only back-offs would mislead.
+                what = "backed off" if counts.backoffs > before.backoffs else "recovered"
+                factor = self.backoff**counts.backoffs * self._lowered
+                message = f"GuardedLR: {what} to %g of the schedule after step %d"
+                log.warning(message, factor, record.step)
             self._learned = record, counts
         self.backoffs, self.clean_steps, self.applied_steps, self._is_due = counts
-
-    def _counts_after(self, record: StepRecord) -> Counts:
-        """Returns the counts that include a step."""
-        counts = Counts(self.backoffs, self.clean_steps, self.applied_steps, self._is_due)
-        if record.action == "skipped":
-            if not record.is_incident:
-                return counts
-            counts = counts._replace(clean_steps=0)
-            if self.backoff < 1.0:
-                counts = counts._replace(backoffs=self.backoffs + 1)
-                self._say("backed off to %g of the schedule after step %d", counts, record)
-            return counts
-        clean = self.clean_steps + 1
-        counts = Counts(self.backoffs, clean, self.applied_steps + 1, True)
-        if self.backoffs and self.recovery is not None and clean >= self.recovery:
-            counts = counts._replace(backoffs=self.backoffs - 1, clean_steps=0)
-            self._say("recovered to %g of the schedule after step %d", counts, record)
-        return counts
-
-    def _say(self, what: str, counts: Counts, record: StepRecord) -> None:
-        # Recovery has the same level as back-off: a log with only back-offs would mislead.
-        factor = self.backoff**counts.backoffs * self._lowered
-        log.warning("GuardedLR: " + what, factor, record.step)
 
     def _advance(self, *args: Any, **kwargs: Any) -> None:
         """Steps the wrapped schedule, after restoring the values that it wrote itself."""
@@ -361,11 +343,6 @@ class GuardedLR(LRScheduler):
         """Registers param groups that were added since the last call."""
         groups = self._groups
         n, before = len(groups), len(self._lr.scheduled)
-        if n < before:
-            raise ValueError(
-                f"the optimizer has {n} param groups, but GuardedLR has {before}; after removing "
-                "a param group, create a new GuardedLR"
-            )
         self._known.check_same(groups)
         if n == before:
             return
@@ -397,9 +374,8 @@ class GuardedLR(LRScheduler):
 
     def _set(self, *, unless_changed: bool = False) -> None:
         clamped = False
-        share = 1.0
-        if self.warmup is not None:
-            share = min(1.0, self.applied_steps / self.warmup.steps)
+        warmup = self.warmup
+        share = 1.0 if warmup is None else min(1.0, self.applied_steps / warmup.steps)
         factor = self._factor
         rates: list[float | None] = []
         for i, scheduled in enumerate(self._lr.scheduled):
@@ -418,14 +394,7 @@ class GuardedLR(LRScheduler):
         self._lr.write(self._groups, rates)
         self._momentum.write(self._groups, momenta)
         self._is_behind = False
-        if clamped:
-            self._warn_clamped(factor)
-
-    def _warn_clamped(self, factor: float) -> None:
-        if not self.held_at_floor:
-            log.warning(
-                "GuardedLR: clamped lr %s to floor %s",
-                [f"{lr * factor:.3g}" for lr in self._lr.scheduled],
-                self._floor,
-            )
-        self.held_at_floor += 1
+        if clamped and not self.held_at_floor:
+            wished = [f"{lr * factor:.3g}" for lr in self._lr.scheduled]
+            log.warning("GuardedLR: clamped lr %s to floor %s", wished, self._floor)
+        self.held_at_floor += clamped

@@ -10,7 +10,7 @@ is lowered, and the caller learns where to continue and which data to leave out.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -22,9 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from fastguard.checkpoints import CheckpointStore
 from fastguard.errors import TrainingDivergedError
-from fastguard.errors.checked_numbers import count_of, number_of
 from fastguard.errors.logger import log
-from fastguard.errors.plain_text import shown
 from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.guard.grad_scaler import keep_lower_scales
 from fastguard.guard.guarded import GuardedOptimizer
@@ -32,8 +30,8 @@ from fastguard.guard.weak_hooks import hook_weakly
 from fastguard.ranks.lockstep import Peers
 from fastguard.recovery.guarded_lr import GuardedLR
 from fastguard.recovery.incident_log import IncidentLog
+from fastguard.recovery.rollback_arguments import check_arguments, tensors_of, with_own
 from fastguard.recovery.snapshot_stores import (
-    POSITION,
     InMemory,
     InStore,
     NothingToRestore,
@@ -136,25 +134,19 @@ class Rollback:
         store: CheckpointStore | None = None,
         position: Any = None,
     ) -> None:
-        if not isinstance(optimizer, GuardedOptimizer):
-            raise TypeError(f"optimizer={shown(optimizer)} must be a fastguard.GuardedOptimizer")
-        _check_counts(every=every, keep=keep, max_attempts=max_attempts)
-        optional = {"after_skips": after_skips, "after_spikes": after_spikes}
-        _check_counts(**{name: value for name, value in optional.items() if value is not None})
-        if not 0 < number_of("lr_factor", lr_factor, "use a number in (0, 1]") <= 1:
-            raise ValueError(f"lr_factor={lr_factor!r} must be a number in (0, 1]")
-        if store is not None and not isinstance(store, CheckpointStore):
-            raise TypeError(f"store={shown(store)} must be None or a fastguard.CheckpointStore")
-        if lr is not None and not isinstance(lr, GuardedLR):
-            raise TypeError(
-                f"lr is a {type(lr).__name__}, which cannot be lowered; pass GuardedLR(schedule), "
-                "or add the schedule to the objects"
-            )
-        _check_reachable(after_skips, optimizer.max_consecutive_skips)
+        check_arguments(
+            optimizer,
+            lr,
+            lr_factor,
+            store,
+            after_skips,
+            after_spikes,
+            every=every,
+            keep=keep,
+            max_attempts=max_attempts,
+        )
         self.optimizer = optimizer
-        self.objects: dict[str, Any] = _with_own(objects, optimizer, lr)
-        for name, thing in self.objects.items():
-            _check_memory(name, thing)
+        self.objects: dict[str, Any] = with_own(objects, optimizer, lr)
         self.lr: GuardedLR | None = lr
         self.lr_factor: float = lr_factor
         self.max_attempts = max_attempts
@@ -251,7 +243,7 @@ class Rollback:
 
     def _has_nothing_to_copy(self) -> bool:
         """Whether some parameters or buffers have no values, because they are lazy or fake."""
-        tensors = chain.from_iterable(map(_tensors_of, self.objects.values()))
+        tensors = chain.from_iterable(map(tensors_of, self.objects.values()))
         return any(is_lazy(t) or not has_numbers(t) for t in tensors)
 
     def _take_first(self) -> None:
@@ -325,65 +317,6 @@ class Rollback:
         self._positions.clear()
         self._inbox.clear()
         self._incidents.state_was_loaded()
-
-
-def _check_counts(**counts: object) -> None:
-    for name, value in counts.items():
-        count_of(name, value, 1)
-
-
-def _check_reachable(after_skips: int | None, limit: int | None) -> None:
-    """Raises if the optimizer's own limit would end the run before a rollback."""
-    if after_skips is not None and limit is not None and after_skips > limit:
-        raise ValueError(
-            f"after_skips={after_skips} is never reached, because the optimizer ends the run after "
-            f"more than max_consecutive_skips={limit} skips in a row; use after_skips <= {limit}, "
-            "or None"
-        )
-
-
-def _tensors_of(thing: Any) -> Iterable[Tensor]:
-    """Yields the parameters of a model or optimizer, and the buffers of a model."""
-    if isinstance(thing, torch.nn.Module):
-        return chain(thing.parameters(), thing.buffers())
-    if isinstance(thing, torch.optim.Optimizer):
-        return (p for group in thing.param_groups for p in group["params"])
-    return ()
-
-
-def _check_memory(name: str, thing: Any) -> None:
-    """Raises a ValueError for a model or optimizer on the meta device."""
-    if any(t.is_meta for t in _tensors_of(thing)):
-        raise ValueError(
-            f"objects[{name!r}] has parameters on the meta device, which have no values to save; "
-            "allocate the model with model.to_empty(device=...), load its weights, then create "
-            "the optimizer"
-        )
-
-
-def _with_own(
-    objects: Mapping[str, Any], optimizer: GuardedOptimizer, lr: GuardedLR | None
-) -> dict[str, Any]:
-    """Returns the user's objects and those that every snapshot includes."""
-    if not isinstance(objects, Mapping):
-        raise TypeError(
-            f"objects is a {type(objects).__name__}, expected a dict of objects by name, such as "
-            "{'model': model}"
-        )
-    own: dict[str, Any] = {"optimizer": optimizer}
-    if lr is not None:
-        own["lr"] = lr
-    for name, thing in objects.items():
-        if not (hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")):
-            raise TypeError(
-                f"objects[{name!r}] is a {type(thing).__name__} without state_dict and "
-                "load_state_dict; wrap it in an object that has both"
-            )
-        if name == POSITION or own.get(name, thing) is not thing:
-            raise ValueError(
-                f"objects[{name!r}] has a name that Rollback uses itself; choose another name"
-            )
-    return {**objects, **own}
 
 
 @contextmanager

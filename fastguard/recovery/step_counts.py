@@ -24,6 +24,23 @@ class Counts(NamedTuple):
     applied_steps: int = 0
     is_due: bool = False
 
+    def after(self, record: StepRecord, backs_off: bool, recovery: int | None) -> Counts:
+        """Returns the counts that include a step.
+
+        Args:
+            record: The record of the step.
+            backs_off: Whether an incident adds a back-off.
+            recovery: Applied steps in a row after which one back-off is undone; None: never.
+        """
+        if record.action == "skipped":
+            if not record.is_incident:
+                return self
+            return self._replace(clean_steps=0, backoffs=self.backoffs + backs_off)
+        counts = Counts(self.backoffs, self.clean_steps + 1, self.applied_steps + 1, True)
+        if self.backoffs and recovery is not None and counts.clean_steps >= recovery:
+            return counts._replace(backoffs=self.backoffs - 1, clean_steps=0)
+        return counts
+
 
 def verdict_of(record: StepRecord) -> list[Any]:
     """Returns the part of a record that `GuardedLR` acts on."""

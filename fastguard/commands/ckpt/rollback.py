@@ -16,11 +16,9 @@ from fastguard.checkpoints.reader import Which
 from fastguard.checkpoints.store import CheckpointStore
 from fastguard.commands.ckpt.answer import Answer
 from fastguard.commands.terminal import say, text_of
-from fastguard.commands.usage import UsageError
+from fastguard.commands.usage import FINE, FOUND_BAD, UsageError
 from fastguard.errors.logger import PREFIX, log
 from fastguard.errors.plain_text import shown
-
-FINE, FOUND_BAD = 0, 1
 
 
 def run(path: Path, to: str | None, ignore: Sequence[str], answer: Answer) -> int:

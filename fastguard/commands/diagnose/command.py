@@ -19,11 +19,10 @@ from torch import nn
 from fastguard.commands.diagnose.factory import setup_of
 from fastguard.commands.diagnose.table import show
 from fastguard.commands.diagnose.weights import load_weights
-from fastguard.commands.usage import UsageError
+from fastguard.commands.usage import FINE, FOUND_BAD, UsageError
 from fastguard.diagnosis import Diagnosis, diagnose
 from fastguard.diagnosis.replay.subject import Subject
 
-FINE, FOUND_BAD = 0, 1
 _NEVER = "never"
 
 

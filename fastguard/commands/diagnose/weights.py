@@ -17,7 +17,7 @@ from fastguard.checkpoints import CheckpointError
 from fastguard.checkpoints.reading.contents import read_contents
 from fastguard.checkpoints.reading.spans import Span
 from fastguard.commands.usage import UsageError
-from fastguard.diagnosis.finding import several
+from fastguard.errors import several
 from fastguard.records.regular_files import open_regular
 
 

@@ -18,10 +18,8 @@ from fastguard.commands.monitor.follow import Follower
 from fastguard.commands.monitor.summary import as_dict, as_text
 from fastguard.commands.monitor.watch import Watch
 from fastguard.commands.run_files import raise_no_records, records_file, run_exists
-from fastguard.commands.usage import UsageError, integer, need
+from fastguard.commands.usage import FINE, FOUND_BAD, UsageError, integer, need
 from fastguard.records.strict_json import dumps
-
-FINE, FOUND_BAD = 0, 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

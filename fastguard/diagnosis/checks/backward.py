@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterator
 
 from fastguard.diagnosis.evidence import Evidence
-from fastguard.diagnosis.finding import Finding, percent, several
+from fastguard.diagnosis.finding import Finding, percent
 from fastguard.diagnosis.observe import Values
+from fastguard.errors import several
 
 CHECK = "backward"
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from fastguard.diagnosis.checks.mixing import check_mixing
 from fastguard.diagnosis.checks.own_loss import hint_for
 from fastguard.diagnosis.evidence import Evidence
-from fastguard.diagnosis.finding import Finding, percent, several
+from fastguard.diagnosis.finding import Finding, percent
 from fastguard.diagnosis.observe import Activation
 from fastguard.diagnosis.provenance import NonFiniteReport
 from fastguard.diagnosis.shapes import misfits
@@ -18,6 +18,7 @@ from fastguard.diagnosis.watch_functions import (
     Saturation,
     ShapeMismatch,
 )
+from fastguard.errors import several
 
 CHECK = "forward"
 

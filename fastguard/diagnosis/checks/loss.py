@@ -13,12 +13,13 @@ from torch.utils._pytree import tree_map
 from fastguard.diagnosis.checks.loss_inputs import check_loss_inputs
 from fastguard.diagnosis.checks.own_loss import hint_for, plain_step, returns_its_loss, step_for
 from fastguard.diagnosis.evidence import Evidence
-from fastguard.diagnosis.finding import Finding, several
+from fastguard.diagnosis.finding import Finding
 from fastguard.diagnosis.observe import Failure
 from fastguard.diagnosis.replay.losses import loss_parts, number_in
 from fastguard.diagnosis.replay.subject import tensors
 from fastguard.diagnosis.shapes import raised_by_shapes
 from fastguard.diagnosis.watch_functions import IndexOutOfRange, NoProbability
+from fastguard.errors import several
 
 CHECK = "loss"
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fastguard.diagnosis.evidence import Evidence
-from fastguard.diagnosis.finding import Finding, several
+from fastguard.diagnosis.finding import Finding
 from fastguard.diagnosis.observe import observe
 from fastguard.diagnosis.replay.calls import floats
 from fastguard.diagnosis.replay.replay import copied
 from fastguard.diagnosis.replay.subject import split, tensors
+from fastguard.errors import several
 
 CHECK = "forward"
 

@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from fastguard.diagnosis.checks.settings import check_settings
 from fastguard.diagnosis.evidence import Evidence
-from fastguard.diagnosis.finding import Finding, percent, several
+from fastguard.diagnosis.finding import Finding, percent
+from fastguard.errors import several
 from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.guard.model_buffers import are_protected
 

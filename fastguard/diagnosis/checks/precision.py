@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import torch
 
 from fastguard.diagnosis.evidence import Evidence
-from fastguard.diagnosis.finding import Finding, percent, several
+from fastguard.diagnosis.finding import Finding, percent
 from fastguard.diagnosis.observe import FLOAT16_MAX, Observation, Values
+from fastguard.errors import several
 
 CHECK = "precision"
 

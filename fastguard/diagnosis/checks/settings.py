@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from fastguard.diagnosis.evidence import Evidence
-from fastguard.diagnosis.finding import Finding, Severity, percent, several
+from fastguard.diagnosis.finding import Finding, Severity, percent
+from fastguard.errors import several
 
 CHECK = "optimizer"
 

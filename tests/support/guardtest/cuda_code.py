@@ -23,7 +23,7 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fastguard.guard import masked_update
+from fastguard.guard import masked_update, placeholder_optimizer
 from fastguard.guard.compiled_state import StateForUpdate
 from guardtest.compiled import OPTIMIZERS
 
@@ -165,10 +165,15 @@ def main(name: str, masked: bool, n: int) -> dict[str, object]:
         p.grad = torch.randn_like(p)
     optimizer = make(params)
     StateForUpdate(optimizer).prepare(params, [0] * len(params))
-    members = masked_update.Members.of(optimizer, params, [0] * len(params), [0] * len(params))
+    members = placeholder_optimizer.Members.of(
+        optimizer, params, [0] * len(params), [0] * len(params)
+    )
     lr = torch.full((), optimizer.param_groups[0]["lr"])
-    settings = {masked_update.Place(0, "lr"): lr}
-    with mock.patch.object(masked_update, "_implementation", lambda *_: FORM), torch.no_grad():
+    settings = {placeholder_optimizer.Place(0, "lr"): lr}
+    with (
+        mock.patch.object(placeholder_optimizer, "_implementation", lambda *_: FORM),
+        torch.no_grad(),
+    ):
         patch = mock.patch.object(torch, "where", _unmasked)
         with ExitStack() as stack:
             if not masked:
