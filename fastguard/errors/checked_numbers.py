@@ -1,19 +1,21 @@
 """Checks numbers in a user's arguments.
 
-`float()` converts True and "1.0" to 1.0, so a misplaced flag or a setting read as text would be
-accepted silently. Therefore bools and text raise an error wherever a number is expected.
+`float()` converts True, "1.0" and buffers with that text to 1.0, so a misplaced flag or a setting
+read as text would be accepted silently. Therefore bools and text raise an error wherever a number
+is expected.
 """
 
 from __future__ import annotations
 
 import math
+from collections import UserString
 from typing import Any
 
 import torch
 
 from fastguard.errors.plain_text import shown
 
-TEXT = (str, bytes, bytearray)
+TEXT = (str, bytes, bytearray, memoryview, UserString)
 # Tuples, because torch.compile of torch 2.8 cannot trace unions of types.
 _BOOL_OR_TEXT = (bool, *TEXT)
 _PLAIN = (int, float)
@@ -37,6 +39,8 @@ def number_of(name: str, value: Any, remedy: str = "use a number") -> float:
         return float(value)
     refuse_bool_and_text(name, value, remedy)
     try:
+        if not (hasattr(value, "__float__") or hasattr(value, "__index__")):
+            raise TypeError  # float() would parse the bytes of an `array` or another buffer
         number = float(value)
     except OverflowError:
         number = math.inf
@@ -57,14 +61,16 @@ def refuse_bool_and_text(name: str, value: Any, remedy: str = "use a number") ->
 
 
 def _holds_bool_or_text(value: Any) -> bool:
-    """Whether a value is a tensor or an array of bools or text.
+    """Whether a value is a tensor or an array of bools, text, or other values that are not real.
 
     In compiled code, arrays are not checked.
     """
     if torch.compiler.is_compiling() and not isinstance(value, torch.Tensor):
         return False  # torch.compile cannot trace the dtype of numpy numbers
     dtype = None if isinstance(value, _PLAIN) else getattr(value, "dtype", None)
-    return dtype is torch.bool or getattr(dtype, "kind", "") in ("b", "S", "U")
+    if isinstance(dtype, torch.dtype):
+        return dtype is torch.bool or dtype.is_complex
+    return getattr(dtype, "kind", "") in ("b", "c", "O", "S", "U", "V")
 
 
 def finite_number_of(name: str, value: Any, remedy: str = "use a finite number") -> float:

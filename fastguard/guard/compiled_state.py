@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastguard.guard.inner_step import steps_as_torch
+from fastguard.guard.optimizer_copy import with_inner
 from fastguard.guard.placeholder_optimizer import CreatesState, Place
 from fastguard.guard.whole_step import WholeStep
 from fastguard.optim.optimizer import FusedOptimizer
@@ -44,11 +45,10 @@ def check_compiled_optimizer(optimizer: Optimizer, flat_parameters: bool) -> Non
         )
     kind = type(optimizer)
     forwards = [isinstance(getattr(kind, key, None), property) for key in ("param_groups", "state")]
-    holds = [isinstance(value, Optimizer) for value in vars(optimizer).values()]
-    if any(forwards) or any(holds):
+    if any(forwards) or len(list(with_inner(optimizer))) > 1:
         raise TypeError(
-            f"compile_step=True does not support {name}, whose param_groups belong to another "
-            "optimizer; guard it without compile_step, or guard the other optimizer"
+            f"compile_step=True does not support {name}, whose param_groups belong to other "
+            "optimizers; guard it without compile_step, or guard each of them"
         )
     step = vars(optimizer).get("step")
     if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):

@@ -28,7 +28,7 @@ class OptimizerCopy(NamedTuple):
     @torch.no_grad()
     def of(optimizer: Optimizer, *, gradients: bool = False) -> OptimizerCopy:
         """Copies weights and state, and the gradients if requested."""
-        optimizers = list(_with_inner(optimizer, set()))
+        optimizers = list(with_inner(optimizer))
         groups = {id(g): g for each in optimizers for g in each.param_groups}.values()
         weights = {p: p.detach().clone() for g in groups for p in g["params"]}
         copies: dict[int, Any] = {}
@@ -70,8 +70,9 @@ class OptimizerCopy(NamedTuple):
                 grad.copy_(values)
 
 
-def _with_inner(optimizer: Optimizer, seen: set[int]) -> Iterator[Optimizer]:
+def with_inner(optimizer: Optimizer, seen: set[int] | None = None) -> Iterator[Optimizer]:
     """Yields an optimizer and those in its attributes and containers, such as the base of SAM."""
+    seen = set() if seen is None else seen
     if id(optimizer) in seen:
         return
     seen.add(id(optimizer))
@@ -80,7 +81,7 @@ def _with_inner(optimizer: Optimizer, seen: set[int]) -> Iterator[Optimizer]:
         items = value.values() if isinstance(value, dict) else value
         for item in items if isinstance(value, dict | list | tuple) else (value,):
             if isinstance(item, Optimizer):
-                yield from _with_inner(item, seen)
+                yield from with_inner(item, seen)
 
 
 def _copied(setting: Any) -> Any:

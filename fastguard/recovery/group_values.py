@@ -18,11 +18,12 @@ class Setting(NamedTuple):
     """How to read and write a hyper-parameter of a param group.
 
     Attributes:
-        read: Returns the value as a number; None if the group has no such hyper-parameter.
+        read: Returns the value in a group, given with its index, as a number; None if the group has
+            no such hyper-parameter.
         write: Sets the value, and returns the value as stored, which may be rounded.
     """
 
-    read: Callable[[Group], float | None]
+    read: Callable[[Group, int], float | None]
     write: Callable[[Group, float], float]
 
 
@@ -80,7 +81,7 @@ class GroupValues:
         After an interrupt, the next call starts again.
         """
         before = len(self.scheduled)
-        joining = [self._setting.read(group) for group in groups[before:]]
+        joining = [self._setting.read(groups[i], i) for i in range(before, len(groups))]
         self._written[before:] = joining
         self._to_write[before:] = joining
         self.scheduled += joining
@@ -98,7 +99,7 @@ class GroupValues:
 
     def adopt(self, groups: Sequence[Group]) -> None:
         """Makes the groups' current values the scheduled ones."""
-        self.scheduled = [self._setting.read(group) for group in groups]
+        self.scheduled = [self._setting.read(group, i) for i, group in enumerate(groups)]
         self._written, self._to_write = list(self.scheduled), list(self.scheduled)
 
     def adopt_changed(self, groups: Sequence[Group]) -> None:
@@ -107,7 +108,7 @@ class GroupValues:
         Waits for a GPU if the values are tensors on it.
         """
         for i, group in enumerate(groups):
-            now = self._setting.read(group)
+            now = self._setting.read(group, i)
             if now not in (self._written[i], self._to_write[i]):
                 self.scheduled[i] = self._written[i] = now
 
@@ -118,7 +119,7 @@ class GroupValues:
         """
         for i, group in enumerate(groups[: len(values)]):
             own = (self._written[i], self._to_write[i])
-            if not isinstance(group["lr"], Tensor) and self._setting.read(group) not in own:
+            if not isinstance(group["lr"], Tensor) and self._setting.read(group, i) not in own:
                 values[i] = None
 
 
@@ -132,13 +133,13 @@ def _first_parameter(group: Group) -> Any:
     return next(iter(group["params"]), None)
 
 
-def _read_lr(group: Group) -> float:
+def _read_lr(group: Group, index: int) -> float:
     if "lr" not in group:
         raise ValueError(
-            "GuardedLR needs an optimizer with a learning rate, but a param group has none"
+            f"GuardedLR needs an optimizer with a learning rate, but param group {index} has none"
         )
-    # Syncs if the learning rate is a tensor on a GPU.
-    return number_of("lr", group["lr"], "GuardedLR needs an optimizer with a number as lr")
+    remedy = f"GuardedLR needs a number as lr of param group {index}"
+    return number_of("lr", group["lr"], remedy)  # syncs if it is a tensor on a GPU
 
 
 def _write_lr(group: Group, value: float) -> float:
@@ -151,18 +152,25 @@ def _write_lr(group: Group, value: float) -> float:
     return torch.tensor(value, dtype=lr.dtype, device="cpu").item()
 
 
-def _read_momentum(group: Group) -> float | None:
-    if "betas" in group:
-        return float(group["betas"][0])
-    return float(group["momentum"]) if "momentum" in group else None
+def _read_momentum(group: Group, index: int) -> float | None:
+    del index  # a group without a momentum is not an error
+    value = group["betas"][0] if _has_betas(group) else group.get("momentum")
+    try:
+        return number_of("momentum", value)
+    except TypeError:  # None, or another kind of setting with this name
+        return None
 
 
 def _write_momentum(group: Group, value: float) -> float:
-    if "betas" in group:
+    if _has_betas(group):
         group["betas"] = (value, *group["betas"][1:])
     else:
         group["momentum"] = value
     return value
+
+
+def _has_betas(group: Group) -> bool:
+    return isinstance(betas := group.get("betas"), tuple | list) and len(betas) > 0
 
 
 LR = Setting(_read_lr, _write_lr)

@@ -105,8 +105,8 @@ class GuardedLR(LRScheduler):
         # Not super().__init__(), which would take a first step.
         self.optimizer: GuardedOptimizer = guarded_of(schedule, optimizer)
         check_back_off(backoff, recovery, warmup)
-        for group in self._groups:
-            LR.read(group)  # raises if there is no learning rate to schedule
+        for i, group in enumerate(self._groups):
+            LR.read(group, i)  # raises if there is no learning rate to schedule
         self.schedule: LRScheduler | ReduceLROnPlateau = schedule_of(schedule)
         self._floor: list[float] = []
         self._given_floor = floor

@@ -2,6 +2,8 @@
 
 import math
 import warnings
+from array import array
+from collections import UserString
 from decimal import Decimal
 from fractions import Fraction
 
@@ -90,9 +92,28 @@ TAKERS = {
 
 @pytest.mark.parametrize("take", TAKERS.values(), ids=TAKERS.keys())
 def test_bools_and_texts_are_not_numbers(take):
-    for wrong in (True, False, "1.0", b"1", np.True_, torch.tensor(True)):
+    for wrong in (True, False, "1.0", b"1", np.True_, torch.tensor(True), memoryview(b"1.0")):
         with pytest.raises(TypeError):
             take(wrong)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        memoryview(b"1.0"),
+        array("b", b"1.0"),
+        UserString("1.0"),
+        np.array("1.0", dtype=object),
+        np.array(True, dtype=object),
+        np.void(b"1.0"),
+        np.complex128(1 + 2j),
+        torch.tensor(1 + 0j),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_float_would_parse_or_truncate_is_not_a_number(value):
+    with pytest.raises(TypeError, match=r"^lr=.* is not a number"):
+        number_of("lr", value)
 
 
 @pytest.mark.parametrize("take", TAKERS.values(), ids=TAKERS.keys())

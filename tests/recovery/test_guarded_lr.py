@@ -294,10 +294,37 @@ def test_arguments_of_the_wrong_type_are_named(kwargs: dict, match: str) -> None
 def test_a_learning_rate_that_is_not_a_number_is_an_error(lr: object) -> None:
     parameter = torch.nn.Parameter(torch.ones(1))
     opt = GuardedOptimizer(torch.optim.Optimizer([parameter], {"lr": lr}))
-    with pytest.raises(TypeError, match=r"^lr=.* is not a number.*; GuardedLR needs an optimizer"):
+    with pytest.raises(TypeError, match=r"^lr=.* is not a number.* as lr of param group 0$"):
         GuardedLR(opt)
-    with pytest.raises(ValueError, match="group has none"):
+    with pytest.raises(ValueError, match="group 0 has none"):
         GuardedLR(GuardedOptimizer(torch.optim.Optimizer([parameter], {})))
+
+
+@pytest.mark.parametrize("lr", [None, "1e-3", lambda step: 0.1], ids=["None", "text", "function"])
+def test_the_error_names_a_later_group_whose_learning_rate_is_not_a_number(lr: object) -> None:
+    opt = guarded(n_groups=2)
+    schedule = GuardedLR(opt, floor=[0.01, 0.02])
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(1))], "lr": lr})
+    for act in (opt.step, schedule.step):
+        with pytest.raises(TypeError, match=r"^lr=.* is not a number.* as lr of param group 2$"):
+            act()
+    assert opt.steps_taken == 0
+    opt.param_groups[2]["lr"] = 0.5
+    opt.step()
+    assert opt.steps_taken == 1
+    assert schedule.floor == [0.01, 0.02, 0.02]
+
+
+@pytest.mark.parametrize(
+    "setting", [{"betas": None}, {"momentum": None}, {"betas": "auto"}], ids=str
+)
+def test_a_momentum_that_is_not_a_number_is_left_alone(setting: dict) -> None:
+    parameter = torch.nn.Parameter(torch.ones(1))
+    inner = torch.optim.SGD([parameter], lr=1.0)
+    inner.param_groups[0].update(setting)
+    schedule = GuardedLR(GuardedOptimizer(inner), warmup=Warmup(2, momentum=0.5))
+    schedule.step()
+    assert inner.param_groups[0].items() >= setting.items()
 
 
 def test_warmup_names_its_bad_arguments() -> None:

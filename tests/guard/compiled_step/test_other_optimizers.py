@@ -295,12 +295,32 @@ class Holds(Own):
         return self.inner.step(closure)
 
 
-def test_an_optimizer_around_another_is_refused():
+class Contains(Own):
+    """Steps several optimizers, each with its own parameters."""
+
+    def __init__(self, each):
+        values = list(each.values()) if isinstance(each, dict) else list(each)
+        super().__init__([g for o in values for g in o.param_groups], {})
+        self.each = each
+
+    def step(self, closure=None):
+        for optimizer in self.each.values() if isinstance(self.each, dict) else self.each:
+            optimizer.step()
+
+
+def test_an_optimizer_around_others_is_refused():
     inner = torch.optim.AdamW(parameters())
-    with pytest.raises(TypeError, match="Wraps, whose param_groups belong to another optimizer"):
-        compiled(Wraps(inner))
-    with pytest.raises(TypeError, match="Holds, whose param_groups belong to another optimizer"):
-        compiled(Holds(inner))
+    others = torch.optim.SGD(parameters()), torch.optim.AdamW(parameters())
+    for optimizer in (
+        Wraps(inner),
+        Holds(inner),
+        Contains(list(others)),
+        Contains(others),
+        Contains({"matrices": others[0], "vectors": others[1]}),
+    ):
+        name = type(optimizer).__name__
+        with pytest.raises(TypeError, match=f"{name}, whose .* belong to other optimizers"):
+            compiled(optimizer)
     assert type(inner.param_groups[0]) is dict
 
 

@@ -33,7 +33,7 @@ REASONS = {
     "it reads a value from the device in Python": "reads a value in Python",
     "it uses a tensor that is not a direct entry": "keeps tensors outside of `state`",
     "which would change even if the device skips": "keeps values in Python",
-    "whose param_groups belong to another": "wraps another optimizer",
+    "whose param_groups belong to other": "wraps another optimizer",
 }
 OTHER_REASON = "cannot be traced"
 REFUSAL = re.compile(r"compile_step=True does not support \w+: (.*); nothing was changed;", re.S)
