@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastguard.errors.checked_numbers import number_of
 from fastguard.gradients.transfer import moved, numbers_on
 from fastguard.gradients.unit_buckets import n_units
 from fastguard.optim.contract import HYPER, Update
@@ -192,10 +193,17 @@ def _hyper_rows(optimizer: FusedOptimizer) -> list[list[Any]]:
 
 def _hyper(rows: list[list[Any]], device: torch.device) -> Tensor:
     """Returns hyper-parameters as float64 `(G, 12)` on a device, without a sync for tensors."""
-    flat = [0.0 if isinstance(v, Tensor) else float(v) for row in rows for v in row]
+    flat = [_number(n, v) for row in rows for n, v in zip(HYPER, row, strict=True)]
     hyper = numbers_on(flat, device).reshape(len(rows), len(HYPER))
     for g, row in enumerate(rows):
         for column, value in enumerate(row):
             if isinstance(value, Tensor):
                 hyper[g, column] = moved(value.detach().reshape(()), device)
     return hyper
+
+
+def _number(name: str, value: Any) -> float:
+    """Returns a hyper-parameter, which user code may have replaced, as a number; 0 for a tensor."""
+    if type(value) is float:  # the usual case, without a further call
+        return value
+    return 0.0 if isinstance(value, Tensor) else number_of(name, value)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import fastguard
 import fastguard.optim as guarded
 
 BF16 = torch.bfloat16
@@ -98,3 +99,21 @@ def test_a_sparse_gradient_is_refused_before_anything_changes(found_inf):
         optimizer.step()
     assert torch.equal(first.detach(), torch.ones(3))
     assert optimizer.state_dict() == before
+
+
+@pytest.mark.parametrize("kind", [guarded.AdamW, guarded.Adam, guarded.Lion, guarded.SGD])
+@pytest.mark.parametrize(
+    "value", [None, "1e-3", memoryview(b"0.1"), True], ids=lambda v: type(v).__name__
+)
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_a_setting_that_is_replaced_by_something_else_than_a_number(kind, name, value):
+    p = parameter()
+    opt = fastguard.GuardedOptimizer(kind([p], lr=0.1, weight_decay=0.0))
+    opt.param_groups[0][name] = value
+    p.grad = torch.ones(3)
+    with pytest.raises(TypeError, match=f"^{name}=.* is not a number"):
+        opt.step()
+    assert p.tolist() == [1.0] * 3 and opt.steps_taken == 0
+    opt.param_groups[0][name] = 0.5
+    opt.step()
+    assert opt.applied_steps == 1
