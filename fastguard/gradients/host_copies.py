@@ -23,6 +23,7 @@ from fastguard.gradients.tensor_parts import (
     CannotCopy,
     Parts,
     cloned,
+    comes_from_outside,
     has_plain_type,
     parts_of,
     plain_tensors,
@@ -73,9 +74,9 @@ class HostCopier:
             return (
                 self._copied_tensor(value, into) if isinstance(value, Tensor) else deepcopy(value)
             )
-        except (CannotCopy, torch.OutOfMemoryError):
-            raise
         except Exception as error:  # a class can refuse in any way
+            if isinstance(error, CannotCopy) or comes_from_outside(error):
+                raise
             raise CannotCopy(value, error) from error
 
     def _copied_tensor(self, value: Tensor, into: Any) -> Any:

@@ -109,9 +109,9 @@ def _cloned_subclass(value: Tensor) -> Tensor:
     """Copies a tensor by `copy.deepcopy`; if that fails, copies its memory and its attributes."""
     try:
         return copy.deepcopy(value)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if comes_from_outside(error):
+            raise
         if not has_memory(value):
             raise CannotCopy(value, error) from error
     with torch._C.DisableTorchFunctionSubclass():
@@ -126,6 +126,17 @@ def has_memory(value: Tensor) -> bool:
         return value.data_ptr() != 0 or value.numel() == 0
     except RuntimeError:
         return False
+
+
+def comes_from_outside(error: Exception) -> bool:
+    """Whether the cause of an error in a copy is not the copied object.
+
+    There is no memory left, for which a CPU has no exception of its own; or a signal handler
+    raised, as for a time limit.
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError | OSError):
+        return True
+    return "out of memory" in str(error) or "allocate memory" in str(error)
 
 
 class CannotCopy(TypeError):

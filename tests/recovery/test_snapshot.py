@@ -158,6 +158,28 @@ def test_a_copy_holds_no_graph() -> None:
         assert not found.requires_grad and found.tolist() == [2.0, 2.0]
 
 
+class Fails:
+    """Cannot be copied at the moment, for a reason that is not its own."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __deepcopy__(self, memo: Any) -> Fails:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [MemoryError(), TimeoutError("limit"), torch.OutOfMemoryError()])
+def test_errors_that_do_not_concern_the_value_are_raised_unchanged(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised:
+        taken([1.0, Fails(error)])
+    assert raised.value is error
+
+
+def test_a_tensor_for_which_there_is_no_memory_is_not_said_to_refuse_a_copy() -> None:
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        taken(torch.ones(1).expand(1 << 50))
+
+
 def test_the_random_states_are_those_of_the_latest_copy() -> None:
     slot = taken(None)
     torch.rand(3)
