@@ -128,9 +128,13 @@ def fits(view: Tensor, like: Tensor, dtype: torch.dtype) -> bool:
 
 
 def is_movable(grad: Tensor) -> bool:
-    """Whether a gradient can move into its slot, because it is not part of another buffer."""
+    """Whether a gradient can move into its slot.
+
+    One that is part of another buffer cannot. Nor can one with a graph (`create_graph=True`), which
+    optimizers such as AdaHessian differentiate in their step.
+    """
     _refuse_sparse(grad)
-    return not is_part_of_buffer(grad)
+    return not grad.requires_grad and not is_part_of_buffer(grad)
 
 
 def _refuse_sparse(grad: Tensor) -> None:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from fastguard.guard.found_inf import supports_found_inf
 from fastguard.guard.optimizer_copy import OptimizerCopy
-from fastguard.guard.step_hooks import has_post_hooks, noting_completion
+from fastguard.guard.step_hooks import has_post_hooks, is_hooked, noting_completion
 
 CLOSURES = ("closure", "fn", "func")
 """Parts of parameter names that denote a closure."""
@@ -189,11 +189,13 @@ class InnerStep:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self._evaluates_first = steps_as_torch(optimizer)
+        self._is_torchs = self._evaluates_first = steps_as_torch(optimizer)
         self._before: OptimizerCopy | None = None
+        self._with_grad = True  # whether the caller of `step` has gradients enabled
 
     def evaluate(self, call: StepCall) -> Any:
         """Evaluates the closure and returns its result; None without a closure."""
+        self._with_grad = torch.is_grad_enabled()
         if call.closure is None:
             return None
         if call.place is not None and not self._evaluates_first:
@@ -230,11 +232,15 @@ class InnerStep:
 
     def _step(self, call: StepCall, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         optimizer = self.optimizer
-        if not has_post_hooks(optimizer):
+        if self._is_torchs and not is_hooked(optimizer):  # so it sets the grad mode itself
             call.returned.append(optimizer.step(*args, **kwargs))
             return
-        with noting_completion(optimizer, call.returned):
-            call.returned.append(optimizer.step(*args, **kwargs))
+        with torch.set_grad_enabled(self._with_grad):
+            if not has_post_hooks(optimizer):
+                call.returned.append(optimizer.step(*args, **kwargs))
+                return
+            with noting_completion(optimizer, call.returned):
+                call.returned.append(optimizer.step(*args, **kwargs))
 
     def _known(self, loss: Any) -> Callable[[], Any]:
         """Returns a closure that returns the known loss as long as the weights are unchanged.

@@ -231,6 +231,37 @@ def test_an_argument_that_the_optimizer_does_not_take_changes_nothing():
     assert [r.step for r in opt.records()] == [1]
 
 
+@pytest.mark.parametrize("kind", ["own step", "own step with closure", "hooked"])
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_step_computes_gradients_if_its_caller_does(kind, enabled, flat):
+    modes = []
+
+    class Modes(torch.optim.SGD):
+        def step(self, closure=None):
+            if closure is not None:
+                self.zero_grad()
+                closure()
+            modes.append(torch.is_grad_enabled())
+            return super().step()
+
+    p = one_parameter()
+    inner = torch.optim.SGD([p], lr=0.1) if kind == "hooked" else Modes([p], lr=0.1)
+    if kind == "hooked":
+        inner.register_step_pre_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    opt = GuardedOptimizer(inner, flat_buckets=flat)
+
+    def closure():
+        with torch.enable_grad():
+            p.square().sum().backward()
+
+    with torch.set_grad_enabled(enabled):
+        for _ in range(2):
+            opt.step(*[closure] * kind.endswith("closure"))
+        assert torch.is_grad_enabled() == enabled
+    assert set(modes) == {enabled}
+
+
 # An exception in the wrapped step.
 
 

@@ -156,12 +156,34 @@ TAKES_IN = {
 
 
 @pytest.mark.parametrize("take_in", TAKES_IN.values(), ids=TAKES_IN)
-def test_a_gradient_with_a_graph_is_measured_and_moved_in(take_in):
+def test_a_gradient_with_a_graph_is_measured_in_place(take_in):
     p = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
     flat = FlatGradBuckets([p])
     for _ in range(2):
         (p.grad,) = torch.autograd.grad(p.square().sum() / 2, [p], create_graph=True)
         assert take_in(flat) == 5.0
-        assert attached(flat)
+        assert p.grad.requires_grad
     flat.zero_()
-    assert not p.grad.requires_grad
+    assert attached(flat) and not p.grad.requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")  # about cycles, which zero_grad breaks
+def test_an_optimizer_may_differentiate_gradients():
+    """As AdaHessian and SophiaH do in their step."""
+    parameters = new_parameters()
+    products = []
+
+    class Curvature(torch.optim.SGD):
+        def step(self, closure=None):
+            products[:] = torch.autograd.grad([p.grad.sum() for p in parameters], parameters)
+            super().step()
+
+    for flat in (False, True):
+        opt = GuardedOptimizer(Curvature(parameters, lr=0.1), max_norm=0.1, flat_buckets=flat)
+        for _ in range(2):
+            opt.zero_grad()
+            sum((p**3).sum() for p in parameters).backward(create_graph=True)
+            expected = [6 * p.detach() for p in parameters]
+            opt.step()
+            assert opt.records()[0].action == "clipped"
+            torch.testing.assert_close(products, expected)
