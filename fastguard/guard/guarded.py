@@ -380,7 +380,7 @@ class GuardedOptimizer(SavableOptimizer):
             )
             can_clip = not isinstance(self._stepper, WholeStep)
             self._recorder.limit_is_given = policy.adaptive is None if can_clip else None
-            if hasattr(self, "_policy"):  # False in the constructor
+            if "_policy" in self.__dict__:  # False in the constructor
                 guard_state.fit(self._state, self._policy, policy, self._device)
             layout = self._gradients.layout
             agc = policy.agc

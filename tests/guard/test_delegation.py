@@ -173,6 +173,29 @@ def test_an_incomplete_copy_has_no_attributes_and_does_not_recurse():
     assert opt.anything == 1
 
 
+class AnswersAll(torch.optim.SGD):
+    """Answers every attribute, also those that the guard has not set yet."""
+
+    def __getattr__(self, name):
+        if name.startswith("__") or name in ("grad_scale", "found_inf"):  # torch looks for them
+            raise AttributeError(name)
+        return name
+
+
+@pytest.mark.parametrize("copied", [lambda opt: opt, copy.copy, copy.deepcopy, pickled])
+def test_attributes_of_the_wrapped_optimizer_are_never_taken_for_the_guards(copied):
+    parameters = new_parameters()
+    opt = copied(GuardedOptimizer(AnswersAll(parameters, lr=0.1), max_norm=1.0))
+    assert opt.anything == "anything"
+    for p in opt.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    opt.load_state_dict(opt.state_dict())
+    opt.max_norm = 2.0
+    opt.step()
+    assert opt.applied_steps == 2 and len(opt.records()) == 2
+
+
 class TwoCalls(torch.optim.SGD):
     """SAM as many loops drive it: two methods in place of `step`."""
 
