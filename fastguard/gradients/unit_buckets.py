@@ -46,9 +46,10 @@ class UnitBucket:
 
 def n_units(weight: Tensor) -> int:
     """Returns the number of units of a weight; 0 if it is empty."""
-    if weight.numel() == 0:
+    shape = weight.shape
+    if 0 in shape:
         return 0
-    return weight.shape[0] if weight.dim() > 1 else 1
+    return shape[0] if len(shape) > 1 else 1
 
 
 def has_rows(weight: Tensor) -> bool:
@@ -82,15 +83,12 @@ def unit_buckets(
         own = [weights[i].detach() for i in bucket.tensor_ids]
         dtypes = list(dict.fromkeys(w.dtype for w in own))
         for dtype in dtypes:
-            places = [i for i, w in enumerate(own) if w.dtype is dtype]
-            members = [own[i] for i in places]
-            units.append(
-                UnitBucket(
-                    bucket if len(dtypes) == 1 else _part(bucket, places),
-                    [_as_real(w) for w in members],
-                    [n_units(w) for w in members],
-                )
-            )
+            part, members = bucket, own
+            if len(dtypes) > 1:
+                places = [i for i, w in enumerate(own) if w.dtype is dtype]
+                part, members = _part(bucket, places), [own[i] for i in places]
+            real = [_as_real(w) for w in members] if dtype.is_complex else members
+            units.append(UnitBucket(part, real, list(map(n_units, members))))
     return units
 
 
@@ -108,8 +106,7 @@ def _part(bucket: GradBucket, places: Sequence[int]) -> GradBucket:
 
 
 def _as_real(weight: Tensor) -> Tensor:
-    weight = weight.resolve_conj().resolve_neg()
-    return torch.view_as_real(weight) if weight.is_complex() else weight
+    return torch.view_as_real(weight.resolve_conj().resolve_neg())
 
 
 def refuse_shards(weights: Sequence[Tensor], names: Sequence[str] | None) -> None:

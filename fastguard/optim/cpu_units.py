@@ -43,9 +43,7 @@ def unit_factors(
         return [None] * len(update.parameters), smallest
     inv_scale = 1.0 if units.inv_scale is None else units.inv_scale.item()
     numbers = units.numbers.tolist()
-    coefs = coefs_of(
-        update.grads, update.parameters, counts, numbers, 2.0, units.propagates, inv_scale
-    )
+    coefs = coefs_of(update.grads, update.parameters, counts, numbers, units.propagates, inv_scale)
     own = [multipliers[segment] for segment in update.segment_ids]
     factors = coefs * np.repeat(own, counts)
     tiny = np.abs(factors) < SMALLEST_FACTOR  # False for NaN

@@ -115,19 +115,15 @@ class Stages(Protocol):
         ...
 
     @staticmethod
-    def unit_coefs(
+    def clip_units(
         units: UnitBucket,
         limits: Tensor,
         norm_type: float,
         propagates: bool,
         inv_scale: Tensor | None = None,
+        skips: Tensor | None = None,
     ) -> Tensor:
-        """Returns the coefficient of each unit of one bucket, float64 `(U,)`."""
-        ...
-
-    @staticmethod
-    def scale_units(units: UnitBucket, coefs: Tensor) -> None:
-        """Multiplies the gradient of each unit by its coefficient, in place."""
+        """Clips the units of one bucket in place; returns what was clipped, float64 `(3,)`."""
         ...
 
 

@@ -35,8 +35,7 @@ from fastguard.stages.formulas import (
 )
 from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.reason import Reason
-from fastguard.stages.reference_units import scale_units as scale_units
-from fastguard.stages.reference_units import unit_coefs as unit_coefs
+from fastguard.stages.reference_units import clip_units as clip_units
 from fastguard.stages.reference_watch import count_exponents as count_exponents
 from fastguard.stages.reference_watch import read_bits as read_bits
 from fastguard.stages.rule_table import RuleTable, rule_table_of

@@ -16,6 +16,43 @@ from fastguard.gradients.unit_buckets import UnitBucket
 from fastguard.stages.formulas import SMALLEST_FACTOR, factor_dtype, root
 
 
+def clip_units(
+    units: UnitBucket,
+    limits: Tensor,
+    norm_type: float,
+    propagates: bool,
+    inv_scale: Tensor | None = None,
+    skips: Tensor | None = None,
+) -> Tensor:
+    """Clips the units of one bucket in place.
+
+    Args:
+        units, limits, norm_type, propagates, inv_scale: See `unit_coefs`.
+        skips: bool `()`: whether the step is skipped, so that nothing changes; None: it is not.
+
+    Returns:
+        See `summary_of`; no unit is clipped in a skipped step.
+    """
+    coefs = unit_coefs(units, limits, norm_type, propagates, inv_scale)
+    coefs = coefs if skips is None else torch.where(skips, 1.0, coefs)
+    scale_units(units, coefs)
+    return summary_of(coefs)
+
+
+def summary_of(coefs: Tensor) -> Tensor:
+    """Returns the smallest coefficient, the number of clipped units, and the most clipped unit.
+
+    Args:
+        coefs: float64 `(U,)`, with U > 0: the coefficient of each unit.
+
+    Returns:
+        float64 `(3,)`: a coefficient, which is NaN if any is; the number of coefficients other than
+        1; the index of the smallest one.
+    """
+    smallest, at = coefs.min(0)
+    return torch.stack([smallest, (coefs != 1.0).sum().double(), at.double()])
+
+
 def unit_coefs(
     units: UnitBucket,
     limits: Tensor,

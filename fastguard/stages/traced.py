@@ -17,8 +17,7 @@ from fastguard.stages.formulas import holds_norms, unscaled
 from fastguard.stages.reference import decide as decide
 from fastguard.stages.reference import joined
 from fastguard.stages.reference import pack as pack
-from fastguard.stages.reference_units import scale_units as scale_units
-from fastguard.stages.reference_units import unit_coefs as unit_coefs
+from fastguard.stages.reference_units import clip_units as clip_units
 from fastguard.stages.reference_watch import count_exponents as count_exponents
 from fastguard.stages.reference_watch import read_bits as read_bits
 

@@ -36,6 +36,7 @@ from fastguard.kernels.upload import Upload, upload
 from fastguard.stages.contract import GuardState, Policy, Signals, Verdict
 from fastguard.stages.formulas import holds_norms
 from fastguard.stages.grad_stats import GradStats
+from fastguard.stages.reference_units import summary_of
 from fastguard.stages.spike_rules import GRAD_NORM, Rule
 
 RULE_TABLES = 64
@@ -185,6 +186,21 @@ def pack(
         verdict.spikes,
         verdict.thresholds,
     )
+
+
+def clip_units(
+    units: UnitBucket,
+    limits: Tensor,
+    norm_type: float,
+    propagates: bool,
+    inv_scale: Tensor | None = None,
+    skips: Tensor | None = None,
+) -> Tensor:
+    """Clips the units of one bucket: see `fastguard.stages.reference_units.clip_units`."""
+    coefs = unit_coefs(units, limits, norm_type, propagates, inv_scale)
+    coefs = coefs if skips is None else torch.where(skips, 1.0, coefs)
+    scale_units(units, coefs)
+    return summary_of(coefs)
 
 
 def unit_coefs(

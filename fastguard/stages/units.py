@@ -1,6 +1,6 @@
 """The adaptive gradient clipping stage: one coefficient per unit (row) of each parameter.
 
-    unit_buckets -> unit_coefs -> scale_units
+    unit_buckets -> clip_units
 
 I/O: reads gradients and weights once (2N bytes) and writes 8 bytes per unit; then reads and writes
 the gradients of the clipped units. With `GuardedOptimizer`, this is the second pass over the
@@ -52,17 +52,16 @@ def clip_units(
             continue
         stages = backend.stages(part.device, part.bucket.kind)
         scale = None if inv_scale is None else moved(inv_scale, part.device)
+        skips = None
+        if verdict is not None and not isinstance(verdict, HostVerdict):
+            skips = moved(verdict.found_inf, part.device) != 0
         try:
-            coefs = stages.unit_coefs(part, limits, norm_type, propagates, scale)
-            if verdict is not None and not isinstance(verdict, HostVerdict):
-                skips = moved(verdict.found_inf, part.device) != 0
-                coefs = torch.where(skips, 1.0, coefs)
-            stages.scale_units(part, coefs)
+            summary = stages.clip_units(part, limits, norm_type, propagates, scale, skips)
         except UNSUPPORTED_ERRORS as error:
             refuse_wrapped(part.bucket.grads, error)
             raise
         part.bucket.write_back()
-        smallest.append(coefs.amin())  # NaN if any coefficient is NaN
+        smallest.append(summary[0])
     return smallest_of(smallest)
 
 

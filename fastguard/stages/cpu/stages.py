@@ -3,8 +3,7 @@
 from fastguard.stages.cpu.apply import apply as apply
 from fastguard.stages.cpu.decide import decide as decide
 from fastguard.stages.cpu.measure import measure_bucket as measure_bucket
-from fastguard.stages.cpu.units import scale_units as scale_units
-from fastguard.stages.cpu.units import unit_coefs as unit_coefs
+from fastguard.stages.cpu.units import clip_units as clip_units
 from fastguard.stages.cpu.watch import count_exponents as count_exponents
 from fastguard.stages.cpu.watch import read_bits as read_bits
 from fastguard.stages.reference import pack as pack

@@ -45,7 +45,7 @@ def gathered(
         joined = min(joined, GRAIN)
     joined = min(joined, limit)
     if 0 < sum(sizes) <= joined:
-        yield _join(tensors), 0, len(tensors)
+        yield concatenated(tensors), 0, len(tensors)
         return
     ends = np.cumsum(sizes, dtype=np.int64)
     start, before = 0, 0
@@ -54,14 +54,15 @@ def gathered(
         n = int(ends[stop - 1]) - before
         if stop - start > 1:
             if n:
-                yield _join(tensors[start:stop]), start, stop
+                yield concatenated(tensors[start:stop]), start, stop
         elif n:
             for piece in flat(tensors[start]).split(limit):
                 yield piece, start, stop
         start, before = stop, int(ends[stop - 1])
 
 
-def _join(tensors: Sequence[Tensor]) -> Tensor:
+def concatenated(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns the elements of some tensors as a vector; of a single tensor, without a copy."""
     if len(tensors) == 1:
         return flat(tensors[0])
     if tensors[0].dim() == 1 == tensors[-1].dim():  # checking all would take half the time of cat
