@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -91,63 +91,53 @@ class AutoClip(AdaptiveLimit):
         ordered = torch.where(k == enters, norm, ordered.gather(0, source))
         return arrived.scatter(0, at, norm[None]), ordered
 
-    def on_host(self, norm: float, numbers: Numbers) -> tuple[float, Callable[[Undo], None]]:  # type: ignore[override]
+    def on_host(self, norm: float, numbers: Numbers, learns: bool, undo: Undo) -> float:  # type: ignore[override]
         """Computes limit and update in Python floats: see `AdaptiveLimit.on_host`.
 
         Takes two binary searches, and shifts the sorted norms between the place that is freed and
         the place that is filled.
         """
-        seen, window = int(numbers[0]), self.window
+        count, window = numbers[0], self.window
+        seen = int(count)
         start, at = 1 + window, 1 + seen % window
         oldest = numbers[at]  # inf while the ring is not full
         if seen < window:
             last, leaves = seen, start + seen
             enters = bisect_left(numbers, norm, start, leaves)
         else:
-            last, end = window - 1, start + window
-            leaves = bisect_left(numbers, oldest, start, end)
+            last = window - 1
+            leaves = bisect_left(numbers, oldest, start)
             if oldest < norm:
-                enters = bisect_left(numbers, norm, leaves, end) - 1
+                enters = bisect_left(numbers, norm, leaves) - 1
             else:
                 enters = bisect_left(numbers, norm, start, leaves)
+        if undo is not None:
+            undo.append(partial(self._restore, numbers, count, at, oldest))
+        # The limit includes this norm, so the lists are updated even if it is not learned.
+        _move(numbers, leaves, enters)
+        numbers[enters] = numbers[at] = norm
+        numbers[0] = count + 1.0
         place = last * (self.percentile / 100)
         low = int(place)
-        i = start + low
-        j = i + (low < last)
-        # Reads the sorted norms as they will be after the update, in which those between the freed
-        # and the filled place move by one.
-        value = (
-            norm if i == enters else numbers[i - (enters < i <= leaves) + (leaves <= i < enters)]
-        )
-        other = (
-            norm if j == enters else numbers[j - (enters < j <= leaves) + (leaves <= j < enters)]
-        )
-        value += (place - low) * (other - value)
-        return value, partial(self._learn_on_host, numbers, norm, seen, at, oldest, leaves, enters)
-
-    def _learn_on_host(
-        self,
-        numbers: Numbers,
-        norm: float,
-        seen: int,
-        at: int,
-        oldest: float,
-        leaves: int,
-        enters: int,
-        undo: Undo,
-    ) -> None:
-        if undo is not None:
-            undo.append(partial(self._restore, numbers, float(seen), at, oldest))
-        if enters < leaves:
-            numbers[enters + 1 : leaves + 1] = numbers[enters:leaves]
-        elif enters > leaves:
-            numbers[leaves:enters] = numbers[leaves + 1 : enters + 1]
-        numbers[enters] = norm
-        numbers[at] = norm
-        numbers[0] = seen + 1.0
+        value = numbers[start + low]
+        if low < last:
+            value += (place - low) * (numbers[start + low + 1] - value)
+        if not learns:
+            _move(numbers, enters, leaves)
+            numbers[leaves] = numbers[at] = oldest
+            numbers[0] = count
+        return value
 
     def _restore(self, numbers: Numbers, seen: float, at: int, oldest: float) -> None:
         """Restores the ring and sorts it again: correct wherever the update was interrupted."""
         numbers[0], numbers[at] = seen, oldest
         both = np.asarray(numbers)
         both[1 + self.window :] = np.sort(both[1 : 1 + self.window])
+
+
+def _move(numbers: Numbers, source: int, target: int) -> None:
+    """Moves the numbers between two indices by one, over the source, which frees the target."""
+    if target < source:
+        numbers[target + 1 : source + 1] = numbers[target:source]
+    elif target > source:
+        numbers[source:target] = numbers[source + 1 : target + 1]

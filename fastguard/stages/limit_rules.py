@@ -89,12 +89,11 @@ class AdaptiveLimit:
         """
         raise NotImplementedError
 
-    on_host: Callable[[float, Numbers], tuple[float, Callable[[Undo], None]]] | None = None
+    on_host: Callable[[float, Numbers, bool, Undo], float] | None = None
     """Computes the limit of a single segment in Python floats; None: not implemented.
 
-    Takes the norm and the numbers `(seen, *numbers)`. Returns the limit, and a function that
-    updates the numbers in place; its argument is None, or a list to which it appends a call that
-    reverts the update.
+    Takes the norm, the numbers `(seen, *numbers)`, whether to update these in place, and None or a
+    list to which to append a call that reverts the update. Returns the limit.
     """
 
     def __repr__(self) -> str:
@@ -102,10 +101,8 @@ class AdaptiveLimit:
         return f"{type(self).__name__}({settings})"
 
 
-def _write(numbers: Numbers, values: Sequence[float], undo: Undo) -> None:
-    """Replaces the first numbers, and appends to `undo` a call that restores the old ones."""
-    if undo is not None:
-        undo.append(partial(_write, numbers, numbers[: len(values)].tolist(), None))
+def _restore(numbers: Numbers, *values: float) -> None:
+    """Replaces the first numbers."""
     for i, value in enumerate(values):
         numbers[i] = value
 
@@ -179,34 +176,27 @@ class ZClip(AdaptiveLimit):
         spikes = (step.seen >= self.warmup) & (excess > self.z * variance.sqrt())
         return mean + self.z * self.z * variance / excess, spikes
 
-    def on_host(self, norm: float, numbers: Numbers) -> tuple[float, Callable[[Undo], None]]:  # type: ignore[override]
+    def on_host(self, norm: float, numbers: Numbers, learns: bool, undo: Undo) -> float:  # type: ignore[override]
         """Computes limit and update in Python floats: see `AdaptiveLimit.on_host`."""
-        seen, mean, variance = numbers[:3].tolist()
-        x, limit, excess = norm, math.inf, norm - mean
-        if seen >= self.warmup and excess > self.z * math.sqrt(variance):
+        # Three indices and assignments take half the time of a slice and `tolist`.
+        seen, mean, variance = numbers[0], numbers[1], numbers[2]
+        x, limit, excess, warms = norm, math.inf, norm - mean, seen < self.warmup
+        if excess > 0.0 and not warms and excess > self.z * math.sqrt(variance):
             x = limit = mean + self.z * self.z * variance / excess
-        if self.max_norm is not None and self.max_norm < limit:
-            limit = self.max_norm
-        return limit, partial(self._learn_on_host, numbers, x, seen, mean, variance)
-
-    def _learn_on_host(
-        self,
-        numbers: Numbers,
-        x: float,
-        seen: float,
-        mean: float,
-        variance: float,
-        undo: Undo,
-    ) -> None:
-        n = seen + 1
-        if seen < self.warmup:
-            new = mean + (x - mean) / n
-            variance = variance + ((x - mean) * (x - new) - variance) / n
-        else:
-            new = self.alpha * mean + (1 - self.alpha) * x
-            off = x - new
-            variance = self.alpha * variance + (1 - self.alpha) * (off * off)
-        _write(numbers, (n, new, variance), undo)
+        if learns:
+            if undo is not None:
+                undo.append(partial(_restore, numbers, seen, mean, variance))
+            numbers[0] = n = seen + 1.0
+            if warms:
+                numbers[1] = new = mean + (x - mean) / n
+                numbers[2] = variance + ((x - mean) * (x - new) - variance) / n
+            else:
+                alpha = self.alpha
+                numbers[1] = new = alpha * mean + (1 - alpha) * x
+                off = x - new
+                numbers[2] = alpha * variance + (1 - alpha) * (off * off)
+        fixed = self.max_norm
+        return limit if fixed is None or not fixed < limit else fixed
 
 
 @dataclass(frozen=True)
@@ -261,20 +251,21 @@ class AdaGC(AdaptiveLimit):
         moved = self.beta * average + (1 - self.beta) * clipped
         return [torch.where(step.seen < self.warmup, smallest, moved)]
 
-    def on_host(self, norm: float, numbers: Numbers) -> tuple[float, Callable[[Undo], None]]:  # type: ignore[override]
+    def on_host(self, norm: float, numbers: Numbers, learns: bool, undo: Undo) -> float:  # type: ignore[override]
         """Computes limit and update in Python floats: see `AdaptiveLimit.on_host`."""
-        seen, average = numbers[:2].tolist()
-        warms = seen < self.warmup
-        if warms:
+        seen, average = numbers[0], numbers[1]
+        if seen < self.warmup:
             limit = norm * (self.max_norm / norm) if norm else math.inf
+            clipped = norm if norm < limit else limit
+            new = average if average < clipped else clipped
         else:
-            limit = self.ratio * average
-        clipped = min(norm, limit)
-        if warms:
-            average = min(average, clipped)
-        else:
-            average = self.beta * average + (1 - self.beta) * clipped
-        return limit, partial(_write, numbers, (seen + 1, average))
+            limit, beta = self.ratio * average, self.beta
+            new = beta * average + (1 - beta) * (norm if norm < limit else limit)
+        if learns:
+            if undo is not None:
+                undo.append(partial(_restore, numbers, seen, average))
+            numbers[0], numbers[1] = seen + 1.0, new
+        return limit
 
 
 def set_number(rule: AdaptiveLimit, name: str, value: float) -> None:

@@ -127,13 +127,12 @@ def _total_norm(stats: GradStats, sums: list[float]) -> float:
 
 def _adapted(state: GuardState, policy: Policy, norm: float, enters: bool) -> float:
     """Returns the limit of the adaptive rule, which learns the norm if `enters`."""
-    assert policy.adaptive is not None
-    on_host = policy.adaptive.on_host
-    assert on_host is not None
-    limit, learn = on_host(norm, numbers_of(state))
-    if enters and 0 < norm < math.inf:
-        learn(state.undo)
-    return math.inf if math.isnan(limit) else limit
+    assert policy.adaptive is not None and policy.adaptive.on_host is not None
+    held = state.host_limits
+    numbers = held[1] if held is not None and held[0] is state.limits else numbers_of(state)
+    learns = enters and 0.0 < norm < math.inf
+    limit = policy.adaptive.on_host(norm, numbers, learns, state.undo)
+    return limit if limit == limit else math.inf  # NaN: no limit
 
 
 def _scale_falls(signals: Signals) -> bool:
