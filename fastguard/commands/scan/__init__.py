@@ -7,7 +7,8 @@ Text: `spellings` recognizes NaN and Inf as programs print them, and `values` de
 a value or only a word, with the `vocabulary` of metrics, bounds and settings, and the nearest of
 the `names` in its clause. `sentences` recognizes messages that report NaN or Inf, and `places`
 finds the epoch, batch and step. The formats are `ultralytics`, `lightning` and `huggingface`;
-`plain` handles all other lines. `shapes` parses lines that differ only in digits once.
+`plain` handles all other lines. `text` reads lines of text in batches; `shapes` parses lines that
+differ only in digits once, and `wording` extends this to words without a meaning.
 
 Structured data: `table` (CSV), `json_lines`, `documents` (JSON) and `events` (TensorBoard) yield
 values with names and places, and `series` judges them. `objects`, `rows` and `bare` process many

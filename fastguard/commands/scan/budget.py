@@ -1,7 +1,7 @@
 """Bounds the time that a scan spends on single lines.
 
 Most lines are skipped, read many at a time, or resemble a line that was analyzed before. If a log
-has NaN in wording that never repeats, each line must be analyzed, at 0.2 to 0.9 MB/s. Therefore
+has NaN in wording that never repeats, each line must be analyzed, at 0.3 to 5 MB/s. Therefore
 each log has a budget: `FIRST` units of work, plus one per `BYTES_PER_UNIT` bytes. When the budget
 is spent, the rest of the current block of 1 MiB is only searched for NaN and Inf, and lines that
 contain one are counted. The next block earns new units.
@@ -23,6 +23,9 @@ NEW = 96
 NEW_TOKEN = 24
 """Additional units for each NaN or Inf in the line; each byte costs one more."""
 
+WORDED = 24
+"""Units for a line whose shape is not cached, but whose wording is, plus one per 16 bytes."""
+
 KNOWN = 8
 """Units for handling a line individually, without analyzing it."""
 
@@ -41,7 +44,7 @@ VALUE = 2
 JUDGED = 12
 """Units for a loss or norm that is compared with a threshold individually."""
 
-FIRST = 700_000
+FIRST = 450_000
 
 RESERVED = 64 * NEW
 """Units per block that are reserved for the first finding; see `Budget.reserve`."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 from fastguard.commands.scan import json_lines
 from fastguard.commands.scan.budget import NONFINITE, VALUES
@@ -16,6 +17,20 @@ TOGETHER = 512
 
 _BLANK = re.compile(rb"(?:[ \t\f\v]*+(?:\n|\Z))++")
 _OBJECTS = re.compile(rb"(?:\{\"[^\n]*+\n){1,%d}+" % TOGETHER)
+
+
+class Batch(NamedTuple):
+    """Consecutive lines.
+
+    Attributes:
+        lines: The lines without line feeds.
+        starts: Their offsets, and the offset of the end.
+        numbers: Their line numbers.
+    """
+
+    lines: list[bytes]
+    starts: list[int]
+    numbers: Sequence[int]
 
 
 class Cursor:
@@ -82,22 +97,22 @@ class Cursor:
         end = self.lines.find(b"\n", self.at)
         return self.lines[self.at : end if end >= 0 else self.size]
 
-    def rest(self) -> Iterator[tuple[bytes, int, int]]:
-        """Yields the next lines that are not blank, their offsets and their numbers."""
-        lines, data, at = self.lines, self._data, self.at
-        number = self.number
-        while at < self.size:
-            end = lines.find(b"\n", at)
-            end = self.size if end < 0 else end
-            line = lines[at:end]
-            if line and not line.isspace():
-                yield line, at, number
-            number += data.startswith(b"\n", end)
-            at = end + 1
+    def batch(self, size: int) -> Batch:
+        """The next lines, in up to `size` bytes; at least one line."""
+        end = self.lines.rfind(b"\n", self.at, self.at + size) + 1
+        end = end or self.lines.find(b"\n", self.at) + 1 or self.size
+        text = self.lines[self.at : end]
+        starts = list(accumulate(map(len, text.splitlines(keepends=True)), initial=self.at))
+        lines = text.removesuffix(b"\n").split(b"\n")
+        return Batch(lines, starts, self.numbers(end, len(lines)))
 
     def suspect(self, *ends: re.Pattern[bytes]) -> int:
         """The offset of the next line that must be parsed or matches `ends`, or of the end."""
-        return self._line_of(self._searched.after(self.at, *ends))
+        return self._line_of(self.suspect_after(self.at, *ends))
+
+    def suspect_after(self, at: int, *ends: re.Pattern[bytes]) -> int:
+        """The first offset from `at` on with a suspect or a match of `ends`, or the end."""
+        return self._searched.after(at, *ends)
 
     def value(self) -> int:
         """The offset of the next line that seems to hold a named NaN or Inf, or of the end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fastguard.commands.scan.budget import Counted
@@ -105,55 +106,49 @@ class Run:
         self.last: tuple[Where, bytes] = (shape.where, line)
         self.furthest: tuple[Where, bytes] = self.last
         self._shape = shape
-        self._named = _named(shape.where)
         self._epoch = whole_epoch(shape.where, line)
-        self._batch = shape.where.batch
-        self._most = int(line[slice(*self._batch)]) if self._batch else 0
+        self._most = int(line[slice(*shape.where.batch)]) if shape.where.batch else 0
 
-    def goes_on(self, number: int, line: bytes, shape: Shape) -> bool:
-        """Adds a line if it belongs to the run; returns whether it does."""
-        where = shape.where
-        if shape is not self._shape:
-            same = bool(shape.bad) and shape.dialect == self._shape.dialect
-            if not same or _named(where) != self._named:
-                return False
-            self._shape, self._batch = shape, where.batch
-        if where.epoch and whole_epoch(where, line) != self._epoch:
-            return False
-        self.n += 1
-        self.bad[shape.bad] += 1
-        self.number, self.last = number, (where, line)
-        if self._batch is None:
-            self.furthest = self.last
-        elif (batch := int(line[self._batch[0] : self._batch[1]])) >= self._most:
-            self._most, self.furthest = batch, self.last
-        return True
-
-    def extend(self, number: int, lines: bytes, stride: int, shape: Shape) -> int:
-        """Adds lines that differ from the last one only in digits, not in the epoch.
+    def extend(self, numbers: Sequence[int], lines: Sequence[bytes], shape: Shape) -> int:
+        """Adds consecutive lines of one shape, as far as they belong to the run.
 
         Args:
-            number: Line number of the last of them.
-            lines: The lines, with line feeds.
-            stride: Length of each.
-            shape: Their shape, that of the last line.
+            numbers: Their line numbers.
+            lines: The lines.
+            shape: Their shape.
 
         Returns:
-            Their number.
+            How many belong to it.
         """
-        n = len(lines) // stride
+        n, where = len(lines), shape.where
+        if shape is not self._shape and not self._continues(shape):
+            return 0
+        if where.epoch is not None:
+            begin, end = where.epoch
+            epochs = [line[begin:end] for line in lines]
+            if epochs.count(epochs[0]) < n or whole_epoch(where, lines[0]) != self._epoch:
+                same = (whole_epoch(where, line) == self._epoch for line in lines)
+                n = next((i for i, one in enumerate(same) if not one), n)
+        if not n:
+            return 0
+        self._shape = shape
         self.n += n
         self.bad[shape.bad] += n
-        self.number, self.last = number, (shape.where, lines[-stride:-1])
-        if self._batch is None:
+        self.number, self.last = numbers[n - 1], (where, lines[n - 1])
+        if where.batch is None:
             self.furthest = self.last
             return n
-        begin, end = self._batch
-        batches = [lines[i + begin : i + end] for i in range(0, len(lines), stride)]
+        begin, end = where.batch
+        batches = [line[begin:end] for line in lines[:n]]
         if int(most := max(batches)) >= self._most:
-            at = stride * (n - 1 - batches[::-1].index(most))
-            self._most, self.furthest = int(most), (shape.where, lines[at : at + stride - 1])
+            at = n - 1 - batches[::-1].index(most)
+            self._most, self.furthest = int(most), (where, lines[at])
         return n
+
+    def _continues(self, shape: Shape) -> bool:
+        """Whether lines of another shape may belong to the run."""
+        named, before = _named(shape.where), _named(self._shape.where)
+        return bool(shape.bad) and shape.dialect == self._shape.dialect and named == before
 
 
 def _named(where: Where) -> list[bool]:

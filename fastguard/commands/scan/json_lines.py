@@ -46,7 +46,8 @@ MAX_BAD = 64
 """Maximum number of bad values reported per object."""
 
 _WORDS = {"nan": math.nan, "inf": math.inf, "infinity": math.inf}
-_TEXTS = ("log", "message", "msg", "text", "line", "event", "body", "content")
+TEXTS = ("log", "message", "msg", "text", "line", "event", "body", "content")
+"""Keys with lines of text, which may name a place."""
 
 try:  # 3x as fast as the standard library, which is needed only for a bare NaN
     from orjson import loads as _fast
@@ -115,7 +116,7 @@ class JsonLines:
         if len(value) < 3:
             return [], NOWHERE, ""
         bad, unread = self._long_text(value) if len(value) > LONG else (_bad(value), "")
-        is_text = bool(bad) or name.rpartition("/")[2] in _TEXTS
+        is_text = bool(bad) or name.rpartition("/")[2] in TEXTS
         return bad, where_in(value).place(value) if is_text else NOWHERE, unread
 
     def _long_text(self, text: str) -> tuple[list[Value], str]:

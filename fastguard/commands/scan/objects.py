@@ -103,6 +103,7 @@ class _Columns:
         self.odd: set[int] = set()
         self.measured = bytearray(len(objects))
         self.nested = False  # whether nested objects contain an epoch, batch or step
+        self._has_text = False  # whether the current objects hold text, which may name a place
         self.parts = _parts(objects)
         for (names, label), at in self.parts.items():
             part = objects if len(at) == len(objects) else [objects[i] for i in at]
@@ -115,6 +116,7 @@ class _Columns:
             ):
                 self.odd.update(at)
                 continue
+            self._has_text = not {*names}.isdisjoint(json_lines.TEXTS)
             for name, column in _columns(part):
                 long = label if name == "value" and label is not None else name
                 self._take(str(long), column, at, 1)
@@ -141,6 +143,10 @@ class _Columns:
             self._take_numbers(name, column, at)
         elif kinds == {str}:
             self._take_texts(name, column, at)
+        elif kinds <= _NUMBERS | {str} and not self._has_text:  # "NaN" among numbers
+            for texts in (False, True):
+                kept = [i for i, value in enumerate(column) if (type(value) is str) is texts]
+                self._take(name, [column[i] for i in kept], [at[i] for i in kept], depth)
         elif kinds == {list}:
             self._take_lists(column, at)
         elif kinds != {dict} or len({*map(tuple, column)}) > 1:

@@ -7,29 +7,26 @@ that may hold NaN or Inf, or may end a stretch of them, are parsed.
 from __future__ import annotations
 
 import math
-import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import Any, BinaryIO
 
-from fastguard.commands.scan import documents, json_lines, shapes
-from fastguard.commands.scan.bare import bare_lines
-from fastguard.commands.scan.budget import IN_RUN, KNOWN, NEW, ROW, Budget, n_lines
+from fastguard.commands.scan import documents, json_lines
+from fastguard.commands.scan.budget import KNOWN, NEW, ROW, Budget
 from fastguard.commands.scan.cursor import Cursor
 from fastguard.commands.scan.events import EventsError, read_scalars
 from fastguard.commands.scan.findings import Findings
 from fastguard.commands.scan.foreign import NotTextError
-from fastguard.commands.scan.found import LogScan, Run
-from fastguard.commands.scan.huggingface import bare_bar
+from fastguard.commands.scan.found import LogScan
 from fastguard.commands.scan.json_lines import JsonLines
 from fastguard.commands.scan.lines import Block, read_blocks, text_of
 from fastguard.commands.scan.objects import rows_of
 from fastguard.commands.scan.reading import Place, Reading
-from fastguard.commands.scan.shapes import Shape, Shapes
-from fastguard.commands.scan.suspects import BAR, ENDS
+from fastguard.commands.scan.shapes import Shapes
 from fastguard.commands.scan.table import Table
+from fastguard.commands.scan.text import TextReader
 from fastguard.commands.scan.values import Value
 
 LONG = 1000
@@ -91,10 +88,11 @@ class _Scanner:
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
-        self._shapes = Shapes(budget)
-        self._findings = Findings(self._shapes, budget)
+        shapes = Shapes(budget)
+        self._findings = Findings(shapes, budget)
         self._table = Table(self._findings.series)
         self._json = JsonLines(self._findings.series, budget)
+        self._text = TextReader(shapes, self._findings, budget)
 
     def finish(self, problem: str | None) -> LogScan:
         """Returns all results."""
@@ -143,22 +141,17 @@ class _Scanner:
         self._budget.earn(len(block.data))
         cursor = Cursor(block)
         while cursor.skip_blank():
-            may_be_first = False
             if self._budget.spent:
                 self._findings.end_run()
-                may_be_first = self._search(cursor)
-                if not may_be_first:
+                if not self._search(cursor):
                     return
-            elif self._findings.run is None:
-                json = cursor.starts(b'{"')
-                if not json and not self._table.waits:
-                    self._pass(cursor, cursor.suspect(*self._ends()))
-                    if cursor.done:
-                        return
-                    json = cursor.starts(b'{"')
-                if self._take_rows(cursor, json=json):
-                    continue
-            self._take_line(cursor, alone=may_be_first)
+                self._take_line(cursor)
+                continue
+            json = cursor.starts(b'{"')
+            if not json and not self._table.waits:
+                self._text.take(cursor)
+            elif not self._take_rows(cursor, json=json):
+                self._take_line(cursor)
 
     def _search(self, cursor: Cursor) -> bool:
         """Counts the lines of a block for which no budget is left.
@@ -175,56 +168,13 @@ class _Scanner:
         cursor.at = end
         return not cursor.done
 
-    def _take_line(self, cursor: Cursor, *, alone: bool) -> None:
-        """Reads one line; or several, if they are bare numbers or continue a run of bad lines."""
+    def _take_line(self, cursor: Cursor) -> None:
+        """Reads one line of any kind."""
         self._budget.spend(KNOWN)
-        lines, at = cursor.lines, cursor.at
-        line, number = cursor.line(), cursor.number
-        if not alone and not self._table.waits and (bare := bare_lines(lines, at)) is not None:
-            self._take(number, line)
-            self._findings.take_bare(bare, cursor.number_at(max(at, bare.last)))
-            cursor.at = bare.end
-            return
-        if self._findings.run is not None:
-            if not self._take_run(cursor, self._findings.run):
-                self._findings.end_run()
-            return
-        self._take(number, line)
+        line = cursor.line()
+        self._take(cursor.number, line)
         self._findings.found.n_lines += 1
-        cursor.at = at + len(line) + 1
-
-    def _take_run(self, cursor: Cursor, run: Run) -> int:
-        """Reads the lines that continue a run of bad lines; returns how many there were."""
-        single, together, plain = 0, 0, not self._table.waits
-        wait = shapes.TOGETHER  # lines read one by one before the next try to read many
-        while not cursor.done:
-            before = single
-            line, shape = b"", None
-            for line, at, number in islice(cursor.rest(), wait):
-                if single and plain and bare_lines(cursor.lines, at) is not None:
-                    break
-                shape = self._shapes.known(line)
-                if shape is None or not run.goes_on(number, line, shape):
-                    break
-                single += 1
-                cursor.at = at + len(line) + 1
-            if single < before + wait or shape is None:
-                break
-            taken = self._take_alike(cursor, run, line, shape)
-            together += taken
-            wait = shapes.TOGETHER if taken else min(2 * wait, 4096)
-        self._budget.spend(single // IN_RUN)
-        self._findings.found.n_lines += single + together
-        return single + together
-
-    def _take_alike(self, cursor: Cursor, run: Run, line: bytes, shape: Shape) -> int:
-        """Reads the lines that differ from the last one only in digits; returns their number."""
-        lines = shapes.alike(cursor.lines, cursor.at, line, shape.where)
-        if not lines:
-            return 0
-        last = cursor.number_at(cursor.at + len(lines) - len(line) - 1)
-        cursor.at += len(lines)
-        return run.extend(last, lines, len(line) + 1, shape)
+        cursor.at += len(line) + 1
 
     def _take_rows(self, cursor: Cursor, *, json: bool) -> bool:
         """Reads the next structured lines together; returns whether there were any."""
@@ -246,15 +196,6 @@ class _Scanner:
             self._table.give_up()
         cursor.at = end
         return True
-
-    def _ends(self) -> Iterator[re.Pattern[bytes]]:
-        """Patterns of lines that may end the current stretch or give its step."""
-        stretch = self._findings.stretch
-        if stretch is not None:
-            if stretch.dialect in ENDS:
-                yield ENDS[stretch.dialect]
-            if self._findings.dicts:
-                yield BAR
 
     def take_scalar(self, number: int, step: int, tag: str, value: float) -> None:
         """Adds a value of an event file."""
@@ -325,14 +266,6 @@ class _Scanner:
         else:
             self._findings.data(number, reading, text() if reading.bad else "")
 
-    def _pass(self, cursor: Cursor, end: int) -> None:
-        """Skips lines without NaN, Inf and structured data."""
-        lines = cursor.lines[cursor.at : end]
-        cursor.at = end
-        if lines:
-            self._findings.found.n_lines += n_lines(lines)
-            self._findings.passed.add_all(lines)
-
     def _take(self, number: int, line: bytes) -> None:
         if line.startswith(b'{"') and self._take_json(number, line):
             return
@@ -342,14 +275,7 @@ class _Scanner:
             if (reading := self._table.read(text)) is not None:
                 self._findings.data(number, reading, text)
                 return
-        findings = self._findings
-        if findings.dicts and findings.stretch is not None and b"%|" in line:
-            step = bare_bar(text_of(line))
-            if step is not None:
-                findings.end_run()
-                findings.take_step(step)
-                return
-        findings.text(number, line, self._shapes.of(line))
+        self._text.take_line(number, line)
 
 
 def _text_of(found: Mapping[str, Any]) -> str:

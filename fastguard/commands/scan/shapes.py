@@ -4,7 +4,7 @@ A training loop prints the same few lines again and again: "step 100: loss nan" 
 nan" differ only in their place. Each line is looked up by its shape, which is the line with every
 digit replaced by 0. The cached result gives the characters that are the place. Digits in a name
 ("loss_2") or a count ("nan iterations: 0") change the meaning of a line, so they are part of the
-key.
+key. A line whose shape is new is looked up by its wording, see `wording`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from fastguard.commands.scan.budget import ROW, Budget, units_of
+from fastguard.commands.scan.budget import ROW, WORDED, Budget, units_of
 from fastguard.commands.scan.huggingface import HuggingFace
 from fastguard.commands.scan.lightning import Lightning
 from fastguard.commands.scan.lines import text_of
 from fastguard.commands.scan.places import names_settings, where_in, without_launcher
 from fastguard.commands.scan.plain import Plain, may_measure
-from fastguard.commands.scan.reading import Span, Where, whole_epoch
+from fastguard.commands.scan.reading import Span, Where
 from fastguard.commands.scan.spellings import may_have
 from fastguard.commands.scan.ultralytics import Ultralytics
 from fastguard.commands.scan.values import Value, nonfinite_values
+from fastguard.commands.scan.wording import Wording, Wordings
 
 SHAPE = bytes.maketrans(b"123456789", b"000000000")
 """Translation table for `bytes.translate` that gives the shape of a line."""
@@ -54,9 +55,6 @@ KEPT = 4096
 LONG = 600
 """Lines of at least this many bytes are cached when their shape occurs for the second time."""
 
-TOGETHER = 16
-"""Minimum number of lines that are compared with a line at once."""
-
 MEANT = 12
 """A line with more numbers than this in its names and counts is not cached."""
 
@@ -79,54 +77,103 @@ class Shape(NamedTuple):
     where: Where = Where()
 
 
+class _Cache:
+    """The results of lines by their shape, and by their digits that have a meaning."""
+
+    def __init__(self) -> None:
+        self.known: dict[bytes, Shape | tuple[Span, ...]] = {}
+        self.meant: dict[tuple[bytes, ...], Shape] = {}
+
+    def find(self, line: bytes) -> Shape | None:
+        """The cached result for a line, or None."""
+        key = line.translate(SHAPE)
+        known = self.known.get(key)
+        if known is None or isinstance(known, Shape):
+            return known
+        return self.meant.get((key, *[line[a:b] for a, b in known]))
+
+    def keep(self, line: bytes, meant: tuple[Span, ...], shape: Shape) -> None:
+        """Caches the result of a line; `meant` are the spans of its digits that have a meaning."""
+        key = line.translate(SHAPE)
+        _keep(self.known, key, meant or shape)
+        if meant:
+            _keep(self.meant, (key, *[line[a:b] for a, b in meant]), shape)
+
+    def spans(self, line: bytes) -> tuple[Span, ...]:
+        """The spans of the digits with a meaning in a line whose result is cached."""
+        known = self.known[line.translate(SHAPE)]
+        return () if isinstance(known, Shape) else known
+
+    def clear(self) -> None:
+        """Drops all results."""
+        self.known.clear()
+        self.meant.clear()
+
+
 class Shapes:
     """Parses lines of text, each shape once.
 
     Args:
         budget: The budget for parsing.
+
+    Attributes:
+        generation: Number of times that all results became invalid.
     """
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
         self._ultralytics = Ultralytics()
         self._others = (Lightning(), HuggingFace(), Plain())
-        self._known: dict[bytes, Shape | tuple[Span, ...]] = {}
-        self._meant: dict[tuple[bytes, ...], Shape] = {}
+        self._lines = _Cache()
+        self._wordings = _Cache()
+        self._wording = Wordings()
         self._once: set[int] = set()  # hashes of long shapes seen once
         self._places: dict[bytes, Where] = {}
+        self.generation: int = 0
 
     def of(self, line: bytes) -> Shape:
         """Parses a line."""
-        shape = self.known(line)
+        shape = self._lines.find(line)
         if shape is not None:
             return shape
-        self._budget.spend(units_of(line))
         short, same = shortened(line)
-        shape = self._read(short)
-        meant = _digits_with_a_meaning(short)
+        if same < len(line) and (shape := self._lines.find(short)) is not None:
+            return shape
+        shape, meant = self._of_wording(short)
         if any(span and span[1] > same for span in (*shape.where, *meant)):
-            short, shape, meant = line, self._read(line), _digits_with_a_meaning(line)
+            short = line
+            shape, meant = self._of_wording(line)
         if len(meant) <= MEANT and self._comes_again(short):
-            key = short.translate(SHAPE)
-            self._keep(self._known, key, meant or shape)
-            if meant:
-                self._keep(self._meant, (key, *[short[a:b] for a, b in meant]), shape)
+            self._lines.keep(short, meant, shape)
         return shape
 
-    def known(self, line: bytes) -> Shape | None:
-        """The cached result for a line, or None."""
-        shape = self._find(line)
-        if shape is None:
-            short, same = shortened(line)
-            return self._find(short) if same < len(line) else None
-        return shape
+    def all_known(self, lines: Sequence[bytes]) -> list[Shape | None]:
+        """The cached results for lines, found by loops in C; None for all others."""
+        known, meant = self._lines.known, self._lines.meant
+        keys = b"\n".join(lines).translate(SHAPE).split(b"\n")
+        return [
+            meant.get((key, *[line[a:b] for a, b in shape])) if type(shape) is tuple else shape
+            for shape, key, line in zip(map(known.get, keys), keys, lines, strict=True)
+        ]  # type: ignore[return-value]
 
-    def _find(self, line: bytes) -> Shape | None:
-        key = line.translate(SHAPE)
-        known = self._known.get(key)
-        if known is None or isinstance(known, Shape):
-            return known
-        return self._meant.get((key, *[line[a:b] for a, b in known]))
+    def _of_wording(self, line: bytes) -> tuple[Shape, tuple[Span, ...]]:
+        """The result for a line, and the spans of its digits that have a meaning."""
+        wording = self._wording.of(line)
+        shape = self._wordings.find(wording.line)
+        if shape is not None:
+            self._budget.spend(WORDED + len(line) // 16)
+            meant = self._wordings.spans(wording.line)
+        else:
+            self._budget.spend(units_of(line))
+            if b"gpu_mem" in line.lower():  # a header, whose names are kept
+                return self._read(line), _digits_with_a_meaning(line)
+            shape = self._read(wording.line)
+            meant = _digits_with_a_meaning(wording.line)
+            if len(meant) <= MEANT:
+                self._wordings.keep(wording.line, meant, shape)
+        if not wording.words:
+            return shape, meant
+        return _in_words(shape, wording), tuple(map(wording.span, meant))
 
     def _comes_again(self, line: bytes) -> bool:
         if len(line) <= LONG or (code := hash(line.translate(SHAPE))) in self._once:
@@ -144,13 +191,8 @@ class Shapes:
             self._budget.spend(ROW)
             text = text_of(line)
             where = where_in(text).in_bytes(text, line)
-            self._keep(self._places, key, where)
+            _keep(self._places, key, where)
         return where
-
-    def _keep(self, known: dict[Any, Any], key: Any, value: Any) -> None:
-        if len(known) >= KEPT:
-            known.clear()
-        known[key] = value
 
     def is_setting(self, line: bytes) -> bool:
         """Whether a line belongs to a list of settings."""
@@ -165,8 +207,9 @@ class Shapes:
         suspect = bool(bad) or mentions
         reading = self._ultralytics.read(text)
         if reading is not None and reading.where is None:  # a header: rows now have other names
-            self._known.clear()
-            self._meant.clear()
+            self._lines.clear()
+            self._wordings.clear()
+            self.generation += 1
         for dialect in self._others:
             reading = reading or dialect.read(text)
         if reading is None:
@@ -174,6 +217,22 @@ class Shapes:
         where = (reading.where or Where()).in_bytes(text, line)
         bad = tuple(dict.fromkeys(reading.bad))  # lines are counted, not occurrences
         return Shape(suspect, reading.dialect, bad, reading.measured, where)
+
+
+def _keep(known: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(known) >= KEPT:
+        known.clear()
+    known[key] = value
+
+
+def _in_words(shape: Shape, wording: Wording) -> Shape:
+    """Translates the result for a wording to that for its line."""
+    suspect, dialect, bad, measured, where = shape
+    if any(where):
+        where = Where(*(span and wording.span(span) for span in where))
+    if bad:
+        bad = tuple(dict.fromkeys([Value(wording.name(name), text) for name, text in bad]))
+    return Shape(suspect, dialect, bad, measured, where)
 
 
 def _digits_with_a_meaning(line: bytes) -> tuple[Span, ...]:
@@ -185,34 +244,6 @@ def _digits_with_a_meaning(line: bytes) -> tuple[Span, ...]:
     ]
     counts = [match.span(match.lastindex or 0) for match in _OF_COUNTS.finditer(line, 0, LONG)]
     return (*names, *counts)
-
-
-def alike(lines: bytes, at: int, line: bytes, where: Where) -> bytes:
-    """The lines from `at` on that differ from a line only in digits, not in names or the epoch.
-
-    Returns:
-        `TOGETHER * 2**k` lines, each with its line feed; b"" if there are fewer than `TOGETHER`.
-    """
-    stride = len(line) + 1
-    shape = line.translate(SHAPE) + b"\n"
-    end, n = at, TOGETHER
-    fixed: Sequence[Span] | None = None
-    while lines[end : end + n * stride].translate(SHAPE) == shape * n:
-        text = lines[end : end + n * stride]
-        fixed = _fixed_digits(line, where) if fixed is None else fixed
-        if any(text[i::stride].count(line[i]) != n for span in fixed for i in range(*span)):
-            break
-        end += n * stride
-        n = (end - at) // stride
-    return lines[at:end]
-
-
-def _fixed_digits(line: bytes, where: Where) -> list[Span]:
-    """The spans of digits that are the same in all lines of a run: names, counts and the epoch."""
-    fixed = [*_digits_with_a_meaning(line)]
-    if where.epoch is not None:
-        fixed.append((where.epoch[0], where.epoch[0] + len(whole_epoch(where, line))))
-    return fixed
 
 
 def shortened(line: bytes) -> tuple[bytes, int]:
@@ -233,6 +264,8 @@ def shortened(line: bytes) -> tuple[bytes, int]:
         return line, len(line)
     signed = lower[at - 1 : at] in (b"-", b"+")
     at -= signed
+    if len(array) < 5 and lower[at - 1 : at] == b" " and lower[:at].rstrip()[-1:].isalpha():
+        return line, len(line)
     first = lower[at : at + 3 + signed]
     array = lower[at : at + len(array) + 1].rstrip(_CLOSERS)
     same = _before_numbers(lower[:at])

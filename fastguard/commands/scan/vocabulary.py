@@ -58,7 +58,7 @@ _PER = re.compile(
 UNIT_OF_RATE = re.compile(
     r"\s{0,2}(?:\w{1,12}/(?:s|sec|second|it|iter|step|gpu|hr?|min)\b|s/\w{1,12}"
     r"|\w{1,12} per (?:second|sec|step|gpu)\b|(?:ms|secs?|seconds|minutes|hours|hrs|"
-    r"[TGM]?flops|[KMG]i?B(?:/s)?)\b)",
+    r"[TGM]?flops|(?:KB|MB|GB|KiB|MiB|GiB)(?:/s)?)\b)",
     re.IGNORECASE,
 )
 """Units that mark the value before them as a rate or a duration: `inf samples/s`, `nan ms`."""

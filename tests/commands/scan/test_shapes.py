@@ -7,9 +7,9 @@ import random
 
 import pytest
 
-from fastguard.commands.scan import shapes
+from fastguard.commands.scan import text
 from fastguard.commands.scan.budget import Budget
-from fastguard.commands.scan.found import LogScan
+from fastguard.commands.scan.found import LogScan, Run
 from fastguard.commands.scan.output import as_dict
 from fastguard.commands.scan.reading import Place
 from fastguard.commands.scan.scanner import scan_log
@@ -78,7 +78,8 @@ def test_shape_cache_is_bounded() -> None:
     shapes = Shapes(Budget())
     for i in range(3 * KEPT):
         shapes.of(("a" * (i % 1000) + f" loss{i} nan" + "b" * (i // 1000)).encode())
-        assert max(len(shapes._known), len(shapes._meant), len(shapes._once)) <= KEPT + 1
+        caches = [*vars(shapes._lines).values(), *vars(shapes._wordings).values(), shapes._once]
+        assert max(map(len, caches)) <= KEPT + 1
 
 
 def test_shortened_array_has_the_same_values() -> None:
@@ -130,14 +131,16 @@ def test_lines_read_together_give_the_results_of_single_lines(end: str, monkeypa
                 lines.append(form.format(i=i, e=e, j=rng.randint(0, 9), p=i % 90 + 10))
         logs.append(end.join([*lines, ""]).encode())
     together = [as_dict("", scan_log(io.BytesIO(log))) for log in logs]
-    monkeypatch.setattr(shapes, "TOGETHER", 1 << 20)
+    monkeypatch.setattr(text, "MIN_BATCH", 1)
+    monkeypatch.setattr(text, "MAX_BATCH", 1)
     assert together == [as_dict("", scan_log(io.BytesIO(log))) for log in logs]
 
 
 def test_lines_that_differ_in_digits_are_not_looked_up(monkeypatch) -> None:
     looked = []
-    known = Shapes.known
-    monkeypatch.setattr(Shapes, "known", lambda *given: looked.append(1) or known(*given))
+    of, extend = Shapes.of, Run.extend
+    monkeypatch.setattr(Shapes, "of", lambda *given: looked.append(1) or of(*given))
+    monkeypatch.setattr(Run, "extend", lambda *given: looked.append(1) or extend(*given))
     log = "".join(f"step {i} loss nan\n" for i in range(10_000, 60_000))
     found = scan_log(io.BytesIO(log.encode()))
     assert found.n_bad == 50_000 and found.stretches[0].last.step == 59_999
