@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import accumulate, count
 from typing import TypeVar
 
 import numpy as np
@@ -25,7 +25,7 @@ from torch import Tensor
 from fastguard.gradients.buckets import GradBucket
 from fastguard.gradients.cpu_threads import GRAIN, few, in_pieces, sum_of_squares
 from fastguard.stages.cpu import l2_sums
-from fastguard.stages.cpu.vectors import gathered
+from fastguard.stages.cpu.vectors import buffer, gathered
 from fastguard.stages.formulas import holds_norms
 
 PIECE = 2**18  # elements that are converted to float64 at a time: 2 MB
@@ -145,11 +145,16 @@ def _sums_of_small_segments(parts: Sequence[Part], norm_type: float) -> dict[int
     if len(small) < FEW:
         return {}
     add = np.maximum if norm_type == math.inf else np.add
+    tensors = [t for _, t in small]
+    sizes = list(map(Tensor.numel, tensors))
+    wide = buffer("grain", GRAIN, (GRAIN,), torch.float64)  # new memory would take twice the time
     sums: list[float] = []
-    for x, owners in _float64_pieces([t for _, t in small]):
-        starts = np.cumsum([0] + [small[i][1].numel() for i in owners[:-1]])
+    for values, start, stop in gathered(tensors, GRAIN, sizes):
+        x = wide[: values.numel()].copy_(values)
+        powers = x.square_() if norm_type == 2.0 else _powers(x, norm_type)
+        starts = list(accumulate(sizes[start : stop - 1], initial=0))
         with np.errstate(over="ignore", invalid="ignore"):  # the caller checks for Inf and NaN
-            sums += add.reduceat(_powers(x, norm_type).numpy(), starts).tolist()
+            sums += add.reduceat(powers.numpy(), starts).tolist()
     return dict(zip((s for s, _ in small), sums, strict=True))
 
 

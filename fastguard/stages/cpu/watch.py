@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fastguard.gradients.buckets import GradBucket
 from fastguard.gradients.cpu_threads import FEW
-from fastguard.gradients.memory_order import flat
-from fastguard.stages.cpu.vectors import gathered
+from fastguard.stages.cpu.l2_blocks import as_arrays
+from fastguard.stages.cpu.vectors import buffer, gathered
 from fastguard.stages.reference_watch import ZEROS
 
 CACHED = 2**17  # elements that are read at a time: 512 kB of float32, half of a level-2 cache
@@ -37,14 +37,19 @@ def read_bits(bucket: GradBucket, n_segments: int, nonzero: bool, checksum: bool
     if sizes is None:
         sizes = list(map(Tensor.numel, tensors))
     limit = CACHED if nonzero else LONG
+    segments = bucket.segment_ids
     total = 0
     for values, start, stop in gathered(tensors, limit, sizes, joined=CACHED):
         values = values.detach().resolve_neg()
-        if nonzero:
-            segments = list(bucket.segment_ids[start:stop])
-            np.add.at(found, segments, _nonzero(values, sizes[start:stop]))
         if checksum:
             total += _sum_of_bits(values)
+        if nonzero:
+            zeros = _zeros(values)
+            if stop - start == 1:
+                found[segments[start]] += len(zeros) - np.count_nonzero(zeros)
+            else:
+                own = sizes[start:stop]
+                np.add.at(found, list(segments[start:stop]), own - _by_tensor(zeros, own))
     found[n_segments] = total
     return torch.from_numpy(found)
 
@@ -57,30 +62,30 @@ def _sum_of_bits(values: Tensor) -> int:
     return int(np.add.reduce(bits.numpy(), dtype=np.int32))
 
 
-def _nonzero(values: Tensor, sizes: Sequence[int]) -> np.ndarray:
-    """Returns the number of nonzero elements of each tensor in a vector, int64 `(n,)`.
+def _zeros(values: Tensor) -> np.ndarray:
+    """Returns which elements of a vector are zero, bool, valid until the next call."""
+    n = values.numel()
+    zeros = buffer("zeros", CACHED, (CACHED,), torch.bool)[:n].numpy()
+    if values.itemsize > 2:
+        return np.equal(values.numpy(), 0, out=zeros)
+    bits = values.view(torch.int16).numpy()  # numpy has no bfloat16, and is slow with float16
+    twice = buffer("twice", CACHED, (CACHED,), torch.int16)[:n].numpy()
+    # The only bit of -0 is shifted out.
+    return np.equal(np.add(bits, bits, out=twice), 0, out=zeros)
 
-    Args:
-        values: The elements of tensors with these sizes, or a piece of a single tensor.
-        sizes: The number of elements of each tensor.
-    """
-    if values.itemsize == 2:  # numpy has no bfloat16, and is slow with float16
-        bits = values.view(torch.int16).numpy()
-        zeros = bits + bits == 0  # also for -0, whose only bit is shifted out
-    else:
-        zeros = values.numpy() == 0
-    if len(sizes) == 1:
-        return np.array([len(zeros) - np.count_nonzero(zeros)])
-    before = np.flatnonzero(zeros).searchsorted(list(accumulate(sizes)))
-    return np.array(sizes) - np.diff(before, prepend=0)
+
+def _by_tensor(zeros: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """Returns the number of zeros of each tensor in a vector with tensors of these sizes."""
+    before = np.flatnonzero(zeros).searchsorted(list(accumulate(sizes, initial=0)))
+    return before[1:] - before[:-1]  # np.diff takes 15 µs
 
 
 def count_exponents(bucket: GradBucket, stride: int, inv_scale: Tensor | None = None) -> Tensor:
     """Counts exponents: see `fastguard.stages.reference_watch.count_exponents`."""
-    vectors = [_array(flat(g)) for g in bucket.grads if g.numel()]
+    vectors = [array.ravel("K") for array in _arrays(bucket) if array.size]  # in memory order
     if not vectors:
         return torch.zeros(ZEROS + 1, dtype=torch.int64, device="cpu")
-    taken = np.concatenate([v[stride // 2 % len(v) :: stride] for v in vectors])
+    taken = np.concatenate([v[stride // 2 % v.size :: stride] for v in vectors])
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         if bucket.dtype is torch.bfloat16:  # the upper half of a float32
             sample = (taken.astype(np.int32) << 16).view(np.float32)
@@ -88,12 +93,14 @@ def count_exponents(bucket: GradBucket, stride: int, inv_scale: Tensor | None = 
             sample = taken.astype(np.float32, copy=False)
         if inv_scale is not None:
             sample = sample * np.float32(inv_scale.item())
-    places = sample.view(np.int32) >> 23 & 0xFF
-    places[sample == 0] = ZEROS
-    return torch.from_numpy(np.bincount(places, minlength=ZEROS + 1))
+    counts = np.bincount(sample.view(np.int32) >> 23 & 0xFF, minlength=ZEROS + 1)
+    counts[ZEROS] = len(sample) - np.count_nonzero(sample)
+    counts[0] -= counts[ZEROS]
+    return torch.from_numpy(counts)
 
 
-def _array(vector: Tensor) -> np.ndarray:
-    if vector.dtype is torch.bfloat16:
-        vector = vector.resolve_neg().view(torch.int16)
-    return vector.numpy(force=True)
+def _arrays(bucket: GradBucket) -> list[np.ndarray]:
+    """Returns the tensors as arrays that share their memory; bfloat16 as int16."""
+    if bucket.dtype is torch.bfloat16:
+        return [g.detach().resolve_neg().view(torch.int16).numpy() for g in bucket.grads]
+    return as_arrays(bucket.grads)
