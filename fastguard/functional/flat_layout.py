@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from fastguard.errors.versions import grad_dtype_of
 from fastguard.gradients.buckets import FLOATING, Run, name_of
+from fastguard.gradients.tensor_kinds import is_wrapped
 from fastguard.ranks.dtensors import is_dtensor
 
 ALIGN = 16  # bytes, as needed for 128-bit loads and vectorized optimizer kernels
@@ -97,7 +98,12 @@ def check_flat(parameters: Sequence[Tensor], names: Sequence[str] | None) -> Non
                 "gradients; leave this parameter out"
             )
         if p.grad is not None:
-            _refuse_sparse(p.grad)
+            _refuse_odd(p.grad)
+        elif is_wrapped(p):
+            raise TypeError(
+                f"{name} is a {type(p).__name__}, whose gradient may wrap several tensors, but "
+                f"flat buckets support only plain ones; {_LEAVE_OUT}"
+            )
 
 
 def has_slot(p: Tensor) -> bool:
@@ -133,11 +139,20 @@ def is_movable(grad: Tensor) -> bool:
     One that is part of another buffer cannot. Nor can one with a graph (`create_graph=True`), which
     optimizers such as AdaHessian differentiate in their step.
     """
-    _refuse_sparse(grad)
+    _refuse_odd(grad)
     return not grad.requires_grad and not is_part_of_buffer(grad)
 
 
-def _refuse_sparse(grad: Tensor) -> None:
+_LEAVE_OUT = "use no flat buckets, or leave this parameter out"
+
+
+def _refuse_odd(grad: Tensor) -> None:
+    """Raises a TypeError for a gradient whose values are not in memory of its own shape."""
+    if is_wrapped(grad):
+        raise TypeError(
+            f"a gradient is a {type(grad).__name__}, which wraps other tensors, but flat buckets "
+            f"hold only plain gradients; {_LEAVE_OUT}"
+        )
     if grad.layout is not torch.strided:
         raise TypeError(
             f"a gradient is sparse ({grad.layout}), but flat buckets hold only dense gradients; "

@@ -73,6 +73,12 @@ def wraps(kind: type) -> bool:
     return getattr(kind, "__torch_dispatch__", _PLAIN_DISPATCH) is not _PLAIN_DISPATCH
 
 
+def is_wrapped(t: Tensor) -> bool:
+    """Whether a tensor wraps others, and can only be read by torch's operations."""
+    kind = type(t)
+    return kind not in PLAIN_TYPES and wraps(kind) and kind_of((kind,)) is WRAPPED
+
+
 UNSUPPORTED_ERRORS = (NotImplementedError, RecursionError, TypeError)
 """Errors that tensor classes raise for unsupported operations."""
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastguard.gradients.buckets import BucketMemo, GradBucket, bucketize, name_of
+from fastguard.gradients.tensor_kinds import PLAIN, PLAIN_TYPES, is_wrapped
 from fastguard.ranks.dtensors import dtensor_types
 from fastguard.ranks.plain_shards import engine_of, is_managed
 
@@ -75,12 +76,17 @@ def unit_buckets(
         norm_type: The norm that will be computed; must be 2 for complex gradients. Default: 2.
 
     Raises:
-        TypeError: A tensor is a DTensor, or `bucketize` does not accept a gradient.
+        TypeError: A tensor is a DTensor, a weight wraps others beside a plain gradient, or
+            `bucketize` does not accept a gradient.
     """
-    refuse_dtensors(weights, names)
+    are_plain = PLAIN_TYPES.issuperset(map(type, weights))
+    if not are_plain:
+        refuse_dtensors(weights, names)
     units = []
     for bucket in bucketize(grads, names=names, norm_type=norm_type).buckets:
         own = [weights[i].detach() for i in bucket.tensor_ids]
+        if bucket.kind is PLAIN and not are_plain:
+            _refuse_wrapped([(i, weights[i]) for i in bucket.tensor_ids], names)
         dtypes = list(dict.fromkeys(w.dtype for w in own))
         for dtype in dtypes:
             part, members = bucket, own
@@ -90,6 +96,16 @@ def unit_buckets(
             real = [_as_real(w) for w in members] if dtype.is_complex else members
             units.append(UnitBucket(part, real, list(map(n_units, members))))
     return units
+
+
+def _refuse_wrapped(weights: list[tuple[int, Tensor]], names: Sequence[str] | None) -> None:
+    """Raises a TypeError that names the first weight that wraps other tensors."""
+    for i, weight in weights:
+        if is_wrapped(weight):
+            raise TypeError(
+                f"{name_of(i, names)} is a {type(weight).__name__}, whose units cannot be "
+                f"read; {_REMEDY}"
+            )
 
 
 def _part(bucket: GradBucket, places: Sequence[int]) -> GradBucket:

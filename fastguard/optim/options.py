@@ -12,6 +12,7 @@ from torch import Tensor
 from fastguard.errors import nearest
 from fastguard.errors.checked_numbers import count_of, number_of
 from fastguard.errors.plain_text import shown
+from fastguard.gradients.tensor_kinds import is_wrapped
 from fastguard.ranks.dtensors import is_dtensor
 from fastguard.ranks.plain_shards import is_managed
 
@@ -137,6 +138,11 @@ def is_spike_aware(group: Mapping[str, Any]) -> bool:
 def _check_parameter(group: Mapping[str, Any], name: str, p: Tensor) -> None:
     master, dtype = group["master"], p.dtype
     elsewhere = "put it in a separate param group with"
+    if is_wrapped(p) and not is_dtensor(p):
+        raise TypeError(
+            f"{name} is a {type(p).__name__}, which wraps other tensors; fastguard.optim reads "
+            "memory directly, so give it to an optimizer of torch.optim"
+        )
     if not dtype.is_floating_point:
         raise TypeError(
             f"{name} is {dtype}; fastguard.optim requires real floating-point parameters; give "

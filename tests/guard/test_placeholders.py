@@ -13,7 +13,7 @@ from torch import nn, optim
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
-import fastguard
+import fastguard.optim
 
 OPTIMIZERS = {
     "SGD": lambda ps: optim.SGD(ps, lr=0.1),
@@ -230,3 +230,40 @@ def test_wrappers_of_several_gradients_are_refused_by_name():
     with pytest.raises(TypeError, match=r"type TwoTensor.*single decision"):
         opt.step()
     assert p.a.tolist() == [0, 0] and opt.steps_taken == 0
+
+
+@pytest.mark.parametrize("flat", ["flat_buckets", "flat_parameters"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_flat_buckets_refuse_wrapped_gradients_by_name(flat, fused):
+    """Copied into a plain buffer, the second one of each would be lost."""
+    p = nn.Parameter(torch.ones(2))
+    opt = fastguard.GuardedOptimizer(optim.AdamW([p], fused=fused), **{flat: True})
+    p.grad = TwoTensor(torch.ones(2), torch.full((2,), float("nan")))
+    with pytest.raises(TypeError, match=r"a gradient is a TwoTensor.*flat buckets"):
+        opt.step()
+    assert opt.steps_taken == 0
+    p.grad = torch.ones(2)
+    opt.step()
+    assert opt.applied_steps == 1
+
+
+def test_flat_buckets_refuse_a_wrapper_whose_gradient_is_not_known():
+    """Autograd would add both of its gradients to one buffer."""
+    p = nn.Parameter(TwoTensor(torch.ones(2), torch.ones(2)))
+    with pytest.raises(TypeError, match=r"parameter 0 is a TwoTensor.*flat buckets"):
+        fastguard.GuardedOptimizer(optim.SGD([p]), flat_buckets=True)
+
+
+def test_what_reads_weights_from_memory_refuses_wrapped_ones_by_name():
+    p = nn.Parameter(TwoTensor(torch.ones(2, 3), torch.ones(2, 3)))
+    p.grad = torch.ones(2, 3)
+    opt = fastguard.GuardedOptimizer(
+        optim.SGD([p]), max_norm=fastguard.AGC(), clip_scope="unit", named_parameters=[("w", p)]
+    )
+    with pytest.raises(TypeError, match="w is a TwoTensor, whose units"):
+        opt.step()
+    assert opt.steps_taken == 0
+    with pytest.raises(TypeError, match="parameter 0 is a TwoTensor, whose units"):
+        fastguard.clip_grad_adaptive_([p])
+    with pytest.raises(TypeError, match="parameter 0 of param group 0 is a TwoTensor"):
+        fastguard.optim.AdamW([p])
