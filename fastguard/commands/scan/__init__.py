@@ -11,7 +11,8 @@ finds the epoch, batch and step. The formats are `ultralytics`, `lightning` and 
 differ only in digits once, and `wording` extends this to words without a meaning.
 
 Structured data: `table` (CSV), `json_lines`, `documents` (JSON) and `events` (TensorBoard) yield
-values with names and places, and `series` judges them. `objects`, `rows` and `bare` process many
+values with names and places, and `series` judges them. `insets` finds tables and objects that are
+printed between lines of text. `objects`, `rows` and `bare` process many
 lines at once.
 
 Results: `scanner` passes everything to `findings`, which merges it into the results in `found`.

@@ -43,6 +43,7 @@ class Cursor:
         lines: The lines, ended by line feeds only; offsets are those of the block.
         size: Offset of their end.
         at: Offset of the next line.
+        without_header: Offset up to which no row has a header above it.
     """
 
     def __init__(self, block: Block) -> None:
@@ -53,6 +54,7 @@ class Cursor:
         )
         self.size: int = len(data)
         self.at: int = 0
+        self.without_header: int = 0
         self._number, self._counted = block.number, 0
         self._suspects: Suspects | None = None
         self._values: dict[re.Pattern[bytes], int] = {}

@@ -22,6 +22,8 @@ LONGEST = 1 << 16
 _ANSI = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\r\n]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 
 _INFINITY_SIGN = "\u221e".encode()
+_WIDE = re.compile("[\uff0b\uff0d\uff0e\uff10-\uff19\uff21-\uff3a\uff41-\uff5a]+")
+_NARROW = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)}
 
 _BOMS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
@@ -45,7 +47,8 @@ class Block(NamedTuple):
     Attributes:
         number: Number of the first line.
         data: The bytes without control sequences, UTF-8 if the log is; line feeds and carriage
-            returns are kept. The infinity sign is written as "inf".
+            returns are kept. The infinity sign is written as "inf", full-width letters and digits
+            in ASCII.
     """
 
     number: int
@@ -97,7 +100,17 @@ def read_blocks(file: BinaryIO) -> Iterator[Block]:
 
 def _block(number: int, data: bytes) -> Block:
     data = _ANSI.sub(b"", data) if b"\x1b" in data else data
-    return Block(number, data.replace(_INFINITY_SIGN, b"inf"))
+    data = data.replace(_INFINITY_SIGN, b"inf")
+    return Block(number, _narrow(data) if b"\xef\xbc" in data or b"\xef\xbd" in data else data)
+
+
+def _narrow(data: bytes) -> bytes:
+    """Writes full-width letters, digits and signs, as in "ＮａＮ", in ASCII."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        return data
+    return _WIDE.sub(lambda wide: wide[0].translate(_NARROW), text).encode()
 
 
 def _cut(line: bytes) -> int:

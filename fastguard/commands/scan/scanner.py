@@ -14,12 +14,13 @@ from itertools import islice
 from typing import Any, BinaryIO
 
 from fastguard.commands.scan import documents, json_lines
-from fastguard.commands.scan.budget import KNOWN, NEW, ROW, Budget
+from fastguard.commands.scan.budget import KNOWN, NEW, ROW, Budget, n_lines
 from fastguard.commands.scan.cursor import Cursor
 from fastguard.commands.scan.events import EventsError, read_scalars
 from fastguard.commands.scan.findings import Findings
 from fastguard.commands.scan.foreign import NotTextError
 from fastguard.commands.scan.found import LogScan
+from fastguard.commands.scan.insets import header_of, object_around
 from fastguard.commands.scan.json_lines import JsonLines
 from fastguard.commands.scan.lines import Block, read_blocks, text_of
 from fastguard.commands.scan.objects import rows_of
@@ -92,7 +93,7 @@ class _Scanner:
         self._findings = Findings(shapes, budget)
         self._table = Table(self._findings.series)
         self._json = JsonLines(self._findings.series, budget)
-        self._text = TextReader(shapes, self._findings, budget)
+        self._text = TextReader(shapes, self._findings, budget, self._take_inset)
 
     def finish(self, problem: str | None) -> LogScan:
         """Returns all results."""
@@ -195,6 +196,26 @@ class _Scanner:
             self._take_objects(objects, numbers, lambda i: text_of(each[i]))
             self._table.give_up()
         cursor.at = end
+        return True
+
+    def _take_inset(self, cursor: Cursor) -> bool:
+        """Reads the indented object around the next line, or begins the table with this row."""
+        lines, at, line = cursor.lines, cursor.at, cursor.line()
+        self._budget.spend(ROW)
+        if not line.lstrip().startswith(b'"'):
+            header = header_of(lines, at, at + len(line), cursor.without_header)
+            if header is None:
+                cursor.without_header = at
+            else:
+                self._table.begin(header)
+            return header is not None
+        inset = object_around(lines, at)
+        if inset is None:
+            return False
+        found, end = inset
+        self._take_object(cursor.number, found, lambda: text_of(line))
+        cursor.at = lines.find(b"\n", end) + 1 or cursor.size
+        self._findings.found.n_lines += n_lines(lines[at : cursor.at])
         return True
 
     def take_scalar(self, number: int, step: int, tag: str, value: float) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 from fastguard.commands.scan.columns import KINDS, NAMED_BY, is_place, kind_of, place_of
+from fastguard.commands.scan.insets import BARS, MLFLOW, OF_MLFLOW, SPACES, Header, cells_of
 from fastguard.commands.scan.json_lines import number_of, parse
 from fastguard.commands.scan.lines import text_of
 from fastguard.commands.scan.reading import NOWHERE, Place, Reading
@@ -91,6 +92,8 @@ class Table:
     def _read(self, text: str) -> Reading | None:
         is_comment = text.lstrip("\ufeff ").startswith("#")
         text = text.lstrip("\ufeff# ") if is_comment or text.startswith("\ufeff") else text
+        if not self._begun and MLFLOW.fullmatch(text):
+            self.begin(OF_MLFLOW)
         if not self._begun:
             head = self._take_head(text)
             self._begun = head is not None or not is_comment
@@ -113,21 +116,31 @@ class Table:
                 and any(map(_is_known, named))
                 and not has_nonfinite(text)
             ):
-                self._delimiter, self._names, self._bad = delimiter, names, set()
-                self._places = [is_place(name) for name in names]
-                self._judged = [self._series.judges(name) for name in names]
-                self._places_at = [(i, n) for i, n in enumerate(names) if self._places[i]]
-                lower = [name.lower() for name in names]
-                self._named_by = next((i for i, n in enumerate(lower) if n in NAMED_BY), None)
-                self._value_at = lower.index("value") if "value" in lower else None
-                self._rows = self._pattern()
+                self._begin(delimiter, names)
                 return Reading(NAME, NOWHERE, measured=False)
         return None
+
+    def begin(self, header: Header) -> None:
+        """Begins a table that is printed within text."""
+        self._begin(header.delimiter, header.names)
+
+    def _begin(self, delimiter: str, names: list[str]) -> None:
+        self._begun, self._misses = True, 0
+        self._delimiter, self._names, self._bad = delimiter, names, set()
+        self._places = [is_place(name) for name in names]
+        self._judged = [self._series.judges(name) for name in names]
+        self._places_at = [(i, n) for i, n in enumerate(names) if self._places[i]]
+        lower = [name.lower() for name in names]
+        self._named_by = next((i for i, n in enumerate(lower) if n in NAMED_BY), None)
+        self._value_at = lower.index("value") if "value" in lower else None
+        self._rows = self._pattern()
 
     def _pattern(self) -> re.Pattern[bytes] | None:
         """Matches rows that can be read together; None if there are no numeric columns."""
         numbers = [p or j for p, j in zip(self._places, self._judged, strict=True)]
-        if not any(numbers) or (self._named_by is not None and self._value_at is not None):
+        if self._delimiter in (SPACES, BARS) or not any(numbers):
+            return None
+        if self._named_by is not None and self._value_at is not None:
             return None
         cells = re.escape(self._delimiter.encode()).join(
             _NUMBER if number else _CELL for number in numbers
@@ -274,6 +287,8 @@ def _has_word(lower: bytes) -> bool:
 
 
 def _cells(text: str, delimiter: str) -> list[str]:
+    if delimiter in (SPACES, BARS):
+        return cells_of(text, delimiter)
     if delimiter not in text:
         return []
     cells = (

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from fastguard.commands.scan.bare import bare_lines
 from fastguard.commands.scan.budget import IN_RUN, KNOWN, Budget, n_lines
 from fastguard.commands.scan.cursor import Cursor
 from fastguard.commands.scan.findings import Findings
 from fastguard.commands.scan.huggingface import bare_bar
+from fastguard.commands.scan.insets import may_be_inset
 from fastguard.commands.scan.lines import text_of
 from fastguard.commands.scan.shapes import Shape, Shapes
 from fastguard.commands.scan.suspects import BAR, ENDS
@@ -26,12 +27,21 @@ class TextReader:
         shapes: Parses the lines.
         findings: Receives the results.
         budget: The budget for lines that are handled individually.
+        take_inset: Reads structured data at the cursor, or begins a table there; returns whether
+            there is any.
     """
 
-    def __init__(self, shapes: Shapes, findings: Findings, budget: Budget) -> None:
+    def __init__(
+        self,
+        shapes: Shapes,
+        findings: Findings,
+        budget: Budget,
+        take_inset: Callable[[Cursor], bool],
+    ) -> None:
         self._shapes = shapes
         self._findings = findings
         self._budget = budget
+        self._take_inset = take_inset
         self._size = MIN_BATCH
 
     def take(self, cursor: Cursor) -> None:
@@ -40,6 +50,8 @@ class TextReader:
             self._pass(cursor, cursor.suspect(*self._ends()))
             if cursor.done or cursor.starts(b'{"'):
                 return
+        if may_be_inset(cursor.line()) and self._take_inset(cursor):
+            return
         if (bare := bare_lines(cursor.lines, cursor.at)) is not None:
             self._budget.spend(KNOWN)
             self.take_line(cursor.number, cursor.line())
@@ -100,8 +112,8 @@ class TextReader:
         return i == n
 
     def _is_other(self, cursor: Cursor, at: int, line: bytes) -> bool:
-        """Whether the batch ends at a line: JSON, lines of numbers, or the budget is spent."""
-        if line.startswith(b'{"') and line.rstrip().endswith(b"}"):
+        """Whether the batch ends at a line: data, lines of numbers, or the budget is spent."""
+        if may_be_inset(line) or (line.startswith(b'{"') and line.rstrip().endswith(b"}")):
             return True
         return self._budget.spent or bare_lines(cursor.lines, at) is not None
 

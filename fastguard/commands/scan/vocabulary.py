@@ -32,7 +32,7 @@ _SETTINGS = frozenset(
 )
 _BOUNDS = frozenset(
     "best max min maximum minimum lowest highest lower upper init initial patience clip old "
-    "clipping timeout limit limits threshold mode bound bounds prev previous".split()
+    "clipping timeout limit limits threshold mode bound bounds prev previous target goal".split()
 )
 _BOUNDS_ANYWHERE = frozenset(
     "best patience clip clipping timeout limit threshold bound bounds".split()

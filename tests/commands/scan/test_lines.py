@@ -49,6 +49,15 @@ def test_encodings(encoding: str) -> None:
     assert texts("37%|███▋ loss nan\r\nnext".encode(encoding)) == ["37%|███▋ loss nan", "next"]
 
 
+def test_full_width_letters_digits_and_signs_are_read_as_ascii() -> None:
+    line = "损失：ＮａＮ，ｌｒ＝０．１；－Ｉｎｆ"
+    assert texts(line.encode()) == ["损失：NaN，lr＝0.1；-Inf"]
+    assert texts(line.encode() + b"\xff") == [(line.encode() + b"\xff").decode(errors="replace")]
+    (stretch,) = scan_log(io.BytesIO("epoch 3 ｌｏｓｓ：ＮａＮ\nｉｎｆｏ：ok\n".encode())).stretches
+    assert [(value.name, value.text) for value in stretch.values] == [("loss", "nan")]
+    assert stretch.n_lines == 1
+
+
 def test_invalid_utf8_is_accepted() -> None:
     assert texts(b"\xff\xfeloss nan"[1:]) == ["�loss nan"]
     assert texts(bytes(range(128, 256)))
