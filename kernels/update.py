@@ -108,7 +108,7 @@ def is_aligned(address, n, DTYPE: tl.constexpr):
 @triton.jit(
     do_not_specialize=[
         "chunks_ptr", "tensors_ptr", "addresses_ptr", "coefficients_ptr", "multiplier_ptr",
-        "clean_ptr", "found_inf_ptr", "limits_ptr", "smallest_ptr", "n_chunks",
+        "clean_ptr", "found_inf_ptr", "limits_ptr", "clipped_ptr", "n_chunks",
     ]
 )  # fmt: skip
 def update_kernel(
@@ -120,7 +120,7 @@ def update_kernel(
     clean_ptr,  # float32 (1,)
     found_inf_ptr,  # float32 (1,)
     limits_ptr,  # float64 (3,): clip_factor, eps, inverse of the loss scale
-    smallest_ptr,  # float64 (n_programs,): the smallest coefficient of a unit, written
+    clipped_ptr,  # float64 (n_programs, 4): what was clipped, see `update_arrays`; written
     n_chunks,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
@@ -144,11 +144,16 @@ def update_kernel(
     ARITHMETIC: tl.constexpr = tl.float64 if PARAM == tl.float64 else tl.float32
     X: tl.constexpr = tl.int16 if MASTER_KIND == REMAINDER else tl.float32
     if UNITS:
-        tl.store(smallest_ptr + tl.program_id(0), 1.0)
+        clipped_ptr += 4 * tl.program_id(0)
+        tl.store(clipped_ptr, 1.0)
+        tl.store(clipped_ptr + 1, 0.0)
+        tl.store(clipped_ptr + 2, 0.0)
+        tl.store(clipped_ptr + 3, 0.0)
     if tl.load(found_inf_ptr) != 0.0:  # also true for NaN
         return
     clean = tl.load(clean_ptr) != 0.0
     done = tl.full((), 0, tl.int32)  # elements of the chunk in earlier units
+    n_clipped = tl.full((), 0, tl.int32)
     k = tl.program_id(0)
     while k < n_chunks:
         # Backwards, since the gradients that measure read last are still in L2.
@@ -172,10 +177,13 @@ def update_kernel(
                     2.0, False, PROPAGATES, UNIT_BYTES,
                 )  # fmt: skip
                 multiplier *= coef
+                n_clipped += (coef != 1.0).to(tl.int32)  # counts NaN
                 # In memory, since registers are short. Threads that read a new value keep it.
-                old = tl.load(smallest_ptr + tl.program_id(0))
-                least = tl.where((coef < old) | (coef != coef), coef, old)  # NaN stays
-                tl.store(smallest_ptr + tl.program_id(0), least)
+                old = tl.load(clipped_ptr)
+                if (coef < old) | ((coef != coef) & (old == old)):  # the first NaN stays
+                    tl.store(clipped_ptr, coef)
+                    tl.store(clipped_ptr + 2, tensor.to(tl.float64))
+                    tl.store(clipped_ptr + 3, (first // limited).to(tl.float64))
         a_at = array_at(address_ptr, STATE, first, A)
         b_at = array_at(address_ptr, STATE + 1, first, B)
         c_at = array_at(address_ptr, STATE + 2, first, C)
@@ -231,6 +239,8 @@ def update_kernel(
             done = tl.where(ends, 0, done)
         else:
             k += tl.num_programs(0)
+    if UNITS:
+        tl.store(clipped_ptr + 1, n_clipped.to(tl.float64))
 
 
 _fused = Launcher(update_kernel, THREADS // WARP, max_registers=80)
@@ -278,8 +288,9 @@ def update_arrays(
         propagates: See `fastguard.stages.reference_units.unit_coefs`.
 
     Returns:
-        float64 `(P,)`: the smallest coefficients of units, 1 for a skipped step; None without
-        limits or without elements.
+        float64 `(P, 4)`: for each program, the smallest coefficient of a unit, the number of
+        clipped units, and the tensor and the index in it of the unit with the smallest coefficient;
+        `(1, 0, 0, 0)` for a skipped step. None without limits or without elements.
     """
     weights, device = arrays.weights, hyper.device
     programs = n_programs(device, PLAIN if limits is None else UNIT_TUNING)
@@ -305,14 +316,14 @@ def update_arrays(
         reproducible, spike_aware, limits is not None, propagates,
     )  # fmt: skip
     n = min(programs, layout.n_chunks)
-    smallest = None if limits is None else torch.empty(n, dtype=torch.float64, device=device)
-    of_units = (coefficients, coefficients) if limits is None else (limits, smallest)
+    clipped = None if limits is None else torch.empty(n, 4, dtype=torch.float64, device=device)
+    of_units = (coefficients, coefficients) if limits is None else (limits, clipped)
     pointers = (
         layout.chunks, layout.tensors, table.addresses, coefficients, multiplier, clean, found_inf,
         *of_units,
     )  # fmt: skip
     launch(n, pointers, layout.n_chunks)
-    return smallest
+    return clipped
 
 
 @functools.lru_cache(maxsize=256)

@@ -293,8 +293,8 @@ class GuardedOptimizer(SavableOptimizer):
         flight.keep(self._state)
         verdict = decide(stats, signals, self._state, policy)
         if self._units is not None:
-            propagates, layout = policy.nonfinite == "propagate", self._gradients.layout
-            verdict = self._units.clip(layout, verdict, signals, propagates, self._stepper)
+            propagates = policy.nonfinite == "propagate"
+            verdict = self._units.clip(verdict, signals, propagates, self._stepper)
         flight.outcome = Outcome(
             stats,
             signals,

@@ -18,7 +18,7 @@ from fastguard.optim.contract import Update
 from fastguard.stages.backend import backend_of
 
 Updater = Callable[[Update], Tensor | None]
-"""An implementation: takes a step, and returns the smallest coefficient of a unit as `reference`"""
+"""An implementation: takes a step, and returns what was clipped, as `reference` does."""
 
 
 def updater_of(update: Update) -> Updater:

@@ -123,6 +123,7 @@ class Update:
         unit_counts: T numbers of units, or rows, of each tensor; 0: not limited. The rows of a
             limited parameter are contiguous and follow one another in memory. Empty without
             `units`.
+        positions: T positions among all parameters of the optimizer; empty without `units`.
     """
 
     algorithm: Algorithm
@@ -147,6 +148,7 @@ class Update:
     update_clipping: bool = False
     units: UnitLimits | None = None
     unit_counts: Sequence[int] = ()
+    positions: Sequence[int] = ()
 
     @property
     def device(self) -> torch.device:

@@ -43,7 +43,7 @@ def update(update: Update) -> Tensor | None:
     names = [name for name in STATES[update.algorithm] if name in update.states]
     rows, multipliers = update.hyper.tolist(), update.multiplier.tolist()
     clean = update.clean.item() != 0.0
-    of_units, smallest = unit_factors(update, multipliers)
+    of_units, summary = unit_factors(update, multipliers)
     for key, members in _by_coefficients(update, multipliers, of_units).items():
         group = key.group
         factors = _Factors(key.multiplier, clean, of_units if key.clips_units else ())
@@ -53,7 +53,7 @@ def update(update: Update) -> Tensor | None:
             _directly(update, members, names, fused, factors)
         else:
             _through_float32(update, members, names, hyper, group, factors)
-    return smallest
+    return summary
 
 
 with lasting():

@@ -21,6 +21,7 @@ from fastguard.optim.pieces import Piece
 from fastguard.optim.scratch import joined, scale, split
 from fastguard.stages.cpu.units import coefs_of
 from fastguard.stages.formulas import SMALLEST_FACTOR
+from fastguard.stages.reference_units import summary_of
 
 
 def unit_factors(
@@ -34,13 +35,12 @@ def unit_factors(
 
     Returns:
         T tensors `(k, n, 1)` in the dtype of the arithmetic: k factors, 1 or 2, for each of the n
-        units of a tensor; None for a tensor without a clipped unit. And the smallest coefficient,
-        float64 `()`; None without limits of units.
+        units of a tensor; None for a tensor without a clipped unit. And what was clipped, see
+        `reference.update`.
     """
     units, counts = update.units, update.unit_counts
     if units is None or not any(counts):
-        smallest = None if units is None else torch.ones((), dtype=torch.float64, device="cpu")
-        return [None] * len(update.parameters), smallest
+        return [None] * len(update.parameters), None
     inv_scale = 1.0 if units.inv_scale is None else units.inv_scale.item()
     numbers = units.numbers.tolist()
     coefs = coefs_of(update.grads, update.parameters, counts, numbers, units.propagates, inv_scale)
@@ -57,7 +57,7 @@ def unit_factors(
     n_clipped = np.add.reduceat(np.append(coefs != 1.0, False).astype(np.int64), starts)
     clipped = (n_clipped[:-1] > 0) & (np.diff(starts) > 0)  # NaN counts as clipped
     found = [part if clips else None for part, clips in zip(parts, clipped, strict=True)]
-    return found, torch.tensor(coefs.min(), device="cpu")  # NaN if any is NaN
+    return found, summary_of(torch.from_numpy(coefs))
 
 
 def load_gradient(piece: Piece, multiplier: float, clean: bool, out: Tensor) -> None:

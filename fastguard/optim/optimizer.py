@@ -25,6 +25,7 @@ from fastguard.optim.options import OF_ADAMW, OF_TORCH, OWN, check_group, refuse
 from fastguard.optim.orders import Orders
 from fastguard.optim.sort import check_gradients, updates_of
 from fastguard.ranks.dtensors import local_parts
+from fastguard.stages.agc import UnitSummary
 
 
 class FusedOptimizer(Optimizer):
@@ -97,9 +98,10 @@ class FusedOptimizer(Optimizer):
         if found_inf.device.type == "cpu" and has_numbers(found_inf) and found_inf.item() != 0.0:
             return loss
         for update in updates_of(self, orders):
-            smallest = updater_of(update)(update)
-            if orders.units is not None and smallest is not None:
-                orders.units.smallest.append(smallest)
+            values = updater_of(update)(update)
+            if orders.units is not None and values is not None:
+                summary = UnitSummary(values, update.positions, update.unit_counts)
+                orders.units.clipped.append(summary)
         return loss
 
     @contextmanager

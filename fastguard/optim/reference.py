@@ -52,15 +52,15 @@ from fastguard.optim.contract import (
 )
 from fastguard.optim.options import SPIKE_GRACE
 from fastguard.stages.formulas import SMALLEST_FACTOR
-from fastguard.stages.reference_units import tensor_coefs
+from fastguard.stages.reference_units import summary_of, tensor_coefs
 
 
 def update(update: Update) -> Tensor | None:
     """Takes the step of one bucket, or changes nothing if the step is skipped.
 
     Returns:
-        float64 `()`: the smallest coefficient of a unit, 1 for a skipped step; None without limits
-        of units.
+        float64 `(4,)`: what was clipped, see `reference_units.summary_of`; `(1, 0, 0, 0)` for a
+        skipped step. None without limits of units.
     """
     coefficients = advance(update)
     if update.update_clipping:
@@ -68,19 +68,20 @@ def update(update: Update) -> Tensor | None:
         lower_lr(
             coefficients, torch.stack([update_ratio(update, i, coefficients[i]) for i in range(n)])
         )
-    smallest = _smallest(update)
+    summary = _summary(update)
     for i in range(len(update.parameters)):
         _update_tensor(update, i, coefficients[i])
-    return smallest
+    return summary
 
 
-def _smallest(update: Update) -> Tensor | None:
+def _summary(update: Update) -> Tensor | None:
     if update.units is None:
         return None
     limited = [i for i, n in enumerate(update.unit_counts) if n]
-    one = torch.ones(1, dtype=torch.float64, device=update.device)
-    all_coefs = torch.cat([one, *(unit_coefs(update, i) for i in limited)])
-    return torch.where(update.found_inf != 0.0, 1.0, all_coefs.amin())  # NaN if any is NaN
+    if not limited:
+        return None
+    coefs = torch.cat([unit_coefs(update, i) for i in limited])
+    return summary_of(torch.where(update.found_inf != 0.0, 1.0, coefs))
 
 
 def unit_coefs(update: Update, i: int) -> Tensor:

@@ -76,6 +76,7 @@ class _Bucket:
     segments: list[int] = field(default_factory=list)
     counters: list[int] = field(default_factory=list)
     unit_counts: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
 
 
 def updates_of(optimizer: FusedOptimizer, orders: Orders) -> Iterator[Update]:
@@ -117,6 +118,7 @@ def updates_of(optimizer: FusedOptimizer, orders: Orders) -> Iterator[Update]:
             bucket.counters.append(counter)
             if orders.units is not None:
                 bucket.unit_counts.append(n_units(p) if orders.units.limited[at] else 0)
+                bucket.positions.append(at)
     rows = _hyper_rows(optimizer)
     for key, bucket in buckets.items():
         yield _update(optimizer, key, bucket, orders, _hyper(rows, key.device))
@@ -178,6 +180,7 @@ def _update(
         key.update_clipping,
         orders.units,
         bucket.unit_counts,
+        bucket.positions,
     )
 
 

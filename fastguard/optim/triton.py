@@ -4,8 +4,8 @@
     update    launch 2, over a chunk table: see `fastguard.kernels.update`
 
 Update clipping needs two more between them: see `fastguard.kernels.update_clipping`. With limits of
-units, a third launch finds the smallest coefficient; units of more than `LONGEST_ROW` elements need
-more, since their coefficients are computed before the update.
+units, a few more launches find the most clipped unit. Units of more than `LONGEST_ROW` elements
+need more, since their coefficients are computed before the update.
 
 Nothing syncs with the device, and hyper-parameters are not constants of the kernels. Tensors that
 are not dense, or whose strides differ from the weight's, are copied to buffers and back; after a
@@ -27,6 +27,7 @@ from fastguard.kernels.formulas import ALGORITHMS
 from fastguard.kernels.update import LONGEST_ROW, update_arrays, vector_size
 from fastguard.kernels.update_table import Arrays
 from fastguard.optim.contract import STATES, Update
+from fastguard.stages.reference_units import summary_of
 from fastguard.stages.triton import unit_coefs
 
 
@@ -72,7 +73,7 @@ def update(update: Update) -> Tensor | None:
         tensor.copy_(buffer)  # unchanged if the step was skipped
     # Autograd does not notice writes by a kernel.
     increment_version([t for tensors in kept for t in tensors] + list(update.steps))
-    return units.smallest(in_update)
+    return units.summary(in_update)
 
 
 class _Units:
@@ -94,7 +95,8 @@ class _Units:
         self.multiplier, self.segment_ids = update.multiplier, update.segment_ids
         self.rows: list[int] = []
         self.long_rows: list[int] = []
-        self.limits, self.propagates, self._long = None, False, None
+        self.limits, self.propagates = None, False
+        self._long: list[Tensor] = []  # what is clipped in each tensor with long units
         self._found_inf = update.found_inf
         if update.units is None:
             return
@@ -131,21 +133,30 @@ class _Units:
         for i, own in zip(long, coefs.split(part.counts), strict=True):
             multipliers.append(self.multiplier[self.segment_ids[i]] * own)
             self.segment_ids[i], end = end, end + len(own)
-        self.multiplier, self._long = torch.cat(multipliers), coefs.amin().reshape(1)
+            values = summary_of(own)
+            values[2] = float(i)
+            self._long.append(values)
+        self.multiplier = torch.cat(multipliers)
 
-    def smallest(self, in_update: Tensor | None) -> Tensor | None:
-        """Returns the smallest coefficient of all units; see `reference.update`.
+    def summary(self, in_update: Tensor | None) -> Tensor | None:
+        """Returns what was clipped; see `reference.update`.
 
         Args:
-            in_update: float64 `(n_programs,)`: the smallest coefficient that each program of the
-                kernel found; None: no limits of units.
+            in_update: float64 `(n_programs, 4)`: what each program of the kernel clipped, see
+                `update_arrays`; None: no limits of units.
         """
         if self.limits is None or in_update is None:
             return None
-        if self._long is None:
-            return in_update.amin()  # NaN if any is NaN
-        least = torch.cat([in_update, self._long]).amin()
-        return torch.where(self._found_inf != 0.0, 1.0, least)
+        rows = in_update
+        if self._long:
+            long = torch.stack(self._long)
+            nothing = torch.zeros_like(long[:1])
+            nothing[:, 0] = 1.0
+            rows = torch.cat([rows, torch.where(self._found_inf != 0.0, nothing, long)])
+        least = rows[:, 0].argmin()  # that of a NaN, if any is NaN
+        values = rows.index_select(0, least.reshape(1))[0]
+        values[1] = rows[:, 1].sum()
+        return values
 
 
 def _alike(

@@ -7,6 +7,7 @@ The values of a row, in order:
     if several ranks decide together: for each of the L losses whether it was passed, the number of
         ranks with non-finite values, and the sum of their rank numbers
     with an adaptive limit: the limit of the whole model's norm
+    with limits of units: the 4 values of `UnitSummary` for each bucket
 
 Rows are stored in a ring on the device; each is copied to a ring in pinned memory, followed by an
 event, without blocking.
@@ -27,6 +28,7 @@ from fastguard.errors.checked_numbers import number_of
 from fastguard.kernels.record_row import CULPRIT, CULPRITS, CULPRITS_BEGIN, CULPRITS_END, HEAD
 from fastguard.kernels.record_row import N_CULPRITS as N_CULPRITS_AT
 from fastguard.stages import backend
+from fastguard.stages.agc import ClippedUnits, UnitSummary
 from fastguard.stages.contract import GuardState, Known, Signals, Verdict
 from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.reason import Reason
@@ -79,7 +81,8 @@ class Outcome:
         """Number of values in its row."""
         n_losses, n_rules = len(self.signals.losses), len(self.verdict.thresholds)
         of_ranks = n_losses + 2 if self.is_joint else 0
-        return CULPRITS_END + n_losses + 2 * n_rules + of_ranks + self.limit_is_on_device
+        of_units = 4 * len(self.verdict.clipped_units)
+        return CULPRITS_END + n_losses + 2 * n_rules + of_ranks + self.limit_is_on_device + of_units
 
     @property
     def is_joint(self) -> bool:
@@ -122,6 +125,9 @@ def learning_rate(groups: Sequence[Mapping[str, Any]], device: torch.device) -> 
 def pack(outcome: Outcome, row: Tensor) -> None:
     """Writes the row of a step, float64 `(width,)`. Does not synchronize."""
     stats, signals = outcome.stats, outcome.signals
+    for summary in reversed(outcome.verdict.clipped_units):
+        row[-4:].copy_(summary.values)
+        row = row[:-4]
     if isinstance(outcome.limit, Tensor):
         row[-1:].copy_(outcome.limit)
         row = row[:-1]
@@ -143,6 +149,7 @@ class Row(NamedTuple):
         culprits: `(index, NaN, +Inf, -Inf)` of the first `CULPRITS` bad tensors.
         ranks: Number of ranks with non-finite values, and the rank if there is only one.
         limit: Limit of the whole model's norm, if it was on the device.
+        clipped_units: What the limits of units have clipped.
     """
 
     known: Known
@@ -151,10 +158,15 @@ class Row(NamedTuple):
     culprits: list[tuple[int, int, int, int]]
     ranks: tuple[int, int | None]
     limit: float
+    clipped_units: ClippedUnits
 
 
 def unpack(
-    row: Tensor, loss_names: Sequence[str], is_joint: bool = False, has_limit: bool = False
+    row: Tensor,
+    loss_names: Sequence[str],
+    is_joint: bool = False,
+    has_limit: bool = False,
+    summaries: Sequence[UnitSummary] = (),
 ) -> Row:
     """Reads a row on the host.
 
@@ -162,9 +174,12 @@ def unpack(
         row: float64 `(width,)`, see `pack`.
         loss_names: Names of its L losses; losses that no rank passed are left out.
         is_joint: Whether several ranks decided the step.
-        has_limit: Whether the row ends with the limit.
+        has_limit: Whether the row contains the limit.
+        summaries: The buckets of units whose values end the row.
     """
     values, n_losses = row.tolist(), len(loss_names)
+    n_values = len(values) - 4 * len(summaries)
+    values, of_units = values[:n_values], values[n_values:]
     limit = values.pop() if has_limit else math.inf
     given, n_ranks, rank = [True] * n_losses, 0, 0
     if is_joint:
@@ -194,7 +209,8 @@ def unpack(
         consecutive_skips=int(in_a_row),
     )
     one_rank = int(rank) if n_ranks == 1 else None
-    return Row(known, lr, n_culprits, culprits, (n_ranks, one_rank), limit)  # type: ignore[arg-type]
+    clipped = ClippedUnits() if known.skipped else ClippedUnits.of(summaries, of_units)
+    return Row(known, lr, n_culprits, culprits, (n_ranks, one_rank), limit, clipped)  # type: ignore[arg-type]
 
 
 class Ring:

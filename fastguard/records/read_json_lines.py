@@ -185,6 +185,8 @@ _COUNTS = (
     "n_culprits",
     "consecutive_skips",
     "culprit_ranks",
+    "clipped_units",
+    "limited_units",
 )
 
 _FLOATS = ("total_norm", "clip_coef", "lr", "limit", "time")
@@ -272,6 +274,9 @@ def _record(fields: Any) -> StepRecord:
         (str(name), _count("nan", nan), _count("posinf", posinf), _count("neginf", neginf))
         for name, nan, posinf, neginf in fields.get("culprits", ())
     )
+    if (unit := fields.get("most_clipped_unit")) is not None:
+        name, number = unit
+        fields["most_clipped_unit"] = str(name), _count("most_clipped_unit", number)
     fields["watch"] = _numbers(dict(fields.get("watch", {})))
     fields["spikes"] = tuple(map(str, fields.get("spikes", ())))
     record = StepRecord(**fields)

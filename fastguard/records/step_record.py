@@ -51,6 +51,10 @@ class StepRecord:
         limit: The total norm above which gradients are clipped: `max_norm`, or the limit set by an
             adaptive rule. With several segments, the total norm if all segments are at their
             limits. `inf`: no limit.
+        clipped_units, limited_units: With `AGC`: number of units that were clipped, and of units
+            with a limit; both are 0 in a skipped step.
+        most_clipped_unit: The parameter and the number, from 0, of the unit with the smallest
+            coefficient; None if no unit was clipped.
         watch: Results of `GuardedOptimizer(watch=...)`, by quantity; empty if the step was not
             watched. docs/watch.md describes each quantity.
         time: When the host decided or enqueued the step, in Unix seconds; NaN if unknown. Ignored
@@ -76,6 +80,9 @@ class StepRecord:
     culprit_ranks: int = 0
     culprit_rank: int | None = None
     limit: float = math.inf
+    clipped_units: int = 0
+    limited_units: int = 0
+    most_clipped_unit: tuple[str, int] | None = None
     watch: dict[str, Any] = field(default_factory=dict)
     time: float = field(default=math.nan, compare=False)
 

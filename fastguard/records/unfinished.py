@@ -13,6 +13,7 @@ from torch import Tensor
 from fastguard.errors import NAMED_CULPRITS, Culprit
 from fastguard.records.device_row import Arrival, Outcome, Watched, unpack
 from fastguard.records.step_record import REPLICA_DRIFT, StepRecord
+from fastguard.stages.agc import ClippedUnits, UnitSummary
 from fastguard.stages.contract import HostVerdict, Known
 from fastguard.stages.reason import Reason
 
@@ -41,6 +42,7 @@ class Settled(NamedTuple):
     n_culprits: int
     ranks: tuple[int, int | None]
     limit: float
+    clipped_units: tuple[int, int, tuple[str, int] | None]
     watched: tuple[Watched, Tensor] | None
     time: float
 
@@ -65,6 +67,7 @@ class Settled(NamedTuple):
             len(culprits),
             outcome.signals.culprit_rank,
             float(outcome.limit) if known.limit is None else known.limit,
+            (0, 0, None) if known.skipped else _clipped_units(outcome),
             None if outcome.watched is None else (outcome.watched, outcome.watched.values()),
             outcome.time,
         )
@@ -98,9 +101,28 @@ class Settled(NamedTuple):
             culprit_ranks=self.ranks[0],
             culprit_rank=self.ranks[1],
             limit=self.limit,
+            clipped_units=self.clipped_units[0],
+            limited_units=self.clipped_units[1],
+            most_clipped_unit=self.clipped_units[2],
             watch=watch,
             time=self.time,
         )
+
+
+def _clipped_units(outcome: Outcome) -> tuple[int, int, tuple[str, int] | None]:
+    """Returns the fields of the record of a step decided on the host."""
+    summaries = outcome.verdict.clipped_units
+    if not summaries:
+        return 0, 0, None
+    numbers = [x for summary in summaries for x in summary.values.tolist()]
+    return _named(ClippedUnits.of(summaries, numbers), outcome.stats.name)
+
+
+def _named(
+    clipped: ClippedUnits, name_of: Callable[[int], str]
+) -> tuple[int, int, tuple[str, int] | None]:
+    most = (name_of(clipped.position), clipped.unit) if clipped.n_clipped else None
+    return clipped.n_clipped, clipped.n_units, most
 
 
 def send_watched(outcome: Outcome) -> tuple[Watched, Tensor] | None:
@@ -130,6 +152,7 @@ class Pending:
     tag: Any
     is_joint: bool
     limit: float | None
+    summaries: Sequence[UnitSummary]
     watched: tuple[Watched, Tensor] | None
     time: float
 
@@ -147,6 +170,7 @@ class Pending:
             outcome.tag,
             outcome.is_joint,
             None if outcome.limit_is_on_device else float(outcome.limit),
+            outcome.verdict.clipped_units,
             watched,
             outcome.time,
         )
@@ -154,7 +178,9 @@ class Pending:
     def record(self) -> StepRecord:
         """Returns the record. The row must have arrived."""
         # The names of other ranks' losses may only be known now.
-        row = unpack(self.arrival.row, self.loss_names, self.is_joint, self.limit is None)
+        row = unpack(
+            self.arrival.row, self.loss_names, self.is_joint, self.limit is None, self.summaries
+        )
         culprits = [(self.name_of(i), n, p, m) for i, n, p, m in row.culprits]
         settled = Settled(
             self.key,
@@ -166,6 +192,7 @@ class Pending:
             row.n_culprits,
             row.ranks,
             row.limit if self.limit is None else self.limit,
+            _named(row.clipped_units, self.name_of),
             self.watched,
             self.time,
         )

@@ -12,9 +12,12 @@ parameter is a single unit. `timm.utils.agc` uses the same units. Source: Brock 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import accumulate
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -66,6 +69,57 @@ class AGC:
         object.__setattr__(self, "exclude", tuple(self.exclude))
 
 
+class UnitSummary(NamedTuple):
+    """What was clipped in one bucket of tensors.
+
+    Attributes:
+        values: float64 `(4,)`, see `reference_units.summary_of`.
+        positions: Position of each tensor of the bucket among all parameters.
+        counts: Number of units of each tensor.
+    """
+
+    values: Tensor
+    positions: Sequence[int]
+    counts: Sequence[int]
+
+
+class ClippedUnits(NamedTuple):
+    """What was clipped in a step, as numbers.
+
+    Attributes:
+        n_clipped, n_units: Numbers of clipped units, and of units with a limit.
+        position, unit: The unit with the smallest coefficient, and the position of its parameter
+            among all parameters; -1 if nothing was clipped.
+    """
+
+    n_clipped: int = 0
+    n_units: int = 0
+    position: int = -1
+    unit: int = -1
+
+    @staticmethod
+    def of(summaries: Sequence[UnitSummary], numbers: Sequence[float]) -> ClippedUnits:
+        """Returns the numbers of a step that was not skipped.
+
+        Args:
+            summaries: The summary of each bucket.
+            numbers: Their values, concatenated.
+        """
+        n_units = sum(sum(summary.counts) for summary in summaries)
+        n_clipped = sum(map(int, numbers[1::4]))
+        if not n_clipped:
+            return ClippedUnits(0, n_units)
+        smallest = numbers[0::4]
+        least = next((i for i, x in enumerate(smallest) if math.isnan(x)), None)
+        if least is None:
+            least = smallest.index(min(smallest))
+        summary, (first, index) = summaries[least], map(int, numbers[4 * least + 2 : 4 * least + 4])
+        starts = list(accumulate(summary.counts, initial=0))
+        index += starts[first]
+        tensor = bisect_right(starts, index) - 1
+        return ClippedUnits(n_clipped, n_units, summary.positions[tensor], index - starts[tensor])
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class UnitLimits:
     """The limits of `AGC` for an update that clips the units of the gradients as it reads them.
@@ -76,15 +130,14 @@ class UnitLimits:
             groups.
         propagates: See `reference_units.unit_coefs`.
         inv_scale: float64 `()`: the factor that unscales the gradients; None: 1.
-        smallest: float64 `()` tensors, appended by the optimizer: the smallest coefficient in each
-            of its updates.
+        clipped: What was clipped in each update, appended by the optimizer.
     """
 
     numbers: Tensor
     limited: Sequence[bool]
     propagates: bool = False
     inv_scale: Tensor | None = None
-    smallest: list[Tensor] = field(default_factory=list)
+    clipped: list[UnitSummary] = field(default_factory=list)
 
 
 def limited_positions(

@@ -123,7 +123,7 @@ class Stages(Protocol):
         inv_scale: Tensor | None = None,
         skips: Tensor | None = None,
     ) -> Tensor:
-        """Clips the units of one bucket in place; returns what was clipped, float64 `(3,)`."""
+        """Clips the units of one bucket in place; returns what was clipped, float64 `(4,)`."""
         ...
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastguard.gradients.tensor_kinds import PLAIN, lasting
-from fastguard.stages.agc import AGC, UnitLimits
+from fastguard.stages.agc import AGC, UnitLimits, UnitSummary
 from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.limit_rules import AdaptiveLimit, Numbers
 from fastguard.stages.reason import Reason
@@ -265,6 +265,7 @@ class Verdict:
         changes: float32 `()`: 0 if no gradient has to be changed; None: not known.
         units: The limits of units, if the update applies them; their coefficients are not part of
             `clip_coef` before the step has ended. None: nothing is left to the update.
+        clipped_units: What the limits of units have clipped, per bucket; empty without `AGC`.
 
     Example:
         >>> import torch, fastguard
@@ -289,6 +290,9 @@ class Verdict:
     thresholds: Tensor
     changes: Tensor | None = field(default=None, kw_only=True, compare=False)
     units: UnitLimits | None = field(default=None, kw_only=True, compare=False, repr=False)
+    clipped_units: tuple[UnitSummary, ...] = field(
+        default=(), kw_only=True, compare=False, repr=False
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,17 +40,19 @@ def clip_units(
 
 
 def summary_of(coefs: Tensor) -> Tensor:
-    """Returns the smallest coefficient, the number of clipped units, and the most clipped unit.
+    """Returns what was clipped in one bucket.
 
     Args:
         coefs: float64 `(U,)`, with U > 0: the coefficient of each unit.
 
     Returns:
-        float64 `(3,)`: a coefficient, which is NaN if any is; the number of coefficients other than
-        1; the index of the smallest one.
+        float64 `(4,)`: the smallest coefficient, NaN if any is; the number of clipped units; a
+        tensor, and the index of the unit with the smallest coefficient, counted from the first unit
+        of this tensor on. Here, this is the first tensor.
     """
     smallest, at = coefs.min(0)
-    return torch.stack([smallest, (coefs != 1.0).sum().double(), at.double()])
+    n_clipped, first = (coefs != 1.0).sum().double(), torch.zeros_like(smallest)
+    return torch.stack([smallest, n_clipped, first, at.double()])
 
 
 def unit_coefs(

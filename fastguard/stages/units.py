@@ -20,6 +20,7 @@ from fastguard.gradients.tensor_kinds import UNSUPPORTED_ERRORS, refuse_wrapped
 from fastguard.gradients.transfer import moved
 from fastguard.gradients.unit_buckets import UnitBucket
 from fastguard.stages import backend
+from fastguard.stages.agc import UnitSummary
 from fastguard.stages.contract import HostVerdict, Verdict
 
 
@@ -31,7 +32,7 @@ def clip_units(
     propagates: bool,
     inv_scale: Tensor | None = None,
     verdict: Verdict | None = None,
-) -> Tensor | None:
+) -> list[UnitSummary]:
     """Scales the units whose norms exceed their limits, in place, without a sync.
 
     Args:
@@ -41,12 +42,12 @@ def clip_units(
             of a guarded step.
 
     Returns:
-        float64 `()`: the smallest coefficient, on the device of the first bucket; None if there
-        are no units, or if the host knows that the step is skipped.
+        What was clipped, per bucket; nothing if the host knows that the step is skipped. Positions
+        are those in the lists that the buckets were made from.
     """
     if isinstance(verdict, HostVerdict) and verdict.known.skipped:
-        return None
-    smallest: list[Tensor] = []
+        return []
+    clipped: list[UnitSummary] = []
     for part in units:
         if not part.starts[-1]:
             continue
@@ -56,35 +57,31 @@ def clip_units(
         if verdict is not None and not isinstance(verdict, HostVerdict):
             skips = moved(verdict.found_inf, part.device) != 0
         try:
-            summary = stages.clip_units(part, limits, norm_type, propagates, scale, skips)
+            values = stages.clip_units(part, limits, norm_type, propagates, scale, skips)
         except UNSUPPORTED_ERRORS as error:
             refuse_wrapped(part.bucket.grads, error)
             raise
         part.bucket.write_back()
-        smallest.append(summary[0])
-    return smallest_of(smallest)
+        clipped.append(UnitSummary(values, part.bucket.tensor_ids, part.counts))
+    return clipped
 
 
-def smallest_of(coefs: Sequence[Tensor]) -> Tensor | None:
-    """Returns the smallest of some float64 `()` coefficients, on the device of the first one."""
-    if len(coefs) < 2:
-        return coefs[0] if coefs else None
-    return torch.stack([moved(coef, coefs[0].device) for coef in coefs]).amin()
-
-
-def with_units(verdict: Verdict, smallest: Tensor | None) -> Verdict:
-    """Returns the verdict with `clip_coef` multiplied by the smallest unit coefficient."""
-    if smallest is None:
+def with_units(verdict: Verdict, clipped: Sequence[UnitSummary]) -> Verdict:
+    """Returns the verdict with what was clipped, and with `clip_coef` that includes it."""
+    if not clipped:
         return verdict
-    coef = verdict.clip_coef * moved(smallest, verdict.clip_coef.device)
+    device = verdict.clip_coef.device
+    least = [moved(summary.values, device)[0] for summary in clipped]
+    smallest = least[0] if len(least) == 1 else torch.stack(least).amin()  # NaN if any is NaN
+    coef = verdict.clip_coef * smallest
     if isinstance(verdict, HostVerdict):
         known = verdict.known._replace(clip_coef=coef.amin().item())
-        return replace(verdict, clip_coef=coef, known=known)
-    return replace(verdict, clip_coef=coef)
+        return replace(verdict, clip_coef=coef, known=known, clipped_units=tuple(clipped))
+    return replace(verdict, clip_coef=coef, clipped_units=tuple(clipped))
 
 
 def concluded(verdict: Verdict) -> Verdict:
-    """Returns the verdict on a finished step, with the coefficients that the update computed."""
+    """Returns the verdict on a finished step, with what the update clipped."""
     if verdict.units is None:
         return verdict
-    return with_units(replace(verdict, units=None), smallest_of(verdict.units.smallest))
+    return with_units(replace(verdict, units=None), verdict.units.clipped)

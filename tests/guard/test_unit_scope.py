@@ -60,6 +60,71 @@ def test_the_record_holds_the_smallest_coefficient():
     ]
 
 
+def seen_layers(inner):
+    """Two layers, of which one unit of the second is clipped most, and their guard."""
+    first = torch.nn.Parameter(torch.ones(3, 4))
+    bias = torch.nn.Parameter(torch.ones(3))
+    second = torch.nn.Parameter(torch.ones(5, 2, dtype=torch.float64))
+    left_out = torch.nn.Parameter(torch.ones(2, 2))
+    named = {"first": first, "left_out": left_out, "bias": bias, "second": second}
+    for p in named.values():
+        p.grad = torch.full_like(p, 1e-3)
+    first.grad[1] = 1.0
+    second.grad[3] = 50.0
+    left_out.grad.fill_(1e9)
+    opt = guarded(
+        list(named.values()),
+        AGC(exclude=["left_out"]),
+        inner(list(named.values())),
+        named_parameters=named.items(),
+    )
+    return named, opt
+
+
+INNER = {
+    "in place": lambda ps: torch.optim.SGD(ps, lr=1e-3),
+    "in the update": lambda ps: fused.SGD(ps, lr=1e-3),
+}
+
+
+@pytest.mark.parametrize("inner", INNER.values(), ids=INNER)
+def test_the_record_says_how_many_units_were_clipped_and_which_most(inner):
+    named, opt = seen_layers(inner)
+    opt.step()
+    for p in named.values():
+        p.grad = torch.full_like(p, 1e-3)
+    opt.step()
+    named["second"].grad[0, 0] = NAN
+    opt.step()
+    clipped, applied, skipped = opt.records()
+    assert (clipped.clipped_units, clipped.limited_units) == (2, 9)
+    assert clipped.most_clipped_unit == ("second", 3)
+    assert clipped.clip_coef == pytest.approx(0.01 / 50)
+    assert (applied.clipped_units, applied.limited_units) == (0, 9)
+    assert (skipped.clipped_units, skipped.limited_units) == (0, 0)
+    assert applied.most_clipped_unit is skipped.most_clipped_unit is None
+
+
+@pytest.mark.parametrize("inner", INNER.values(), ids=INNER)
+def test_a_nan_unit_is_the_most_clipped_one(inner):
+    named, opt = seen_layers(inner)
+    opt.nonfinite = "propagate"
+    named["first"].grad[2, 1] = NAN
+    opt.step()
+    (record,) = opt.records()
+    assert record.clipped_units == 3 and record.most_clipped_unit == ("first", 2)
+    assert math.isnan(record.clip_coef)
+
+
+def test_other_limits_have_no_units_in_their_records():
+    p = torch.nn.Parameter(torch.ones(2))
+    p.grad = torch.ones(2)
+    opt = sgd([p], max_norm=1.0)
+    opt.step()
+    (record,) = opt.records()
+    assert (record.clipped_units, record.limited_units, record.most_clipped_unit) == (0, 0, None)
+
+
 @pytest.mark.parametrize("kind", ["fused", "plain", "flat buckets", "flat parameters"])
 def test_a_skipped_step_changes_nothing(kind):
     ps = [p for p in parameters() if p.numel()]

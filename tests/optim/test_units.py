@@ -12,7 +12,15 @@ import torch
 
 from fastguard.optim import cpu, reference
 from fastguard.optim.contract import Update
-from guardtest.updates import STORED, copied, random_update, same_bits, with_unit_limits, written
+from guardtest.updates import (
+    STORED,
+    clipped_units,
+    copied,
+    random_update,
+    same_bits,
+    with_unit_limits,
+    written,
+)
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 CASES: dict[str, dict[str, Any]] = STORED | {
@@ -38,9 +46,13 @@ def unit_update(kind: str, case: str, **options: Any) -> Update:
     return with_unit_limits(update, -2, **options)
 
 
+def coefs_of(update: Update) -> dict[int, torch.Tensor]:
+    return {i: reference.unit_coefs(update, i) for i, n in enumerate(update.unit_counts) if n}
+
+
 def clipped_before(update: Update) -> tuple[Update, float]:
     """Returns the same update of gradients clipped in float64, and the smallest coefficient."""
-    coefs = {i: reference.unit_coefs(update, i) for i, n in enumerate(update.unit_counts) if n}
+    coefs = coefs_of(update)
     grads = [g.clone() for g in update.grads]
     for i, own in coefs.items():
         g = grads[i].double()
@@ -68,7 +80,9 @@ def test_it_equals_an_update_of_clipped_gradients(backend, kind, case):
     update = unit_update(kind, case)
     expected, least = clipped_before(copied(update))
     grads = [g.clone() for g in update.grads]
-    smallest = backend.update(update)
+    n_clipped = sum(int((c != 1.0).sum()) for c in coefs_of(update).values())
+    smallest, *others = backend.update(update)
+    assert others[0] == n_clipped > 0
     reference.update(expected)
     assert_close(update, expected)
     assert all(map(same_bits, update.grads, grads))
@@ -86,7 +100,8 @@ def test_the_cpu_follows_the_reference(kind, case):
     expected = copied(update)
     ours, theirs = cpu.update(update), reference.update(expected)
     assert_close(update, expected)
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-6, atol=0)
+    assert clipped_units(update, ours) == clipped_units(update, theirs)
 
 
 @pytest.mark.parametrize("case", ["fp32", "remainder", "stochastic", "strided"])
@@ -107,8 +122,8 @@ def test_the_size_of_pieces_does_not_change_the_result(case, monkeypatch):
 def test_a_skip_writes_nothing(backend, found_inf):
     update = replace(unit_update("adamw", "fp32"), found_inf=torch.tensor(found_inf))
     before = written(copied(update))
-    smallest = backend.update(update)
-    assert smallest is None or smallest.item() == 1.0
+    summary = backend.update(update)
+    assert summary is None or summary.tolist() == [1.0, 0.0, 0.0, 0.0]
     assert all(same_bits(t, before[name]) for name, t in written(update).items())
 
 
@@ -118,7 +133,7 @@ def test_a_nonfinite_element_affects_only_its_unit(backend, propagates):
     update = unit_update("sgd", "fp32", propagates=propagates)
     update.grads[1][3, 5] = math.nan
     other = unit_update("sgd", "fp32")
-    smallest = backend.update(update)
+    smallest = backend.update(update)[0]
     backend.update(other)
     p, q = update.parameters[1], other.parameters[1]
     same = torch.arange(33) != 3
@@ -157,7 +172,7 @@ def test_limits_apply_to_unscaled_gradients(backend):
 def test_nothing_above_its_limit_changes_nothing(backend):
     update = unit_update("adamw", "fp32", clip_factor=1e9)
     other = replace(copied(update), units=None, unit_counts=())
-    assert backend.update(update).item() == 1.0
+    assert backend.update(update).tolist() == [1.0, 0.0, 0.0, 0.0]
     backend.update(other)
     theirs = written(other)
     assert all(same_bits(t, theirs[name]) for name, t in written(update).items())

@@ -97,6 +97,23 @@ def test_lines_that_are_not_records_are_counted_and_skipped(line, place, tmp_pat
     assert damaged(path) == 1
 
 
+def test_the_most_clipped_unit_is_read_as_it_was_written(tmp_path):
+    given = [
+        record(1, clipped_units=2, limited_units=9, most_clipped_unit=("head.weight", 3)),
+        record(2, limited_units=9),
+    ]
+    with JsonLinesSink(tmp_path / "run.jsonl") as sink:
+        for each in given:
+            sink(each)
+    assert list(rf.read_records(tmp_path / "run.jsonl")) == given
+
+
+@pytest.mark.parametrize("unit", ["head", ["head"], ["head", -1], ["head", 0.5], 3])
+def test_an_invalid_unit_is_no_record(unit):
+    with pytest.raises(ValueError):
+        rf.parse_record(line_of(1, most_clipped_unit=unit))
+
+
 def test_two_damaged_lines_never_make_a_record(tmp_path):
     path = tmp_path / "run.jsonl"
     halves = b'{"step": 1, "tag": "a\nb"}', b'{"step": 2, "culprits": [1', line_of(3), b"]}"

@@ -12,6 +12,7 @@ from fastguard import GuardedOptimizer, SpikeRule, StepRecord, Threshold
 from fastguard.records.device_row import ROWS, Outcome
 from fastguard.records.recorder import KEPT, Recorder
 from fastguard.records.unfinished import Settled
+from fastguard.stages.agc import UnitSummary
 from fastguard.stages.contract import GuardState, Policy, Signals
 from fastguard.stages.decide import decide
 from fastguard.stages.grad_stats import GradStats
@@ -280,6 +281,35 @@ def test_a_record_sent_through_the_ring_equals_that_of_a_cpu(n_tensors, mode, ba
     for outcome in outcomes(counts, mode, lr=lr, tag="tag"):
         recorder.send(outcome)
         assert repr(recorder.wait()) == repr(Settled.of(outcome).record())
+
+
+def test_what_units_were_clipped_goes_through_the_ring():
+    """Two buckets; the kernels name a unit by its tensor, other backends count from the first."""
+    f64 = torch.float64
+    summaries = (
+        UnitSummary(torch.tensor([0.5, 3.0, 0.0, 4.0], dtype=f64), [0, 3], [3, 4]),
+        UnitSummary(torch.tensor([0.25, 1.0, 2.0, 1.0], dtype=f64), [1, 2, 4], [2, 1, 7]),
+    )
+    recorder = Recorder()
+    for n, skipped, expected in (
+        (1, False, (3, 7, ("w3", 1))),
+        (2, False, (4, 17, ("w4", 1))),
+        (2, True, (0, 0, None)),
+    ):
+        (outcome,) = outcomes(torch.zeros(3, 5, dtype=torch.int64), steps=1)
+        verdict = dataclasses.replace(
+            outcome.verdict,
+            found_inf=torch.tensor(float(skipped)),
+            known=outcome.verdict.known._replace(skipped=skipped),
+            clipped_units=summaries[:n],
+        )
+        limit = torch.tensor(7.0, dtype=f64)
+        outcome = dataclasses.replace(outcome, limit=limit, verdict=verdict)
+        recorder.send(outcome)
+        record = recorder.wait()
+        assert repr(record) == repr(Settled.of(outcome).record())
+        found = record.clipped_units, record.limited_units, record.most_clipped_unit
+        assert found == expected and record.limit == 7.0
 
 
 def test_the_ring_wraps_without_losing_a_record():

@@ -33,14 +33,15 @@ _MAX_TAG_LENGTH = 1000
 
 
 class Series(NamedTuple):
-    """Identifies one series. `kind` is `"norm"`, `"limit"`, `"coef"`, `"lr"`, `"time"`, `"loss"` or
-    `"threshold"`; only the last two have a `name`. All but `"time"` are drawn."""
+    """Identifies one series. `kind` is `"norm"`, `"limit"`, `"coef"`, `"units"`, `"lr"`, `"time"`,
+    `"loss"` or `"threshold"`; only the last two have a `name`. All but `"time"` are drawn."""
 
     kind: str
     name: str = ""
 
 
 NORM, COEF, LR, LIMIT = Series("norm"), Series("coef"), Series("lr"), Series("limit")
+UNITS = Series("units")  # the share of clipped units, if any have a limit
 TIME = Series("time")
 _FIELDS = {NORM: "total_norm", COEF: "clip_coef", LR: "lr", LIMIT: "limit", TIME: "time"}
 _MAPPINGS = {"loss": "losses", "threshold": "thresholds"}
@@ -152,6 +153,12 @@ class ColumnReader:
         for i in suspects:
             if any(records[i].get(key) for key in ("nan", "posinf", "neginf")):
                 values[NORM][i] = math.nan  # the norm of the finite elements would show as a dip
+        if any(limited := [record.get("limited_units") or 0 for record in records]):
+            clipped = _floats([record.get("clipped_units") for record in records])
+            limited = _floats(limited)
+            values[UNITS] = np.divide(
+                clipped, limited, out=np.full(len(clipped), math.nan), where=limited > 0
+            )
         names: dict[str, list[str]] = {}
         for kind, key in _MAPPINGS.items():
             mappings = [record.get(key) or {} for record in records]

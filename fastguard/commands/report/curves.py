@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import plotly.graph_objects as go
 
-from fastguard.commands.report.columns import COEF, LIMIT, LR, NORM, Series
+from fastguard.commands.report.columns import COEF, LIMIT, LR, NORM, UNITS, Series
 from fastguard.commands.report.style import ACTIONS, COLORS, Row, label
 from fastguard.commands.report.summary import Summary
 
@@ -65,7 +65,14 @@ def _plots(summary: Summary) -> list[_Plot]:
     rows = [
         _Plot("Loss", 1.3 * _HEIGHT, tuple(loss_lines)),
         _Plot("Gradient norm", 1.3 * _HEIGHT, tuple(norm_lines)),
-        _Plot("Clip coefficient", 0.7 * _HEIGHT, (_Line(COEF, "clip coefficient", COLORS[2]),)),
+        _Plot(
+            "Clip coefficient",
+            0.7 * _HEIGHT,
+            (
+                _Line(COEF, "clip coefficient", COLORS[2]),
+                _Line(UNITS, "share of clipped units", COLORS[4]),
+            ),
+        ),
         _Plot("Learning rate", 0.7 * _HEIGHT, (_Line(LR, "learning rate", COLORS[3]),)),
     ]
     return [row for row in rows if any(line.series in found for line in row.lines)]

@@ -39,7 +39,6 @@ LARGEST_PART = 2**24  # bytes of gradients in a part; larger tensors are divided
 SMALLEST_LIMIT = 1e-15  # below, small norms are computed again
 SMALLEST_NORM = 1e-14  # smaller norms may have lost elements to underflow
 MANY = 8  # up to this number of units, the whole tensor is scaled
-_NONE = 1.0, 0, 0  # smallest coefficient, clipped units and index of the smallest coefficient
 MAX_INDEXED = 0.25  # up to this fraction of units is scaled by indexing; above, the whole tensor
 
 
@@ -131,10 +130,10 @@ def clip_units(
 ) -> Tensor:
     """Clips the units of one bucket: see `fastguard.stages.reference_units.clip_units`."""
     if skips is not None and skips.item():
-        return torch.tensor(_NONE, dtype=torch.float64, device="cpu")
+        return torch.tensor([1, 0, 0, 0], dtype=torch.float64, device="cpu")
     scale = 1.0 if inv_scale is None else inv_scale.item()
     rule = _Rule(*limits.tolist(), norm_type, propagates, scale)
-    smallest, n_clipped, at = _NONE
+    smallest, n_clipped, at = 1.0, 0, 0
     with np.errstate(all="ignore"):  # rows with an overflow or NaN are computed again
         for part in _parts(units.bucket.grads, units.weights, units.counts):
             coefs, least = rule.coefs(part)
@@ -143,7 +142,7 @@ def clip_units(
             n_clipped += _scale(part, coefs, least)
             if not (least >= smallest or math.isnan(smallest)):  # True for a first NaN
                 smallest, at = least, part.place(int(coefs.argmin()))  # that of a NaN, if any
-    return torch.tensor([smallest, n_clipped, at], dtype=torch.float64, device="cpu")
+    return torch.tensor([smallest, n_clipped, 0, at], dtype=torch.float64, device="cpu")
 
 
 def coefs_of(

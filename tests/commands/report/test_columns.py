@@ -13,6 +13,7 @@ from fastguard.commands.report.columns import (
     MAX_NAMES,
     NORM,
     TIME,
+    UNITS,
     ColumnReader,
     Series,
 )
@@ -50,6 +51,19 @@ def test_fields_become_columns():
     )
     assert columns.actions == {"applied": 1, "clipped": 1}
     assert (columns.bad, columns.rejected) == ([], 0)
+
+
+def test_the_share_of_clipped_units_is_a_column_if_there_are_any():
+    columns = read(
+        as_read(1, clipped_units=3, limited_units=12),
+        as_read(2, action="skipped"),
+        as_read(3, limited_units=12),
+        {"step": 4},
+    )
+    np.testing.assert_equal(columns.values[UNITS], [0.25, NAN, 0.0, NAN])
+    assert UNITS not in read(as_read()).values
+    rejected = read(as_read(), {**as_read(2), "limited_units": 3, "clipped_units": "x"})
+    assert rejected.step.tolist() == [1] and rejected.rejected == 1
 
 
 def test_a_record_with_only_a_step_is_valid():

@@ -188,6 +188,14 @@ def test_the_limit_is_drawn_with_the_norm():
     assert {step: drawn[step] for step in range(3, 9)} == {step: 3.0 + step for step in range(3, 9)}
 
 
+def test_the_share_of_clipped_units_is_drawn_with_the_coefficient():
+    records = [record(step, clipped_units=step, limited_units=10) for step in range(1, 9)]
+    figure = draw(summarize([Block(records, 0, 0)]))
+    (share,), (coef,) = traces(figure, "share of clipped units"), traces(figure, "clip coefficient")
+    assert share.y.tolist() == pytest.approx([step / 10 for step in range(1, 9)])
+    assert share.yaxis == coef.yaxis
+
+
 def test_a_run_without_a_limit_has_no_line_for_it(figure):
     assert all(not np.isfinite(trace.y).any() for trace in traces(figure, "limit"))
 

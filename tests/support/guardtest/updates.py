@@ -13,7 +13,7 @@ from torch import Tensor
 from fastguard.gradients.unit_buckets import n_units
 from fastguard.optim import bits
 from fastguard.optim.contract import HYPER, STATES, Update
-from fastguard.stages.agc import UnitLimits
+from fastguard.stages.agc import ClippedUnits, UnitLimits, UnitSummary
 
 SHAPES = [(7,), (33, 65), (), (0,), (2, 3, 4, 5), (40_001,), (300_007,)]
 # Settings of `random_update` that every backend is tested with.
@@ -136,6 +136,12 @@ def _other_strides(t: Tensor) -> Tensor:
         wide[..., 0] = t
         return wide[..., 0]
     return t.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def clipped_units(update: Update, values: Tensor) -> ClippedUnits:
+    """What an update clipped, from the result of a backend."""
+    positions = range(len(update.parameters))
+    return ClippedUnits.of([UnitSummary(values, positions, update.unit_counts)], values.tolist())
 
 
 def with_unit_limits(
