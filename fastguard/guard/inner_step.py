@@ -217,9 +217,16 @@ class InnerStep:
         if call.closure is None or call.place is None:
             self._step(call, call.args, call.kwargs)
             return
+        evaluated = False
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal evaluated
+            evaluated = True
+            return known(*args, **kwargs)
+
         known = self._known(call.result)
         try:
-            self._step(call, *call.with_closure(known))
+            self._step(call, *call.with_closure(noted))
         except _EvaluatedElsewhere:
             if self._before is None:
                 raise TypeError(
@@ -228,7 +235,9 @@ class InnerStep:
                 ) from None
             self._before.restore()
             raise ClosureNeeded from None
-        self._evaluates_first, self._before = True, None
+        # Some need their closure only in some steps, so a step without it tells nothing.
+        self._evaluates_first |= evaluated
+        self._before = None
 
     def _step(self, call: StepCall, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         optimizer = self.optimizer

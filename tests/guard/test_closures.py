@@ -284,6 +284,40 @@ def test_an_optimizer_that_changes_weights_before_a_later_evaluation_is_refused(
     assert opt.steps_taken == opt.applied_steps == len(opt.records()) == 1
 
 
+class EveryThird(torch.optim.SGD):
+    """Evaluates its closure only in every third step, as LookSAM does between its ascents."""
+
+    n_steps = 0
+
+    def step(self, closure=None):
+        self.n_steps += 1
+        if self.n_steps % 3 == 0:
+            self.zero_grad()
+            closure()
+        super().step()
+
+
+def test_an_optimizer_that_needs_its_closure_only_in_some_steps():
+    closures = [Evaluations("moody"), Evaluations("moody")]
+    for closure in closures:
+        closure.inner = EveryThird(closure.parameters, lr=0.1, momentum=0.9)
+    guarded, alone = closures
+    opt = GuardedOptimizer(guarded.inner)
+    for i in range(8):
+        for closure in closures:
+            closure()
+        opt.step(guarded)
+        alone.inner.step(alone)
+        assert (type(opt._stepper) is WholeStep) == (i >= 2)
+        assert_same_bits(everything(guarded.inner), everything(alone.inner))
+    guarded.bad = True
+    before = everything(guarded.inner)
+    guarded()
+    opt.step(guarded)
+    assert_same_bits(everything(guarded.inner), before)
+    assert (opt.applied_steps, opt.skipped_steps) == (8, 1)
+
+
 def test_a_state_that_cannot_be_copied_does_not_prevent_a_closure():
     class Holds(torch.optim.SGD):
         def step(self, closure=None):
