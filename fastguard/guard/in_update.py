@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from fastguard.gradients.buckets import GradBuckets
 from fastguard.guard.inner_step import StepCall
+from fastguard.guard.param_gradients import Gradients
 from fastguard.guard.read_first import ReadFirst, skips_step
 from fastguard.guard.step_hooks import has_step_hooks, run_global_hooks
 from fastguard.optim.optimizer import FusedOptimizer
@@ -20,13 +21,18 @@ class InUpdate(ReadFirst):
     """Passes the verdict to an optimizer of `fastguard.optim`.
 
     If the optimizer has step hooks, which must run only when it steps, the verdict is read first.
+
+    Args:
+        optimizer: The wrapped optimizer.
+        gradients: Its gradients.
     """
 
     optimizer: FusedOptimizer
     skips = "in the update"
 
-    def __init__(self, optimizer: FusedOptimizer) -> None:
+    def __init__(self, optimizer: FusedOptimizer, gradients: Gradients) -> None:
         super().__init__(optimizer)
+        self._gradients = gradients
 
     @property
     def reads_first(self) -> bool:
@@ -42,20 +48,14 @@ class InUpdate(ReadFirst):
         if self.reads_first and skips_step(verdict):
             run_global_hooks(self.optimizer)
             return
-        with self.optimizer.obeying(_orders(buckets, verdict)):
+        with self.optimizer.obeying(self._orders(verdict)):
             self._inner(call)
+
+    def _orders(self, verdict: Verdict) -> Orders:
+        # Not the segments of the buckets: flat ones leave out parameters without a slot.
+        segments = self._gradients.layout.segments if verdict.multiplier.numel() > 1 else None
+        return Orders(verdict.multiplier, verdict.found_inf, verdict.clean, segments, verdict.units)
 
     def _on_host(self) -> bool:
         groups = self.optimizer.param_groups
         return all(p.device.type == "cpu" for group in groups for p in group["params"][:1])
-
-
-def _orders(buckets: GradBuckets, verdict: Verdict) -> Orders:
-    n = verdict.multiplier.numel()
-    segments = None
-    if n > 1:
-        segments = [0] * buckets.n_tensors
-        for bucket in buckets.buckets:
-            for tensor, segment in zip(bucket.tensor_ids, bucket.segment_ids, strict=True):
-                segments[tensor] = segment % n
-    return Orders(verdict.multiplier, verdict.found_inf, verdict.clean, segments, verdict.units)

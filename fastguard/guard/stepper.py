@@ -96,16 +96,21 @@ class Stepper(Protocol):
 def requested_stepper(
     optimizer: Optimizer, gradients: Gradients, flat_parameters: bool, compile_step: bool
 ) -> Stepper:
-    """Returns the stepper that the arguments of the guard request, or else `stepper_for`."""
+    """Returns the stepper that the class of the optimizer or the arguments of the guard require.
+
+    If they require none, `stepper_for`, which may return another one when settings change.
+    """
     if flat_parameters:
         return FlatStep(optimizer, gradients)
-    return CompiledStep(optimizer, gradients) if compile_step else stepper_for(optimizer)
+    if compile_step:
+        return CompiledStep(optimizer, gradients)
+    if isinstance(optimizer, FusedOptimizer):
+        return InUpdate(optimizer, gradients)
+    return stepper_for(optimizer)
 
 
 def stepper_for(optimizer: Optimizer) -> Stepper:
     """Returns the stepper for an optimizer; `OnDevice` only if every param group is fused."""
     if WholeStep.serves(optimizer):
         return WholeStep(optimizer)
-    if isinstance(optimizer, FusedOptimizer):
-        return InUpdate(optimizer)
     return OnDevice(optimizer) if reads_found_inf(optimizer) else ReadFirst(optimizer)

@@ -15,7 +15,6 @@ import fastguard.optim as fused
 import fastguard.optim.bits
 from fastguard import CheckpointStore, GuardedOptimizer, NonFiniteGradError, Rollback, SpikeRule
 from fastguard.guard.in_update import InUpdate
-from fastguard.guard.stepper import stepper_for
 from guardtest.updates import same_bits
 
 KINDS: list[tuple[Any, dict[str, Any]]] = [
@@ -45,10 +44,34 @@ def grads_of(parameters: list[Tensor]) -> list[Tensor]:
 
 @pytest.mark.parametrize(("kind", "settings"), KINDS)
 def test_it_uses_its_own_stepper(kind, settings):
-    stepper = stepper_for(kind(parameters_of(), **settings))
+    stepper = GuardedOptimizer(kind(parameters_of(), **settings))._stepper
     assert type(stepper) is InUpdate
     assert stepper.reads_first  # on a CPU that costs nothing
     assert stepper.skips == "in the update"  # shown by `describe` on a GPU
+
+
+@pytest.mark.parametrize("scope", ["group", "tensor"])
+@pytest.mark.parametrize(("kind", "settings"), KINDS)
+def test_flat_buckets_change_no_limit_if_a_parameter_is_frozen(kind, settings, scope):
+    results = []
+    for flat in (False, True):
+        frozen, *parameters = ours = parameters_of()
+        frozen.requires_grad_(False)
+        frozen.grad = None
+        own = {"max_norm": 1e-3} if scope == "group" else {}
+        groups = [{"params": ours[:2], **own}, {"params": ours[2:]}]
+        inner = kind(groups, **settings)
+        opt = GuardedOptimizer(inner, max_norm=0.5, clip_scope=scope, flat_buckets=flat)
+        for _ in range(3):
+            for i, p in enumerate(parameters):
+                p.grad = torch.full_like(p, 10.0**i)
+            opt.step()
+        parameters[0].requires_grad_(False)  # also if one is frozen later
+        parameters[0].grad = None
+        opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+        opt.step()
+        results.append([p.detach().clone() for p in ours])
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("scope", ["global", "group", "tensor"])
