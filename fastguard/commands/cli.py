@@ -30,8 +30,8 @@ class Command:
     Attributes:
         name: What the user types.
         help: One line for `fastguard --help`; the module's docstring is the command's own help.
-        module: Module that defines `add_arguments(parser)` and `run(args) -> exit status`. It is
-            imported only when the command is used.
+        module: Module of `fastguard.commands` that defines `add_arguments(parser)` and `run(args)
+            -> exit status`. It is imported only when the command is used.
     """
 
     name: str
@@ -40,35 +40,19 @@ class Command:
 
     def load(self) -> ModuleType:
         """Imports the module of the command."""
-        return importlib.import_module(self.module)
+        return importlib.import_module(f"fastguard.commands.{self.module}")
 
 
 COMMANDS = (
-    Command(
-        "demo",
-        "train a small GPT through faults: bare, clipped, guarded",
-        "fastguard.commands.demo.command",
-    ),
-    Command(
-        "ckpt",
-        "verify checkpoints and roll back",
-        "fastguard.commands.ckpt.command",
-    ),
-    Command(
-        "diagnose",
-        "check a model, its data and its optimizer",
-        "fastguard.commands.diagnose.command",
-    ),
-    Command("monitor", "show a run's records, live or once", "fastguard.commands.monitor.command"),
-    Command("scan", "find NaN and Inf in text logs", "fastguard.commands.scan.command"),
-    Command("report", "summarize a run in one HTML page", "fastguard.commands.report.command"),
-    Command("env", "show versions, devices and backends", "fastguard.commands.environment"),
-    Command(
-        "selftest",
-        "compare this machine's kernels with the reference",
-        "fastguard.commands.selftest",
-    ),
-    Command("bench", "measure the cost of guarding a step", "fastguard.commands.bench.command"),
+    Command("demo", "train a small GPT through faults: bare, clipped, guarded", "demo.command"),
+    Command("ckpt", "verify checkpoints and roll back", "ckpt.command"),
+    Command("diagnose", "check a model, its data and its optimizer", "diagnose.command"),
+    Command("monitor", "show a run's records, live or once", "monitor.command"),
+    Command("scan", "find NaN and Inf in text logs", "scan.command"),
+    Command("report", "summarize a run in one HTML page", "report.command"),
+    Command("env", "show versions, devices and backends", "environment"),
+    Command("selftest", "compare this machine's kernels with the reference", "selftest"),
+    Command("bench", "measure the cost of guarding a step", "bench.command"),
 )
 
 

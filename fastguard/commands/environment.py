@@ -6,13 +6,13 @@ import argparse
 import os
 import platform
 import sys
-from importlib import metadata
 from typing import Any
 
 import torch
 
 import fastguard
 from fastguard.errors.versions import missing_features
+from fastguard.records.run_header import TRITON, installed_version
 from fastguard.records.strict_json import dumps
 from fastguard.stages.backend import why_not_triton
 
@@ -63,8 +63,8 @@ def environment() -> dict[str, Any]:
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             "hip": torch.version.hip,
-            "triton": _version("triton", "pytorch-triton", "pytorch-triton-rocm"),
-            "numpy": _version("numpy"),
+            "triton": installed_version(*TRITON),
+            "numpy": installed_version("numpy"),
         },
         "machine": {
             "os": platform.platform(),
@@ -74,7 +74,7 @@ def environment() -> dict[str, Any]:
         },
         "missing_features": missing_features(),
         "devices": [_describe(device) for device in devices()],
-        "frameworks": {name: _version(name) for name in FRAMEWORKS},
+        "frameworks": {name: installed_version(name) for name in FRAMEWORKS},
         "diagnostics": _diagnostics(),
     }
 
@@ -103,16 +103,6 @@ def as_text(found: dict[str, Any]) -> str:
 def _diagnostics() -> dict[str, int]:
     stages = sys.modules.get("fastguard.stages.triton")  # None if no kernel has run
     return stages.diagnostics() if stages is not None else {"copied_gradients": 0}
-
-
-def _version(*distributions: str) -> str | None:
-    """The version of the first installed distribution, or None."""
-    for name in distributions:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def devices() -> list[torch.device]:

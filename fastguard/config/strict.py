@@ -240,19 +240,12 @@ def _check_any(value: Any, hints: tuple[Any, ...], path: str) -> Any:
         if name not in rules:
             raise ValueError(f"{path}.rule={shown(name)} must be one of {', '.join(rules)}")
         return build(rules[name], settings, path)  # type: ignore[arg-type]
+    container = next((kind for kind in (list, dict) if isinstance(value, kind)), None)
     for hint in hints:
-        if _container(value) is _container_of(hint):
+        origin = typing.get_origin(hint)
+        if container is (origin if origin in (list, dict) else None):
             return _check(value, hint, path)
     raise TypeError(f"{path}={shown(value)} is of type {type(value).__name__}")
-
-
-def _container(value: Any) -> type | None:
-    return next((kind for kind in (list, dict) if isinstance(value, kind)), None)
-
-
-def _container_of(hint: Any) -> type | None:
-    origin = typing.get_origin(hint)
-    return origin if origin in (list, dict) else None
 
 
 def _join(path: str, key: object) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from fastguard.errors.plain_text import printable
 
@@ -136,6 +136,22 @@ class Finding:
         head = f"{self.severity.upper():<8}{self.check}: {self.kind}{where}"
         lines = [head, f"        {self.seen}"]
         return "\n".join([*lines, f"        Remedy: {self.remedy}"] if self.remedy else lines)
+
+
+class Family(str):
+    """The name of a family of checks, which makes its findings; see `Finding` for the arguments."""
+
+    def error(self, kind: str, seen: str, **more: Any) -> Finding:
+        """Returns a finding: the run cannot learn, or will be destroyed."""
+        return Finding(str(self), kind, "error", seen, **more)
+
+    def warning(self, kind: str, seen: str, **more: Any) -> Finding:
+        """Returns a finding: the run will learn worse than it could."""
+        return Finding(str(self), kind, "warning", seen, **more)
+
+    def note(self, kind: str, seen: str, **more: Any) -> Finding:
+        """Returns a finding that is worth knowing."""
+        return Finding(str(self), kind, "note", seen, **more)
 
 
 def by_importance(finding: Finding) -> tuple[int, int, int]:

@@ -65,7 +65,13 @@ def did_you_mean(key: str, valid: Collection[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-class NonFiniteGradError(RuntimeError):
+class _ErrorWithCulprits(RuntimeError):
+    def __init__(self, message: str, culprits: Sequence[Culprit] = ()) -> None:
+        super().__init__(printable(message))
+        self.culprits: list[Culprit] = list(culprits)
+
+
+class NonFiniteGradError(_ErrorWithCulprits):
     """Gradients or a loss contain NaN or Inf, and the caller asked for an error.
 
     Attributes:
@@ -73,18 +79,10 @@ class NonFiniteGradError(RuntimeError):
             only a loss is bad.
     """
 
-    def __init__(self, message: str, culprits: Sequence[Culprit] = ()) -> None:
-        super().__init__(printable(message))
-        self.culprits: list[Culprit] = list(culprits)
 
-
-class TrainingDivergedError(RuntimeError):
+class TrainingDivergedError(_ErrorWithCulprits):
     """Training cannot continue: the budget of skipped steps or of rollbacks is used up.
 
     Attributes:
         culprits: `(name, nan, posinf, neginf)` of the bad parameters of the last incident, if any.
     """
-
-    def __init__(self, message: str, culprits: Sequence[Culprit] = ()) -> None:
-        super().__init__(printable(message))
-        self.culprits: list[Culprit] = list(culprits)

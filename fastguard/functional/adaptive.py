@@ -167,5 +167,4 @@ define(
     "clip_units(Tensor(a!)[] grads, Tensor[] weights, Tensor limits, int[] limited,"
     " float norm_type, str nonfinite, str[]? names) -> ()",
     _clip_op,
-    lambda grads, weights, limits, limited, norm_type, nonfinite, names: None,
 )

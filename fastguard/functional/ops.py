@@ -30,13 +30,17 @@ _KEY = "CompositeExplicitAutograd"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
 
 
-def define(schema: str, implementation: Callable[..., Any], shapes: Callable[..., Any]) -> None:
+def define(
+    schema: str,
+    implementation: Callable[..., Any],
+    shapes: Callable[..., Any] = lambda *_, **__: None,
+) -> None:
     """Registers an op.
 
     Args:
         schema: Its name and signature.
         implementation: The function that runs for all devices.
-        shapes: The function that returns empty outputs, for tracing.
+        shapes: The function that returns empty outputs, for tracing. Default: there are none.
     """
     name = schema.split("(")[0]
     _library.define(schema, tags=_TAGS)
@@ -105,16 +109,7 @@ def _decide(
     return norm.clone(), verdict.multiplier, verdict.clean.clone()
 
 
-def _decide_shapes(
-    summary: Tensor,
-    counts: Tensor,
-    max_norm: Tensor,
-    norm_type: float,
-    nonfinite: str,
-    names: list[str] | None,
-    as_torch: bool = False,
-    rooted: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _decide_shapes(summary: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
     device = summary.device
     return (
         torch.empty((), dtype=torch.float64, device=device),
@@ -136,11 +131,7 @@ def _apply(grads: list[Tensor], multiplier: Tensor, clean: Tensor) -> None:
     scale(bucketize(grads), multiplier, clean)
 
 
-define(
-    "apply(Tensor(a!)[] grads, Tensor multiplier, Tensor clean) -> ()",
-    _apply,
-    lambda grads, multiplier, clean: None,
-)
+define("apply(Tensor(a!)[] grads, Tensor multiplier, Tensor clean) -> ()", _apply)
 
 
 def _clip_value(grads: list[Tensor], clip_value: Tensor) -> None:
@@ -150,12 +141,8 @@ def _clip_value(grads: list[Tensor], clip_value: Tensor) -> None:
     clamp_(buckets, clip_value.item())
 
 
-define(
-    # clip_value is a CPU tensor
-    "clip_value(Tensor(a!)[] grads, Tensor clip_value) -> ()",
-    _clip_value,
-    lambda grads, clip_value: None,
-)
+# clip_value is a CPU tensor
+define("clip_value(Tensor(a!)[] grads, Tensor clip_value) -> ()", _clip_value)
 
 
 def _sanitize(grads: list[Tensor], values: Tensor) -> None:
@@ -168,10 +155,6 @@ def _sanitize(grads: list[Tensor], values: Tensor) -> None:
     fill_nonfinite_(buckets, fill)
 
 
-define(
-    # values is a CPU tensor with the replacements for NaN, +Inf and -Inf. Numbers would become
-    # constants of the compiled code.
-    "sanitize(Tensor(a!)[] grads, Tensor values) -> ()",
-    _sanitize,
-    lambda grads, values: None,
-)
+# values is a CPU tensor with the replacements for NaN, +Inf and -Inf. Numbers would become
+# constants of the compiled code.
+define("sanitize(Tensor(a!)[] grads, Tensor values) -> ()", _sanitize)

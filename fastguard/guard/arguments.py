@@ -9,6 +9,7 @@ from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torch.optim import Optimizer
 
 from fastguard.errors import TrainingDivergedError, nearest
@@ -144,6 +145,43 @@ def named_parameters_of(param_group: dict[str, Any]) -> list[tuple[str | None, T
             )
         named.append((name, p))
     return named
+
+
+def names_by_tensor(
+    named: Iterable[tuple[str, Tensor]] | None, groups: Iterable[Mapping[str, Any]]
+) -> dict[Tensor, str]:
+    """Returns the names by parameter; for a shared parameter, the first one.
+
+    Args:
+        named: `(name, parameter)` pairs; None: no names.
+        groups: `optimizer.param_groups`; at least one of their parameters must have a name.
+
+    Raises:
+        TypeError: `named` does not hold such pairs.
+        ValueError: `named` contains none of the parameters.
+    """
+    if named is None:
+        return {}
+    if isinstance(named, Module):
+        raise TypeError(
+            f"named_parameters is a {type(named).__name__}; pass model.named_parameters()"
+        )
+    names: dict[Tensor, str] = {}
+    for item in named:
+        if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
+            raise TypeError(
+                f"named_parameters yields a {type(item).__name__}, not a (name, parameter) "
+                "pair; pass model.named_parameters()"
+            )
+        names.setdefault(item[1], item[0])
+    parameters = [p for group in groups for p in group["params"]]
+    if parameters and not any(p in names for p in parameters):
+        what = "they belong to another model" if names else "it is empty (an exhausted generator?)"
+        raise ValueError(
+            f"named_parameters names none of the optimizer's {len(parameters)} parameters: {what}; "
+            "pass named_parameters() of the model that the optimizer updates"
+        )
+    return names
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

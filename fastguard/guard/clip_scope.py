@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 
 from fastguard.functional.arguments import limit_of
 from fastguard.gradients.transfer import numbers_on
@@ -184,40 +183,3 @@ def clip_values(groups: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, 
         for g in groups
         if g.get("clip_value") is not None
     ]
-
-
-def names_by_tensor(
-    named: Iterable[tuple[str, Tensor]] | None, groups: Iterable[Mapping[str, Any]]
-) -> dict[Tensor, str]:
-    """Returns the names by parameter; for a shared parameter, the first one.
-
-    Args:
-        named: `(name, parameter)` pairs; None: no names.
-        groups: `optimizer.param_groups`; at least one of their parameters must have a name.
-
-    Raises:
-        TypeError: `named` does not hold such pairs.
-        ValueError: `named` contains none of the parameters.
-    """
-    if named is None:
-        return {}
-    if isinstance(named, Module):
-        raise TypeError(
-            f"named_parameters is a {type(named).__name__}; pass model.named_parameters()"
-        )
-    names: dict[Tensor, str] = {}
-    for item in named:
-        if not (isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)):
-            raise TypeError(
-                f"named_parameters yields a {type(item).__name__}, not a (name, parameter) "
-                "pair; pass model.named_parameters()"
-            )
-        names.setdefault(item[1], item[0])
-    parameters = [p for group in groups for p in group["params"]]
-    if parameters and not any(p in names for p in parameters):
-        what = "they belong to another model" if names else "it is empty (an exhausted generator?)"
-        raise ValueError(
-            f"named_parameters names none of the optimizer's {len(parameters)} parameters: {what}; "
-            "pass named_parameters() of the model that the optimizer updates"
-        )
-    return names

@@ -27,6 +27,7 @@ from fastguard.guard.arguments import (
     check_optimizer,
     check_whole_step,
     keywords_only,
+    names_by_tensor,
 )
 from fastguard.guard.clamp import Clamped
 from fastguard.guard.clip_scope import (
@@ -35,7 +36,6 @@ from fastguard.guard.clip_scope import (
     Limit,
     checked_limit,
     limits,
-    names_by_tensor,
     policy_of,
 )
 from fastguard.guard.compiled_state import check_compiled_optimizer

@@ -30,7 +30,7 @@ MAX_TEXT_LENGTH = 2000
 
 _STARTS = (b'{"kind": "header"', b'{"kind":"header"')  # the second: rewritten by another program
 _GUARDS = 16  # maximum number of guards read
-_TRITON = ("triton", "pytorch-triton", "pytorch-triton-rocm")
+TRITON = ("triton", "pytorch-triton", "pytorch-triton-rocm")  # names of its distributions
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def header_line(
         "time": time,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _triton(),
+        "triton": installed_version(*TRITON),
         "host": platform.node() if host else None,
         "device": device,
         "guards": list(guards),
@@ -166,8 +166,9 @@ def device_text(device: torch.device) -> str:
     return f"{device} {torch.cuda.get_device_name(device)}"
 
 
-def _triton() -> str | None:
-    for name in _TRITON:
+def installed_version(*distributions: str) -> str | None:
+    """Returns the version of the first distribution that is installed; None if none is."""
+    for name in distributions:
         try:
             return metadata.version(name)
         except (metadata.PackageNotFoundError, OSError):  # OSError: no free descriptor, for example

@@ -110,7 +110,8 @@ class InMemory:
 
     def take(self, objects: Mapping[str, Any], moment: Moment, position: Any) -> bool:
         """Saves the state of the objects; see `SnapshotStorage.take`."""
-        safe = self._keep == 1 or self._is_one_finite([*self._slots][1:])
+        others = [*self._slots][1:]  # than the oldest: is one of them known to be finite?
+        safe = self._keep == 1 or any(slot.checked and not self._bad(slot) for slot in others)
         if len(self._slots) < self._keep:
             slot = _Slot()
         else:
@@ -143,10 +144,6 @@ class InMemory:
                 "the first step, or FakeTensorMode)"
             )
         raise NothingToRestore(f"no snapshot {what}: {'; '.join(refused)}")
-
-    def _is_one_finite(self, slots: list[_Slot]) -> bool:
-        """Whether at least one of these snapshots is known to be finite."""
-        return any(slot.checked and not self._bad(slot) for slot in slots)
 
     def _bad(self, slot: _Slot) -> list[str]:
         """Returns the non-finite tensors in a snapshot, on any rank."""

@@ -96,7 +96,7 @@ def test_an_error_of_a_command_becomes_one_line_and_an_exit_status(
             raise error
 
     monkeypatch.setattr(cli, "COMMANDS", (Command("fake", "fails", "fake"),))
-    monkeypatch.setitem(sys.modules, "fake", Fake)
+    monkeypatch.setitem(sys.modules, "fastguard.commands.fake", Fake)
     assert main(["fake"]) == status
     captured = capsys.readouterr()
     assert message in captured.err and captured.out == ""

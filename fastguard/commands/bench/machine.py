@@ -12,12 +12,12 @@ import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from fastguard.commands.bench.clock import Clock
+from fastguard.records.run_header import installed_version
 
 CEILING_BYTES = {"cpu": 2**28, "cuda": 2**30}  # eight times the largest cache of a laptop or a card
 TRIES = 7
@@ -141,10 +141,8 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
     }
     for package in ("triton", "numpy", "apex", "transformer_engine", "nemo_automodel"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
+        if (version := installed_version(package)) is not None:
+            found[package] = version
     if torch.version.cuda:
         found["cuda"] = torch.version.cuda
     return found

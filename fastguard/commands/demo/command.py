@@ -91,7 +91,7 @@ def _play(settings: Settings, faults: Sequence[Fault], folder: Path, shards: Sha
         console.print(sentence, end="\n\n")
     if shards.is_first:
         draw(runs, faults, settings.max_norm, folder / "demo.png")
-        write_records(guarded, folder / "records.jsonl")
+        write_records(guarded.records, folder / "records.jsonl", "fastguard demo", guarded.settings)
     console.print(f"Written: {folder / 'demo.png'}, {folder / 'records.jsonl'}", soft_wrap=True)
     return 0 if guarded.destroyed_at is None and math.isfinite(guarded.validation) else 1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,12 +86,15 @@ def sentences(runs: Sequence[Run], faults: Sequence[Fault]) -> list[str]:
     ]
 
 
-def write_records(run: Run, path: Path) -> None:
-    """Writes the records of the guarded run as a `JsonLinesSink` does, replacing an older file."""
+def write_records(
+    records: Iterable[StepRecord], path: Path, name: str, settings: str | None = None
+) -> None:
+    """Writes records as a `JsonLinesSink` does, replacing an older file."""
     path.unlink(missing_ok=True)
-    with JsonLinesSink(path, name="fastguard demo") as sink:
-        sink.add_guard(run.settings, torch.device("cpu"))
-        for record in run.records:
+    with JsonLinesSink(path, name=name) as sink:
+        if settings is not None:
+            sink.add_guard(settings, torch.device("cpu"))
+        for record in records:
             sink(record)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fastguard.records.rotated_files import (
@@ -104,29 +104,15 @@ class Follower:
         current = open_at(self.path)
         found = None if current is None else identity_of(os.fstat(current))
         older, _ = split_at_current(self.path, found, full[-1] if full else None)
-        for path in older:  # the sink may have deleted the first ones
-            file = open_at(path)
-            if file is not None:
-                if current is not None:
-                    os.close(current)
-                self._newest = path
-                self._take(file)
-                return
-        if current is not None:
+        if not self._take_first(older, current) and current is not None:
             self._take(current)
 
     def _open_next(self) -> bool:
         """Opens the file after the one being read; returns False if there is none yet."""
         current = open_at(self.path)  # before listing, so that no file is missed
         older, newer = split_at_current(self.path, self._identity, self._newest)
-        for path in newer:
-            file = open_at(path)
-            if file is not None:
-                if current is not None:
-                    os.close(current)
-                self._newest = path
-                self._take(file)
-                return True
+        if self._take_first(newer, current):
+            return True
         if current is None or identity_of(os.fstat(current)) == self._identity:
             if current is not None:
                 os.close(current)
@@ -134,6 +120,18 @@ class Follower:
         self._newest = [*older, *newer][-1] if older or newer else None
         self._take(current)
         return True
+
+    def _take_first(self, full: Iterable[Path], current: int | None) -> bool:
+        """Opens the first full file that the sink has not deleted; closes `current` then."""
+        for path in full:
+            file = open_at(path)
+            if file is not None:
+                if current is not None:
+                    os.close(current)
+                self._newest = path
+                self._take(file)
+                return True
+        return False
 
     def _take(self, file: int) -> None:
         self.close()

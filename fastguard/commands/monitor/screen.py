@@ -48,7 +48,8 @@ class Screen:
         height = options.height or console.size.height
         bars = ASCII_BARS if options.ascii_only else BARS
         lines = list(self._head(options.max_width, bars))
-        for line in [*lines, *self._incidents(height - len(lines) - 1), self._foot()]:
+        foot = Text("Ctrl-C to quit", style="dim")
+        for line in [*lines, *self._incidents(height - len(lines) - 1), foot]:
             line.no_wrap, line.overflow = True, "ellipsis"
             yield line
 
@@ -115,6 +116,3 @@ class Screen:
         yield Text(f"{found:,} incident{'s' * (found != 1)} in {self.watch.n_records:,} steps")
         for record in islice(reversed(self.watch.incidents), max(0, room - 2)):
             yield Text(printable(str(record)), style=COLORS.get(record.action, ""))
-
-    def _foot(self) -> Text:
-        return Text("Ctrl-C to quit", style="dim")

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator
 
 from fastguard.diagnosis.evidence import Evidence
-from fastguard.diagnosis.finding import Finding, percent
+from fastguard.diagnosis.finding import Family, Finding, percent
 from fastguard.diagnosis.observe import Values
 from fastguard.errors import several
 
-CHECK = "backward"
+CHECK = Family("backward")
 
 FORGOTTEN = 0.01  # share of trainable elements without a gradient that counts as an error
 TOTAL_NORM_HIGH, TOTAL_NORM_HOPELESS = 1e2, 1e6
@@ -29,10 +29,8 @@ def check(evidence: Evidence) -> Iterator[Finding]:
     evidence = evidence.repaired
     failure = evidence.step.failed("backward")
     if failure is not None:
-        yield Finding(
-            CHECK,
+        yield CHECK.error(
             "backward-raises",
-            "error",
             f"the backward pass raises {failure}",
             remedy=_TWICE
             if "second time" in str(failure.error)
@@ -90,10 +88,8 @@ def _nonfinite(evidence: Evidence) -> Iterator[Finding]:
             for text in (report.operation, report.module, report.evidence, report.source)
             if text
         )
-    yield Finding(
-        CHECK,
+    yield CHECK.error(
         "nonfinite-gradient",
-        "error",
         f"the loss is finite, but {len(bad)} of {len(evidence.gradients)} gradients are not: "
         f"{several(bad)}{origin}",
         where=report.module if report is not None else bad[0],
@@ -157,10 +153,8 @@ def _sizes(evidence: Evidence) -> Iterator[Finding]:
         (first / last, "exploding-gradient", "larger"),
     ):
         if ratio > PROFILE:
-            yield Finding(
-                CHECK,
+            yield CHECK.warning(
                 kind,
-                "warning",
                 f"over {len(profile)} layers the gradient becomes {ratio:.3g} times {what} on its "
                 f"way back: rms {last:.3g} at {profile[-1][0]}, {first:.3g} at {profile[0][0]}",
                 where=profile[0][0],

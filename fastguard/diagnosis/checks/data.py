@@ -11,14 +11,14 @@ from torch import Tensor
 
 from fastguard.diagnosis.batch_check import read_batch
 from fastguard.diagnosis.evidence import Evidence
-from fastguard.diagnosis.finding import Finding, percent
+from fastguard.diagnosis.finding import Family, Finding, percent
 from fastguard.diagnosis.replay.calls import floats
 from fastguard.diagnosis.replay.subject import tensors
 from fastguard.diagnosis.replay.tensor_range import TensorRange
 from fastguard.diagnosis.watch_functions import Indices, indices_of
 from fastguard.errors import describe_culprits
 
-CHECK = "data"
+CHECK = Family("data")
 
 RANGE = 100.0  # normalized inputs reach about 5; raw images reach 255
 MIN_LABELS = 16  # fewer labels may be equal by chance
@@ -45,10 +45,8 @@ def _empty(prefix: str, inputs: Any) -> Finding | None:
     if not known or any(tensor.numel() for _, tensor in known):
         return None
     name, tensor = known[0]
-    return Finding(
-        CHECK,
+    return CHECK.error(
         "empty-batch",
-        "error",
         f"there are no samples: {list(tensor.shape)}; the mean of no losses is 0/0, which is NaN",
         where=name,
         value=0,
@@ -83,10 +81,8 @@ def _of_batch(prefix: str, inputs: Any, targets: Any, harmful: bool) -> Iterator
     for name, tensor in known.items():
         is_labels = name.startswith(names[1]) and not tensor.is_floating_point()
         if is_labels and tensor.numel() >= MIN_LABELS and (tensor == tensor.flatten()[0]).all():
-            yield Finding(
-                CHECK,
+            yield CHECK.warning(
                 "one-label",
-                "warning",
                 f"all {tensor.numel()} labels are {int(tensor.flatten()[0])}",
                 where=name,
                 value=tensor.numel(),
@@ -108,10 +104,8 @@ def _named(name: str, part: Any) -> Iterator[tuple[str, Tensor]]:
 
 def _nonfinite(values: TensorRange) -> Finding:
     counts = describe_culprits([(values.name, values.nan, values.posinf, values.neginf)])
-    return Finding(
-        CHECK,
+    return CHECK.error(
         "nonfinite-data",
-        "error",
         f"{percent(1 - values.finite_share)} of {values.numel} elements are not finite: {counts}",
         where=values.name,
         value=1 - values.finite_share,
@@ -122,10 +116,8 @@ def _nonfinite(values: TensorRange) -> Finding:
 
 
 def _constant(values: TensorRange) -> Finding:
-    return Finding(
-        CHECK,
+    return CHECK.warning(
         "constant-data",
-        "warning",
         f"all {values.numel} elements are {values.max:.4g}",
         where=values.name,
         value=values.max,
@@ -135,10 +127,8 @@ def _constant(values: TensorRange) -> Finding:
 
 
 def _range(values: TensorRange) -> Finding:
-    return Finding(
-        CHECK,
+    return CHECK.warning(
         "range",
-        "warning",
         f"ranges from {values.min:.4g} to {values.max:.4g}; networks expect inputs of about "
         "unit size",
         where=values.name,
@@ -173,10 +163,8 @@ def _pairs(batches: list[Any]) -> Iterator[tuple[Any, Any]]:
 def _bad_indices(found: Indices, where: str) -> Finding:
     tokens = found.function == "embedding"
     ignored = "" if found.ignored is None else f" and {found.ignored}, which is ignored"
-    return Finding(
-        CHECK,
+    return CHECK.error(
         "index-out-of-range",
-        "error",
         f"{percent(found.bad_share)} of the {'indices' if tokens else 'labels'} given to "
         f"{found.function} are out of range: they go from {found.low} to {found.high}; expected "
         f"0 to {found.n - 1}{ignored}",
@@ -193,10 +181,8 @@ def _bad_indices(found: Indices, where: str) -> Finding:
 def _binary_targets(evidence: Evidence) -> Iterator[Finding]:
     for low, high in evidence.step.functions.binary_targets:
         if low < 0 or high > 1:
-            yield Finding(
-                CHECK,
+            yield CHECK.error(
                 "target-out-of-range",
-                "error",
                 f"binary cross-entropy got targets from {low:.4g} to {high:.4g}; outside of 0 to 1 "
                 "it has no lower bound",
                 where="targets",
@@ -223,10 +209,8 @@ def _duplicates(evidence: Evidence) -> Iterator[Finding]:
         return
     kind = "contradicting-labels" if contradicting else "duplicates"
     twice = f"{again} of {n} samples are copies of an earlier one"
-    yield Finding(
-        CHECK,
+    yield CHECK.warning(
         kind,
-        "warning",
         f"{twice}, {contradicting} of them with another target" if contradicting else twice,
         where="data" if evidence.further_batches else "batch",
         value=again / n,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from fastguard.diagnosis.checks.mixing import check_mixing
 from fastguard.diagnosis.checks.own_loss import hint_for
 from fastguard.diagnosis.evidence import Evidence
-from fastguard.diagnosis.finding import Finding, percent
+from fastguard.diagnosis.finding import Family, Finding, percent
 from fastguard.diagnosis.observe import Activation
 from fastguard.diagnosis.provenance import NonFiniteReport
 from fastguard.diagnosis.shapes import misfits
@@ -20,7 +20,7 @@ from fastguard.diagnosis.watch_functions import (
 )
 from fastguard.errors import several
 
-CHECK = "forward"
+CHECK = Family("forward")
 
 LARGE = 1e4  # float16 ends at 65504, and norms and losses square their inputs
 HOPELESS = 1e12  # one square and one sum away from float32's limit, 3.4e38
@@ -53,10 +53,8 @@ def check(evidence: Evidence) -> Iterator[Finding]:
     yield from _extreme(evidence)
     yield from _saturated(evidence.step.functions.saturations)
     if not evidence.subject.model.training:
-        yield Finding(
-            CHECK,
+        yield CHECK.note(
             "eval-mode",
-            "note",
             "the model is in evaluation mode: dropout is off, and batch norms use their running "
             "statistics",
             remedy="call model.train() first to diagnose training.",
@@ -72,10 +70,8 @@ def _failures(evidence: Evidence) -> Iterator[Finding]:
         failure.error, IndexOutOfRange | NoProbability
     ):  # reported by name
         return
-    yield Finding(
-        CHECK,
+    yield CHECK.error(
         "forward-raises",
-        "error",
         f"the model raises {failure}",
         where=failure.where,
         remedy=_remedy_of(evidence, str(failure.error)),
@@ -121,10 +117,8 @@ def _shape_mismatch(mismatch: ShapeMismatch, where: str) -> Finding:
     shapes = f"output {list(mismatch.output)} and target {list(mismatch.target)}"
     smaller, larger = sorted((math.prod(mismatch.output), math.prod(mismatch.target)))
     if mismatch.result is None:
-        return Finding(
-            CHECK,
+        return CHECK.error(
             "shape-mismatch",
-            "error",
             f"{mismatch.function} cannot compare {shapes}",
             where=where,
             value=larger / smaller,
@@ -192,10 +186,8 @@ def _first_nonfinite(
         if report.origin == "batch":
             seen.append("the checks of the backward pass and later ones replaced it by 0")
         seen += [text for text in (report.evidence, report.source) if text]
-    return Finding(
-        CHECK,
+    return CHECK.error(
         "nonfinite-activation",
-        "error",
         "; ".join(seen),
         where=(report.module if report is not None else "") or first.where,
         value=share,
@@ -240,10 +232,8 @@ def _saturated(saturations: list[Saturation]) -> Iterator[Finding]:
         found = [s for s in stuck if s.function == function]
         worst = max(found, key=lambda s: s.share)
         what, remedy = _SATURATION[function]
-        yield Finding(
-            CHECK,
+        yield CHECK.warning(
             "saturated",
-            "warning",
             f"{percent(worst.share)} {what}; this affects {several([s.where for s in found])}",
             where=worst.where,
             value=worst.share,

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fastguard.diagnosis.evidence import Evidence
-from fastguard.diagnosis.finding import Finding
+from fastguard.diagnosis.finding import Family, Finding
 from fastguard.errors import describe_culprits
 from fastguard.gradients.buckets import FLOATING, bucketize
 from fastguard.stages.measure import measure
 
-CHECK = "initialization"
+CHECK = Family("initialization")
 
 # The gain of a random layer is the rms of its outputs over that of its inputs: 0.58 for torch's
 # default nn.Linear, 1.4 for Kaiming, about 0.1 for small GPTs initialized with 0.02, and 0.01 for
@@ -61,10 +61,8 @@ def _nonfinite(evidence: Evidence) -> Iterator[Finding]:
     stats = measure(bucketize([t for _, t in held], names=[n for n, _ in held]))
     culprits = [c for c in stats.culprits() if c[0] in evidence.subject.parameters or c[1]]
     if culprits:
-        yield Finding(
-            CHECK,
+        yield CHECK.error(
             "nonfinite-weight",
-            "error",
             f"{len(culprits)} of {len(held)} tensors are not finite: {describe_culprits(culprits)}",
             where=culprits[0][0],
             value=sum(sum(c[1:]) for c in culprits),
@@ -78,10 +76,8 @@ def _nonfinite(evidence: Evidence) -> Iterator[Finding]:
 def _norm(module: Any, name: str) -> Iterator[Finding]:
     eps = module.eps
     if eps is not None and eps < NORM_EPS:  # None: torch uses the eps of the dtype
-        yield Finding(
-            CHECK,
+        yield CHECK.warning(
             "norm-eps",
-            "warning",
             f"eps is {eps:g}: constant inputs are divided by 0",
             where=name,
             value=eps,
@@ -90,10 +86,8 @@ def _norm(module: Any, name: str) -> Iterator[Finding]:
         )
     variance = getattr(module, "running_var", None)
     if isinstance(variance, Tensor) and bool((variance < 0).any()):
-        yield Finding(
-            CHECK,
+        yield CHECK.error(
             "negative-variance",
-            "error",
             f"the running variance goes down to {float(variance.min()):.3g}; evaluation takes its "
             "square root, which is NaN",
             where=name,
@@ -134,20 +128,16 @@ def _weight(module: Any, name: str) -> Iterator[Finding]:
 
 def _constant(name: str, value: float) -> Finding:
     if value == 0:
-        return Finding(
-            CHECK,
+        return CHECK.warning(
             "zero-weight",
-            "warning",
             "every weight is 0: earlier layers get no gradient until the weights have changed",
             where=name,
             limit=0,
             remedy="this is fine for the last layer of a residual branch or an adapter; elsewhere "
             "use torch.nn.init.kaiming_normal_(weight).",
         )
-    return Finding(
-        CHECK,
+    return CHECK.warning(
         "constant-weight",
-        "warning",
         f"every weight is {value:.3g}: all units compute the same value and remain identical",
         where=name,
         value=value,

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from fastguard.diagnosis.checks.loss_inputs import check_loss_inputs
 from fastguard.diagnosis.checks.own_loss import hint_for, plain_step, returns_its_loss, step_for
 from fastguard.diagnosis.evidence import Evidence
-from fastguard.diagnosis.finding import Finding
+from fastguard.diagnosis.finding import Family, Finding
 from fastguard.diagnosis.observe import Failure
 from fastguard.diagnosis.replay.losses import loss_parts, number_in
 from fastguard.diagnosis.replay.subject import tensors
@@ -21,7 +21,7 @@ from fastguard.diagnosis.shapes import raised_by_shapes
 from fastguard.diagnosis.watch_functions import IndexOutOfRange, NoProbability
 from fastguard.errors import several
 
-CHECK = "loss"
+CHECK = Family("loss")
 
 LARGE = 1e4
 PARTS = 1e3  # largest ratio of the gradient norms of two parts
@@ -33,10 +33,8 @@ def check(evidence: Evidence) -> Iterator[Finding]:
     yield from check_loss_inputs(evidence)
     step = evidence.step
     if step.failures and not step.parts:
-        yield Finding(
-            CHECK,
+        yield CHECK.note(
             "not-checked",
-            "note",
             "there is no loss because an earlier stage failed; the backward pass started at the "
             "output, if there is one",
         )
@@ -56,10 +54,8 @@ def _failure(evidence: Evidence) -> Iterator[Finding]:
     if raised_by_shapes(evidence.step, evidence.subject.targets):  # the forward check reports it
         return
     function = f" in {failure.function}" if failure.function else ""
-    yield Finding(
-        CHECK,
+    yield CHECK.error(
         "loss-raises",
-        "error",
         f"the loss raises {failure}{function}; later checks run without a loss",
         where=failure.where,
         remedy=_remedy_of(evidence, failure),
@@ -82,10 +78,8 @@ def _kind(evidence: Evidence) -> Iterator[Finding]:
             )
         elif returns_its_loss(evidence):
             instead = step_for(evidence) or plain_step(evidence)
-            yield Finding(
-                CHECK,
+            yield CHECK.warning(
                 "loss-shape",
-                "warning",
                 "the model returns one number for all samples, which looks like its own loss, but "
                 "loss_fn compares it with the targets",
                 value=1,
@@ -93,10 +87,8 @@ def _kind(evidence: Evidence) -> Iterator[Finding]:
             )
         return
     if subject.loss_fn is None and subject.given_step is None and not number_in(step.result):
-        yield Finding(
-            CHECK,
+        yield CHECK.note(
             "not-checked",
-            "note",
             "there is no loss: no loss_fn or step was given, and the output contains none; the "
             "backward pass starts at the mean of the output",
             remedy="; ".join(["pass loss_fn= or step=", *filter(None, [hint_for(evidence)])]) + ".",
@@ -110,10 +102,8 @@ def _kind(evidence: Evidence) -> Iterator[Finding]:
         )
         return
     if result is None:
-        yield Finding(
-            CHECK,
+        yield CHECK.error(
             "loss-shape",
-            "error",
             "the step returned None as the loss",
             remedy="end the function with `return loss`.",
         )
@@ -123,10 +113,8 @@ def _kind(evidence: Evidence) -> Iterator[Finding]:
         if isinstance(result, Tensor)
         else f"a {type(result).__name__}"
     )
-    yield Finding(
-        CHECK,
+    yield CHECK.error(
         "loss-shape",
-        "error",
         f"the loss is {what}; expected a scalar tensor, a dict of them, or an object with a `loss`",
         value=result.numel() if isinstance(result, Tensor) else 0,
         limit=1,
@@ -137,10 +125,8 @@ def _kind(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _detached(seen: str) -> Finding:
-    return Finding(
-        CHECK,
+    return CHECK.error(
         "loss-detached",
-        "error",
         seen,
         remedy="return the loss tensor itself, and use .item() or float() only for logging. "
         "Otherwise look for .detach(), .data, .numpy(), torch.tensor(loss), torch.no_grad(), "
@@ -157,10 +143,8 @@ def _values(evidence: Evidence) -> Iterator[Finding]:
         earlier = report is not None and any(a.values.nonfinite for a in evidence.step.activations)
         origin = ", ".join(filter(None, (report.operation, report.evidence))) if report else ""
         text = ", ".join(f"{name} is {value}" for name, value in bad.items())
-        yield Finding(
-            CHECK,
+        yield CHECK.error(
             "nonfinite-loss",
-            "error",
             text + ("; the cause is in the activations" if earlier else f"; first in {origin}"),
             where=", ".join(bad) if len(parts) > 1 else "",
             value=len(bad),
@@ -172,10 +156,8 @@ def _values(evidence: Evidence) -> Iterator[Finding]:
     sizes = {n: abs(v) for n, v in parts.items() if math.isfinite(v)}
     name, largest = max(sizes.items(), key=lambda item: item[1], default=("", 0.0))
     if largest > LARGE:
-        yield Finding(
-            CHECK,
+        yield CHECK.warning(
             "large-loss",
-            "warning",
             f"{name} is {largest:.3g}",
             where=name if len(parts) > 1 else "",
             value=largest,
@@ -195,10 +177,8 @@ def _parts(evidence: Evidence) -> Iterator[Finding]:
             continue
         norm, rest = _own_and_rest(found, name)
         if rest / norm > PARTS and _is_small_nearby(evidence, name):
-            yield Finding(
-                CHECK,
+            yield CHECK.warning(
                 "loss-parts",
-                "warning",
                 f"the gradient of {name} is {norm:.3g}, while that of the other parts on the same "
                 f"parameters is {rest:.3g}: {rest / norm:.3g} times as large, so {name} has almost "
                 "no effect",
@@ -210,10 +190,8 @@ def _parts(evidence: Evidence) -> Iterator[Finding]:
             )
     idle = [name for name, own in found.items() if not own]
     if idle:
-        yield Finding(
-            CHECK,
+        yield CHECK.note(
             "loss-parts",
-            "note",
             f"no gradient comes from {several(idle)}, which adds to the loss but trains nothing",
             where=idle[0],
             remedy="this is fine for a value that is only logged, and for a part that is inactive "
@@ -255,10 +233,8 @@ def _sum_over_samples(evidence: Evidence) -> Iterator[Finding]:
     if not math.isfinite(whole) or first <= 0 or second <= 0:
         return
     if abs(whole / (first + second) - 1) < 1e-3:
-        yield Finding(
-            CHECK,
+        yield CHECK.warning(
             "sum-reduction",
-            "warning",
             f"the loss of {2 * half} samples, {whole:.4g}, is the sum of the losses of its halves: "
             "gradients grow with the batch, so the learning rate only fits one batch size",
             value=2 * half,

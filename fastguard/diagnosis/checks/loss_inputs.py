@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 from fastguard.diagnosis.ctc_lengths import REMEDY
 from fastguard.diagnosis.evidence import Evidence
-from fastguard.diagnosis.finding import Finding, Severity
+from fastguard.diagnosis.finding import Family, Finding, Severity
 from fastguard.diagnosis.loss_inputs import LossInput
 
-CHECK = "loss"
+CHECK = Family("loss")
 
 _KINDS = {
     "activated": "activated-twice",

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from fastguard.diagnosis.evidence import Evidence
-from fastguard.diagnosis.finding import Finding
+from fastguard.diagnosis.finding import Family, Finding
 from fastguard.diagnosis.observe import observe
 from fastguard.diagnosis.replay.calls import floats
 from fastguard.diagnosis.replay.replay import copied
 from fastguard.diagnosis.replay.subject import split, tensors
 from fastguard.errors import several
 
-CHECK = "forward"
+CHECK = Family("forward")
 
 CHANGED = 1e-3  # relative to the largest output; rounding errors are a thousand times smaller
 _TIME_FIRST = (nn.RNNBase, nn.MultiheadAttention)
@@ -44,10 +44,8 @@ def check_mixing(evidence: Evidence) -> Iterator[Finding]:
         return
     what = "a softmax over axis 0, in " if suspects else "batch_first=False of "
     where = list(dict.fromkeys(suspects or layers))
-    yield Finding(
-        CHECK,
+    yield CHECK.error(
         "wrong-axis",
-        "error",
         f"the output of a sample depends on other samples of the batch, because of {what}"
         f"{several(where)}: axis 0 is the batch of {n} samples",
         where=where[0],

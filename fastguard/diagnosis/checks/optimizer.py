@@ -10,12 +10,12 @@ from torch.optim import Optimizer
 
 from fastguard.diagnosis.checks.settings import check_settings
 from fastguard.diagnosis.evidence import Evidence
-from fastguard.diagnosis.finding import Finding, percent
+from fastguard.diagnosis.finding import Family, Finding, percent
 from fastguard.errors import several
 from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.guard.model_buffers import are_protected
 
-CHECK = "optimizer"
+CHECK = Family("optimizer")
 
 _UNLESS = ", unless another optimizer trains them (as in a GAN)"
 VANISHED_LR = 1e-12  # in float32 it cannot change any weight above 1e-5
@@ -28,9 +28,7 @@ def check(evidence: Evidence) -> Iterator[Finding]:
     evidence = evidence.repaired
     optimizer = evidence.subject.optimizer
     if optimizer is None:
-        yield Finding(
-            CHECK, "not-checked", "note", "no optimizer was given", remedy="pass optimizer=."
-        )
+        yield CHECK.note("not-checked", "no optimizer was given", remedy="pass optimizer=.")
         return
     yield from _members(evidence, optimizer)
     for i, group in enumerate(optimizer.param_groups):
@@ -47,10 +45,8 @@ def _members(evidence: Evidence, optimizer: Optimizer) -> Iterator[Finding]:
     held = {p for group in optimizer.param_groups for p in group["params"]}
     trainable = {name: p for name, p in parameters.items() if p.requires_grad}
     if trainable and not held & set(parameters.values()):
-        yield Finding(
-            CHECK,
+        yield CHECK.error(
             "foreign-optimizer",
-            "error",
             "the optimizer holds none of the model's parameters, so it trains another model",
             value=len(trainable),
             limit=0,
@@ -77,10 +73,8 @@ def _members(evidence: Evidence, optimizer: Optimizer) -> Iterator[Finding]:
     frozen = [name for name, p in parameters.items() if not p.requires_grad]
     if frozen:
         inside = sum(parameters[name] in held for name in frozen)
-        yield Finding(
-            CHECK,
+        yield CHECK.note(
             "frozen",
-            "note",
             f"{len(frozen)} of {len(parameters)} parameters are frozen, {inside} of them in a "
             f"param group: {several(frozen)}",
             where=frozen[0],
@@ -99,10 +93,8 @@ def _buffers(evidence: Evidence) -> Iterator[Finding]:
         if module._buffers.get("running_mean") is not None
     ]
     if changing:
-        yield Finding(
-            CHECK,
+        yield CHECK.note(
             "unprotected-buffers",
-            "note",
             "a batch with NaN makes these running statistics NaN even if its step is skipped: "
             f"{several(changing)}",
             where=changing[0],
@@ -143,10 +135,8 @@ def _decayed_norms(evidence: Evidence, group: dict[str, Any], where: str) -> Ite
     names = {p: name for name, p in evidence.subject.parameters.items()}
     decayed = [names[p] for p in group["params"] if p in names and p.ndim < 2 and p.requires_grad]
     if decayed:
-        yield Finding(
-            CHECK,
+        yield CHECK.note(
             "decayed-norms",
-            "note",
             f"weight decay {decay:g} also applies to {len(decayed)} biases and scales of norms: "
             f"{several(decayed)}",
             where=where,
@@ -169,10 +159,8 @@ def _eps(evidence: Evidence, group: dict[str, Any], where: str) -> Iterator[Find
     if sum(sizes[n].numel for n in below) <= 0.5 * sum(v.numel for v in sizes.values()):
         return
     rms = max(sizes[n].rms for n in below)
-    yield Finding(
-        CHECK,
+    yield CHECK.warning(
         "eps-dominates",
-        "warning",
         f"gradients with rms {rms:.3g} or less are smaller than eps {float(eps):g}, which "
         f"therefore makes the step smaller: {several(below)}",
         where=where,
@@ -197,10 +185,8 @@ def _updates(evidence: Evidence, optimizer: Optimizer) -> Iterator[Finding]:
             continue  # reported already
         ratio = moved / weight
         large = ratio > UPDATE_HIGH
-        yield Finding(
-            CHECK,
+        yield CHECK.warning(
             "large-update" if large else "small-update",
-            "warning",
             f"one step changes the weights by {percent(ratio)} of their norm",
             where=f"param group {i}",
             value=ratio,

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import torch
 
 from fastguard.diagnosis.evidence import Evidence
-from fastguard.diagnosis.finding import Finding, percent
+from fastguard.diagnosis.finding import Family, Finding, percent
 from fastguard.diagnosis.observe import FLOAT16_MAX, Observation, Values
 from fastguard.errors import several
 
-CHECK = "precision"
+CHECK = Family("precision")
 
 LOST_GRADIENTS = 0.1  # share of nonzero gradients that would round to 0
 LOSS_DIFFERENCE = 0.05  # relative
@@ -46,10 +46,8 @@ def _to_blame(evidence: Evidence) -> Iterator[Finding]:
     name = _names(dtypes)
     first = next((a.where for a in evidence.step.activations if a.values.nonfinite), "")
     reached = f"; in float32 {module} reaches {largest:.3g}" if over else ""
-    yield Finding(
-        CHECK,
+    yield CHECK.error(
         "float16-range",
-        "error",
         f"this batch is not finite in {name} but finite in float32: the range of {name} is to "
         f"blame, not the model{reached}",
         where=(report.module if report is not None else "") or first,
@@ -119,10 +117,8 @@ def _loss_differs(evidence: Evidence) -> Iterator[Finding]:
     difference = abs(narrow - wide) / max(abs(wide), 1e-3)
     if difference > LOSS_DIFFERENCE:
         name = _names(evidence.subject.low_precision)
-        yield Finding(
-            CHECK,
+        yield CHECK.warning(
             "precision-loss",
-            "warning",
             f"the loss is {narrow:.4g} in {name}, but {wide:.4g} in float32",
             value=difference,
             limit=LOSS_DIFFERENCE,
@@ -142,10 +138,8 @@ def _rounded_updates(evidence: Evidence) -> Iterator[Finding]:
         return
     worst = max(u.stuck for u in stuck.values())
     dtype = str(next(iter(stuck.values())).dtype).removeprefix("torch.")
-    yield Finding(
-        CHECK,
+    yield CHECK.warning(
         "rounded-update",
-        "warning",
         f"a step leaves up to {percent(worst)} of the elements of {several(list(stuck))} "
         f"unchanged: the update is less than half of the distance between two {dtype} numbers",
         where=next(iter(stuck)),

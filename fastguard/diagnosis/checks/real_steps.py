@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from fastguard.diagnosis.checks.settings import check_settings
 from fastguard.diagnosis.evidence import Evidence
-from fastguard.diagnosis.finding import Finding
+from fastguard.diagnosis.finding import Family, Finding
 
-CHECK = "real steps"
+CHECK = Family("real steps")
 
 
 def check(evidence: Evidence) -> Iterator[Finding]:
@@ -17,16 +17,15 @@ def check(evidence: Evidence) -> Iterator[Finding]:
     evidence = evidence.repaired
     reason = evidence.no_steps_reason
     if reason:
-        yield Finding(CHECK, "not-checked", "note", f"no steps were taken: {reason}")
+        yield CHECK.note("not-checked", f"no steps were taken: {reason}")
         return
     seen = evidence.real_steps
     first, *after = seen.losses
-    text = f"{len(after)} steps of {seen.optimizer} on this batch: loss {_path(seen.losses)}"
+    path = " -> ".join(f"{loss:.4g}" for loss in seen.losses)
+    text = f"{len(after)} steps of {seen.optimizer} on this batch: loss {path}"
     if not all(map(math.isfinite, after)):
-        yield Finding(
-            CHECK,
+        yield CHECK.error(
             "diverges",
-            "error",
             f"{text}; it was finite before the steps",
             value=next(i for i, loss in enumerate(after, 1) if not math.isfinite(loss)),
             remedy=_settings_to_fix(evidence)
@@ -34,10 +33,8 @@ def check(evidence: Evidence) -> Iterator[Finding]:
             "GuardedOptimizer(max_norm=1.0).",
         )
     elif min(after) >= first:
-        yield Finding(
-            CHECK,
+        yield CHECK.warning(
             "does-not-fall",
-            "warning",
             f"{text}; it does not fall",
             value=min(after),
             limit=first,
@@ -54,7 +51,3 @@ def _settings_to_fix(evidence: Evidence) -> str:
     found = [f for f in check_settings(evidence) if f.severity in ("error", "warning")]
     worst = [f for f in found if f.severity == "error"] or found
     return "fix the optimizer first: " + "; ".join(f.seen for f in worst) + "." if worst else ""
-
-
-def _path(losses: list[float]) -> str:
-    return " -> ".join(f"{loss:.4g}" for loss in losses)

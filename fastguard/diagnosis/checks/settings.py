@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from fastguard.diagnosis.evidence import Evidence
-from fastguard.diagnosis.finding import Finding, Severity, percent
+from fastguard.diagnosis.finding import Family, Finding, Severity, percent
 from fastguard.errors import several
 
-CHECK = "optimizer"
+CHECK = Family("optimizer")
 
 SHRINK = 1e-2  # share of the weights removed per step; AdamW usually removes 1e-3 * 1e-2 = 1e-5
 SHRINK_OF_LARGE = 1e-3  # the same limit for a weight decay of LARGE_DECAY or more
@@ -199,10 +199,8 @@ def _momentum(group: dict[str, Any], where: str) -> Iterator[Finding]:
         return
     seen = _odd_betas(group, one, two)
     if seen:
-        yield Finding(
-            CHECK,
+        yield CHECK.warning(
             "momentum",
-            "warning",
             f"betas=({one:g}, {two:g}): {seen}",
             where=where,
             value=two if one <= BETA1 else one,

@@ -42,20 +42,20 @@ class Incident:
     Attributes:
         letter: The value of `--incident`.
         title: The title, one line.
-        module: Module that defines `run`; imported only when it is played.
-        packages: Required packages besides torch.
-        extra: The extra that installs them.
+        module: Module of this package that defines `run`; imported only when it is played.
+        package: The package that it requires besides torch; None: none.
+        extra: The extra that installs it.
     """
 
     letter: str
     title: str
     module: str
-    packages: tuple[str, ...] = ()
+    package: str | None = None
     extra: str = "cli"
 
     def load(self) -> ModuleType:
         """Imports the module of the incident."""
-        return importlib.import_module(self.module)
+        return importlib.import_module(f"{__name__}.{self.module}")
 
     def run(self, folder: Path, guarded: bool) -> Outcome:
         """Runs it on a CPU, on generated data; nothing is downloaded.
@@ -68,33 +68,11 @@ class Incident:
 
 
 INCIDENTS = (
-    Incident(
-        "A",
-        "The detector that met NaN in epoch 3",
-        "fastguard.commands.demo.incidents.detector",
-        ("ultralytics",),
-        "ultralytics",
-    ),
-    Incident(
-        "B",
-        "The checkpoint that could not be trusted",
-        "fastguard.commands.demo.incidents.classifier",
-    ),
-    Incident(
-        "C",
-        "The segmentation model with too many heads",
-        "fastguard.commands.demo.incidents.segmentation",
-    ),
-    Incident(
-        "D", "The model that could not learn", "fastguard.commands.demo.incidents.adaptive_stream"
-    ),
-    Incident(
-        "E",
-        "The averages that turned NaN",
-        "fastguard.commands.demo.incidents.latent_codes",
-        ("tensorboard",),
-        "tensorboard",
-    ),
+    Incident("A", "The detector that met NaN in epoch 3", "detector", "ultralytics", "ultralytics"),
+    Incident("B", "The checkpoint that could not be trusted", "classifier"),
+    Incident("C", "The segmentation model with too many heads", "segmentation"),
+    Incident("D", "The model that could not learn", "adaptive_stream"),
+    Incident("E", "The averages that turned NaN", "latent_codes", "tensorboard", "tensorboard"),
 )
 
 

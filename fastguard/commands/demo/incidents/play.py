@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 from fastguard.commands.demo.incidents import incident
 from fastguard.commands.demo.incidents.picture import draw
+from fastguard.commands.demo.report import write_records
 from fastguard.commands.usage import need
-from fastguard.records.json_lines_sink import JsonLinesSink
-from fastguard.records.step_record import StepRecord
 
 RUNS = {"as-it-was": False, "guarded": True}
 
@@ -33,7 +31,8 @@ def play(letter: str, folder: Path) -> int:
     story = incident(letter)
     story.load()
     need("rich", "matplotlib", extra="cli")
-    need(*story.packages, extra=story.extra)
+    if story.package is not None:
+        need(story.package, extra=story.extra)
 
     print(f"{story.letter}. {story.title}")
     outcomes = []
@@ -48,20 +47,12 @@ def play(letter: str, folder: Path) -> int:
         if record.is_incident:
             print(f"  {record}")
 
-    records = _write(after.records, folder / "records.jsonl", f"incident {letter}")
-    picture = folder / "incident.png"
+    records, picture = folder / "records.jsonl", folder / "incident.png"
+    write_records(after.records, records, f"incident {letter}")
     draw(story, before, after, picture)
     print(f"Written: {records}, {picture}")
     _report(records)
     return 0 if after.survived and not before.survived else 1
-
-
-def _write(records: Iterable[StepRecord], path: Path, name: str) -> Path:
-    path.unlink(missing_ok=True)
-    with JsonLinesSink(path, name=name) as sink:
-        for record in records:
-            sink(record)
-    return path
 
 
 def _report(records: Path) -> None:
