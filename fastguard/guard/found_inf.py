@@ -16,7 +16,18 @@ from torch.optim import Optimizer
 _CLAIM = "_step_supports_amp_scaling"
 
 
-def supports_found_inf(optimizer: Optimizer) -> bool:
+def reads_found_inf(optimizer: Optimizer) -> bool:
+    """Whether the kernels of an optimizer read `found_inf`, in every param group.
+
+    The groups may change at any time, by hand or by loading a state dict. With both `foreach` and
+    `fused`, torch's SGD uses the former and refuses `found_inf`.
+    """
+    return _supports_found_inf(optimizer) and all(
+        group.get("fused") and not group.get("foreach") for group in optimizer.param_groups
+    )
+
+
+def _supports_found_inf(optimizer: Optimizer) -> bool:
     """Whether a step of the fused kernels changes nothing while `found_inf` is 1."""
     kind = type(optimizer)
     own = vars(optimizer).get(_CLAIM)  # torch sets it on the instance

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastguard.guard.found_inf import supports_found_inf
 from fastguard.guard.optimizer_copy import OptimizerCopy
 from fastguard.guard.step_hooks import has_post_hooks, is_hooked, noting_completion
 
@@ -302,17 +301,6 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     if torch.equal(a, b):
         return True
     return a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
-
-
-def reads_found_inf(optimizer: Optimizer) -> bool:
-    """Whether the kernels of an optimizer read `found_inf`, in every param group.
-
-    The groups may change at any time, by hand or by loading a state dict. With both `foreach` and
-    `fused`, torch's SGD uses the former and refuses `found_inf`.
-    """
-    return supports_found_inf(optimizer) and all(
-        group.get("fused") and not group.get("foreach") for group in optimizer.param_groups
-    )
 
 
 def checked_closure(closure: object) -> Any:

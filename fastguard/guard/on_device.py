@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastguard.gradients.buckets import GradBuckets
-from fastguard.guard.inner_step import InnerStep, StepCall, reads_found_inf
+from fastguard.guard.found_inf import reads_found_inf
+from fastguard.guard.inner_step import InnerStep, StepCall
 from fastguard.guard.read_first import ReadFirst
 from fastguard.guard.step_hooks import has_step_hooks
 from fastguard.stages.apply import apply

@@ -9,7 +9,8 @@ from torch.optim import Optimizer
 from fastguard.gradients.buckets import GradBuckets
 from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.guard.clip_scope import Limit
-from fastguard.guard.inner_step import InnerStep, StepCall, reads_found_inf
+from fastguard.guard.found_inf import reads_found_inf
+from fastguard.guard.inner_step import InnerStep, StepCall
 from fastguard.guard.step_hooks import run_global_hooks
 from fastguard.stages.apply import apply
 from fastguard.stages.contract import Verdict

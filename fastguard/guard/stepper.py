@@ -23,8 +23,9 @@ from fastguard.gradients.buckets import GradBuckets
 from fastguard.guard.clip_scope import Limit
 from fastguard.guard.compiled_step import CompiledStep
 from fastguard.guard.flat_step import FlatStep
+from fastguard.guard.found_inf import reads_found_inf
 from fastguard.guard.in_update import InUpdate
-from fastguard.guard.inner_step import StepCall, reads_found_inf
+from fastguard.guard.inner_step import StepCall
 from fastguard.guard.on_device import OnDevice
 from fastguard.guard.param_gradients import Gradients
 from fastguard.guard.read_first import ReadFirst

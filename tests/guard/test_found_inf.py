@@ -5,7 +5,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from fastguard import GuardedOptimizer
-from fastguard.guard.inner_step import reads_found_inf
+from fastguard.guard.found_inf import reads_found_inf
 from guardtest.guarded import parameters_of
 from guardtest.training import assert_same_bits, give_gradients, new_parameters, poison, snapshot
 

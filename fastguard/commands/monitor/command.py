@@ -15,8 +15,8 @@ from itertools import chain
 from pathlib import Path
 
 from fastguard.commands.monitor.follow import Follower
+from fastguard.commands.monitor.run_state import RunState
 from fastguard.commands.monitor.summary import as_dict, as_text
-from fastguard.commands.monitor.watch import Watch
 from fastguard.commands.run_files import raise_no_records, records_file, run_exists
 from fastguard.commands.usage import FINE, FOUND_BAD, UsageError, integer, need
 from fastguard.records.strict_json import dumps
@@ -50,48 +50,48 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--json prints once; add --once")
     if not args.wait:
         records_file(args.path)  # report usage errors before taking over the screen
-    watch = _once(args) if args.once else _live(args)
-    if watch.latest is None and (watch.damaged or args.once):
-        raise_no_records(records_file(args.path), watch.damaged)
-    return FOUND_BAD if watch.incidents_in_window else FINE
+    state = _once(args) if args.once else _live(args)
+    if state.latest is None and (state.damaged or args.once):
+        raise_no_records(records_file(args.path), state.damaged)
+    return FOUND_BAD if state.incidents_in_window else FINE
 
 
-def _once(args: argparse.Namespace) -> Watch:
+def _once(args: argparse.Namespace) -> RunState:
     while args.wait and not run_exists(args.path):
         time.sleep(args.interval)
     path = records_file(args.path)
-    watch, age = _read(path, args.last)
-    while args.wait and watch.latest is None and not watch.damaged:
+    state, age = _read(path, args.last)
+    while args.wait and state.latest is None and not state.damaged:
         time.sleep(args.interval)
-        watch, age = _read(path, args.last)
-    if watch.latest is not None or (args.json and not watch.damaged):
+        state, age = _read(path, args.last)
+    if state.latest is not None or (args.json and not state.damaged):
         if args.json:
-            print(dumps(as_dict(path, watch, age), indent=2))
+            print(dumps(as_dict(path, state, age), indent=2))
         else:
-            print(as_text(path, watch, age))
-    return watch
+            print(as_text(path, state, age))
+    return state
 
 
-def _read(path: Path, last: int) -> tuple[Watch, float | None]:
+def _read(path: Path, last: int) -> tuple[RunState, float | None]:
     """Reads the run; returns it and the seconds since its file was last written."""
     follower = Follower(path)
-    watch = Watch(last)
-    watch.catch_up(chain(follower.poll(), follower.finish()))
+    state = RunState(last)
+    state.catch_up(chain(follower.poll(), follower.finish()))
     age = follower.age(time.time())
     follower.close()
-    return watch, age
+    return state, age
 
 
-def _live(args: argparse.Namespace) -> Watch:
+def _live(args: argparse.Namespace) -> RunState:
     need("rich", extra="cli")
     if not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
         raise UsageError("stdout is not a terminal; use --once in scripts")
     from fastguard.commands.monitor.live import watch_live
 
-    watch = watch_live(args.path, args.last, args.interval)
-    if watch.latest is not None:
-        print(as_text(args.path, watch, None))
-    return watch
+    state = watch_live(args.path, args.last, args.interval)
+    if state.latest is not None:
+        print(as_text(args.path, state, None))
+    return state
 
 
 def _seconds(text: str) -> float:

@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.live import Live
 
 from fastguard.commands.monitor.follow import Follower
+from fastguard.commands.monitor.run_state import Rate, RunState
 from fastguard.commands.monitor.screen import Screen
-from fastguard.commands.monitor.watch import Rate, Watch
 from fastguard.commands.run_files import records_file, run_exists
 
 
-def watch_live(run: Path, last: int, interval: float) -> Watch:
+def watch_live(run: Path, last: int, interval: float) -> RunState:
     """Redraws the screen every `interval` seconds until Ctrl-C; returns the state of the run.
 
     Args:
@@ -27,8 +27,8 @@ def watch_live(run: Path, last: int, interval: float) -> Watch:
         last: Number of records covered by the counts.
         interval: Seconds between updates.
     """
-    watch = Watch(last)
-    screen = Screen(run, watch)
+    state = RunState(last)
+    screen = Screen(run, state)
     # The alternate screen restores the terminal on exit, and resizing cannot garble older output.
     live = Live(screen, console=Console(highlight=False), screen=True, auto_refresh=False)
     with _exit_on_sigterm(), live:
@@ -37,28 +37,28 @@ def watch_live(run: Path, last: int, interval: float) -> Watch:
             _follow(follower, screen, interval, live)
         except KeyboardInterrupt:
             pass
-    return watch
+    return state
 
 
 def _wait_for_file(screen: Screen, interval: float, live: Live) -> Follower:
     while not run_exists(screen.run):
-        screen.state = "waiting for the file"
+        screen.activity = "waiting for the file"
         live.refresh()
         time.sleep(interval)
     return Follower(records_file(screen.run))
 
 
 def _follow(follower: Follower, screen: Screen, interval: float, live: Live) -> None:
-    watch, rate = screen.watch, Rate()
-    screen.state = "reading"
+    state, rate = screen.state, Rate()
+    screen.activity = "reading"
     live.refresh()
     try:
-        watch.catch_up(follower.poll())
-        screen.state = "waiting for a record"
+        state.catch_up(follower.poll())
+        screen.activity = "waiting for a record"
         while True:
             for line in follower.poll():
-                watch.feed(line)
-            screen.rate = rate.sample(time.monotonic(), watch.n_records)
+                state.feed(line)
+            screen.rate = rate.sample(time.monotonic(), state.n_records)
             screen.age = follower.age(time.time())
             live.refresh()
             time.sleep(interval)

@@ -11,9 +11,9 @@ from pathlib import Path
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from fastguard.commands.monitor.run_state import RunState
 from fastguard.commands.monitor.sparkline import ASCII_BARS, BARS, sparkline, split_evenly
 from fastguard.commands.monitor.summary import counts, duration, layers, named, verdict
-from fastguard.commands.monitor.watch import Watch
 from fastguard.commands.terminal import printable
 from fastguard.records.step_record import StepRecord
 
@@ -32,15 +32,15 @@ class Screen:
 
     Attributes:
         run: The path that the user gave.
-        watch: The state of the run.
-        state: What is shown while there is no record.
+        state: The state of the run.
+        activity: What is shown while there is no record.
         rate: Steps per second, or None while unknown.
         age: Seconds since the last write, or None.
     """
 
     run: Path
-    watch: Watch
-    state: str = "reading"
+    state: RunState
+    activity: str = "reading"
     rate: float | None = None
     age: float | None = None
 
@@ -54,22 +54,22 @@ class Screen:
             yield line
 
     def _head(self, width: int, bars: str) -> Iterator[Text]:
-        latest = self.watch.latest
-        color = "green" if not self.watch.incidents_in_window else "yellow"
+        latest = self.state.latest
+        color = "green" if not self.state.incidents_in_window else "yellow"
         if latest is not None and latest.consecutive_skips:
             color = "red"
-        yield Text(printable(f"fastguard monitor {self.run}") + named(self.watch), style="bold")
-        if latest is None and self.watch.damaged:
-            yield Text(f"no records yet; {counts(self.watch)}")
+        yield Text(printable(f"fastguard monitor {self.run}") + named(self.state), style="bold")
+        if latest is None and self.state.damaged:
+            yield Text(f"no records yet; {counts(self.state)}")
             return
         if latest is None:
-            yield Text(f"{self.state} ...")
+            yield Text(f"{self.activity} ...")
             return
-        yield Text(verdict(self.watch), style=f"bold {color}")
+        yield Text(verdict(self.state), style=f"bold {color}")
         yield Text(self._position(latest))
         drawn = list(latest.losses)[:LOSSES]
         label = min(max(map(len, ["norm", *drawn])), 16)
-        records = list(self.watch.curve)
+        records = list(self.state.curve)
         yield self._curve("norm".ljust(label), records, lambda r: r.torch_norm, width, bars)
         for name in drawn:
             text = printable(name)[:label].ljust(label)
@@ -79,9 +79,9 @@ class Screen:
         if len(latest.losses) > LOSSES:
             others = ", ".join(map(printable, list(latest.losses)[LOSSES : LOSSES + NAMED]))
             yield Text(f"and {others}", style="dim")
-        yield Text(counts(self.watch))
-        if self.watch.layers:
-            yield Text(layers(self.watch))
+        yield Text(counts(self.state))
+        if self.state.layers:
+            yield Text(layers(self.state))
 
     def _position(self, latest: StepRecord) -> str:
         rate = "..." if self.rate is None else f"{self.rate:.3g}"
@@ -109,10 +109,10 @@ class Screen:
         return text
 
     def _incidents(self, room: int) -> Iterator[Text]:
-        if self.watch.latest is None:
+        if self.state.latest is None:
             return
-        found = self.watch.n_incidents
+        found = self.state.n_incidents
         yield Text("")
-        yield Text(f"{found:,} incident{'s' * (found != 1)} in {self.watch.n_records:,} steps")
-        for record in islice(reversed(self.watch.incidents), max(0, room - 2)):
+        yield Text(f"{found:,} incident{'s' * (found != 1)} in {self.state.n_records:,} steps")
+        for record in islice(reversed(self.state.incidents), max(0, room - 2)):
             yield Text(printable(str(record)), style=COLORS.get(record.action, ""))

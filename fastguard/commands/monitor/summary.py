@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastguard.commands.monitor.watch import Watch
+from fastguard.commands.monitor.run_state import RunState
 from fastguard.commands.terminal import printable
 from fastguard.records.step_record import StepRecord
 
@@ -20,69 +20,69 @@ NAME = 80
 """Maximum length of a name in characters."""
 
 
-def as_dict(path: Path, watch: Watch, age: float | None) -> dict[str, Any]:
+def as_dict(path: Path, state: RunState, age: float | None) -> dict[str, Any]:
     """The state of a run as JSON values.
 
     Args:
         path: The file of records.
-        watch: The state of the run.
+        state: The state of the run.
         age: Seconds since the last write, or None.
     """
-    latest = watch.latest
+    latest = state.latest
     return {
         "file": str(path),
-        "run": None if watch.header is None else asdict(watch.header),
+        "run": None if state.header is None else asdict(state.header),
         "age_s": age,
         "latest": None if latest is None else latest.as_dict(),
-        "records": watch.in_window,
-        "damaged_lines": watch.damaged,
-        "actions": dict(watch.actions),
-        "n_incidents": watch.incidents_in_window,
-        "reasons": dict(watch.reasons),
-        "layers": {"step": watch.layers_step, "norms": watch.layers} if watch.layers else None,
-        "incidents": [record.as_dict() for record in _in_window(watch)],
+        "records": state.in_window,
+        "damaged_lines": state.damaged,
+        "actions": dict(state.actions),
+        "n_incidents": state.incidents_in_window,
+        "reasons": dict(state.reasons),
+        "layers": {"step": state.layers_step, "norms": state.layers} if state.layers else None,
+        "incidents": [record.as_dict() for record in _in_window(state)],
     }
 
 
-def as_text(path: Path, watch: Watch, age: float | None) -> str:
+def as_text(path: Path, state: RunState, age: float | None) -> str:
     """The state of a run as a few lines of text."""
-    lines = [f"{printable(str(path))}{named(watch)}: {verdict(watch)}"]
-    if watch.latest is not None:
+    lines = [f"{printable(str(path))}{named(state)}: {verdict(state)}"]
+    if state.latest is not None:
         written = "" if age is None else f", written {duration(age)} ago"
-        lines.append(position(watch.latest) + written)
-        lines.append(counts(watch))
-        lines += [layers(watch)] if watch.layers else []
-    incidents = _in_window(watch)[-LISTED:]
-    if len(incidents) < watch.incidents_in_window:
+        lines.append(position(state.latest) + written)
+        lines.append(counts(state))
+        lines += [layers(state)] if state.layers else []
+    incidents = _in_window(state)[-LISTED:]
+    if len(incidents) < state.incidents_in_window:
         lines.append(f"the last {len(incidents)} incidents:")
     lines += [f"  {printable(str(record))}" for record in incidents]
     return "\n".join(lines)
 
 
-def _in_window(watch: Watch) -> list[StepRecord]:
-    kept = list(watch.incidents)
-    return kept[max(0, len(kept) - watch.incidents_in_window) :]
+def _in_window(state: RunState) -> list[StepRecord]:
+    kept = list(state.incidents)
+    return kept[max(0, len(kept) - state.incidents_in_window) :]
 
 
-def named(watch: Watch) -> str:
+def named(state: RunState) -> str:
     """The name of the run in parentheses; empty if it has none."""
-    name = None if watch.header is None else watch.header.name
+    name = None if state.header is None else state.header.name
     return f" ({printable(name, NAME)})" if name else ""
 
 
-def verdict(watch: Watch) -> str:
+def verdict(state: RunState) -> str:
     """The state of the run in one sentence."""
-    if watch.latest is None:
+    if state.latest is None:
         return "no records yet"
-    steps = "1 step" if watch.in_window == 1 else f"{watch.in_window:,} steps"
-    found = watch.incidents_in_window
+    steps = "1 step" if state.in_window == 1 else f"{state.in_window:,} steps"
+    found = state.incidents_in_window
     if not found:
         return f"no incident in the last {steps}"
     text = f"{found:,} incident{'s' * (found > 1)} in the last {steps}"
-    in_a_row = watch.latest.consecutive_skips
+    in_a_row = state.latest.consecutive_skips
     if in_a_row:
         return f"{text}, skipping now ({in_a_row:,} in a row)"
-    return f"{text}, the latest at step {watch.incidents[-1].step:,}"
+    return f"{text}, the latest at step {state.incidents[-1].step:,}"
 
 
 def position(record: StepRecord) -> str:
@@ -96,21 +96,21 @@ def position(record: StepRecord) -> str:
     return ", ".join(parts)
 
 
-def layers(watch: Watch) -> str:
+def layers(state: RunState) -> str:
     """The layers with the largest gradient norms, at the latest step that recorded them."""
-    norms = [f"{printable(name, NAME)} {norm:.4g}" for name, norm in watch.layers.items()]
-    return f"largest gradient norms at step {watch.layers_step:,}: {', '.join(norms)}"
+    norms = [f"{printable(name, NAME)} {norm:.4g}" for name, norm in state.layers.items()]
+    return f"largest gradient norms at step {state.layers_step:,}: {', '.join(norms)}"
 
 
-def counts(watch: Watch) -> str:
+def counts(state: RunState) -> str:
     """Number of records per action, and of unreadable lines."""
     order = ("applied", "clipped", "sanitized", "skipped")
-    names = [*(name for name in order if name in watch.actions), *(watch.actions.keys() - {*order})]
-    parts = [f"{watch.actions[name]:,} {printable(name, NAME)}" for name in names[:ACTIONS]]
+    names = [*(name for name in order if name in state.actions), *(state.actions.keys() - {*order})]
+    parts = [f"{state.actions[name]:,} {printable(name, NAME)}" for name in names[:ACTIONS]]
     if len(names) > ACTIONS:
         parts.append(f"{len(names) - ACTIONS:,} other actions")
-    if watch.damaged:
-        parts.append(f"{watch.damaged:,} damaged line{'s' * (watch.damaged > 1)}")
+    if state.damaged:
+        parts.append(f"{state.damaged:,} damaged line{'s' * (state.damaged > 1)}")
     return ", ".join(parts)
 
 

@@ -17,7 +17,7 @@ import math
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -171,9 +171,7 @@ class ForwardTrace(TorchDispatchMode):
             self.sites[node] = self._site()
         if is_view(func):
             out = func(*args, **kwargs)
-            if (
-                func is torch.ops.aten.lift_fresh.default
-            ):  # a constant is created without an operation
+            if func is torch.ops.aten.lift_fresh.default:  # creates a constant
                 self._known.pop(storage_of(out), None)
             return out
         call = Call.of(func, args, kwargs)
@@ -211,18 +209,13 @@ class ForwardTrace(TorchDispatchMode):
             return event
         inputs = [TensorRange.of(name, value) for name, _, value in call.read()]
         inputs += [_number_range(x) for x in call.numbers if not math.isfinite(x)]
-        return Event(
-            self._index,
-            event.operation,
-            event.site,
-            causes,
-            placed,
-            tuple(inputs[:_DESCRIBED]),
-            tuple(TensorRange.of(_output(i, outputs), t) for i, t in enumerate(outputs))[
-                :_DESCRIBED
-            ],
-            call.is_finite_in_float32(outputs),
-            explain_call(call, outputs),
+        described = [TensorRange.of(_output(i, outputs), t) for i, t in enumerate(outputs)]
+        return replace(
+            event,
+            inputs=tuple(inputs[:_DESCRIBED]),
+            outputs=tuple(described[:_DESCRIBED]),
+            precision=call.is_finite_in_float32(outputs),
+            explanation=explain_call(call, outputs),
         )
 
     def _check_new(

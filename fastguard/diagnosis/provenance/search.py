@@ -22,9 +22,9 @@ from fastguard.diagnosis.replay.losses import loss_parts
 from fastguard.diagnosis.replay.replay import Step, copied, in_float32, widened_batch
 
 REACHED = 6
+"""Maximum number of later operations that a report lists, one per module."""
 NO_LOSS = "the step returned no loss; return a scalar tensor, or pass loss_fn="
 NO_GRADIENT = "the loss does not require gradients; return it without .item() or .detach()"
-"""Maximum number of later operations that a report lists, one per module."""
 
 
 class Search:

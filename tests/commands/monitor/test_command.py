@@ -15,7 +15,7 @@ import pytest
 from fastguard import JsonLinesSink, StepRecord
 from fastguard.commands.cli import main
 from fastguard.commands.monitor import command
-from fastguard.commands.monitor.watch import Watch
+from fastguard.commands.monitor.run_state import RunState
 from fastguard.records.rotated_files import rotated_files
 
 N = 2000
@@ -120,12 +120,12 @@ def test_wait_waits_for_the_first_record_of_an_empty_file(tmp_path, capsys) -> N
 def test_incidents_before_the_window_do_not_change_the_exit_status(
     path, capsys, monkeypatch
 ) -> None:
-    watch = Watch(last=3)
+    state = RunState(last=3)
     for file in [*rotated_files(path), path]:
         for line in file.read_bytes().splitlines():
-            watch.feed(line)  # like the live screen
-    assert watch.n_incidents == 1
-    monkeypatch.setattr(command, "_once", lambda args: watch)
+            state.feed(line)  # like the live screen
+    assert state.n_incidents == 1
+    monkeypatch.setattr(command, "_once", lambda args: state)
     assert main(["monitor", str(path), "--once"]) == 0
 
 
@@ -226,7 +226,7 @@ def test_headers_before_the_last_steps_are_not_counted_as_steps(tmp_path) -> Non
         with JsonLinesSink(path, name=f"from {start}") as sink:
             for step in range(start, start + 10):
                 sink(StepRecord(step, 1.0, 1.0, "applied"))
-    watch = Watch(5)
-    watch.catch_up(path.read_bytes().splitlines())
-    assert (watch.n_records, watch.in_window, watch.damaged) == (30, 5, 0)
-    assert watch.header is not None and watch.header.name == "from 21"
+    state = RunState(5)
+    state.catch_up(path.read_bytes().splitlines())
+    assert (state.n_records, state.in_window, state.damaged) == (30, 5, 0)
+    assert state.header is not None and state.header.name == "from 21"

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from fastguard.commands.cli import main
+from fastguard.commands.monitor.run_state import RunState
 from fastguard.commands.monitor.sparkline import sparkline
 from fastguard.commands.monitor.summary import as_dict, as_text
-from fastguard.commands.monitor.watch import Watch
 from fastguard.records.strict_json import dumps
 from guardtest import require
 from guardtest.odd_records import FIELDS, good
@@ -48,15 +48,15 @@ def rows(text: str) -> list[dict[str, Any]]:
     return found
 
 
-def watched(records: list[dict[str, Any]]) -> Watch:
-    watch = Watch(1000)
+def watched(records: list[dict[str, Any]]) -> RunState:
+    state = RunState(1000)
     for record in records:
-        watch.feed(json.dumps(record).encode())
-    return watch
+        state.feed(json.dumps(record).encode())
+    return state
 
 
-def screen_of(watch: Watch, run: Path) -> str:
-    screen = Screen(run, watch, rate=1.0, age=1.0)
+def screen_of(state: RunState, run: Path) -> str:
+    screen = Screen(run, state, rate=1.0, age=1.0)
     console = Console(width=100, height=40, file=None, color_system=None, force_terminal=False)
     with console.capture() as capture:
         console.print(screen)
@@ -70,8 +70,8 @@ def test_all_output_is_printable(
     folder = tmp_path / text.replace("/", "_")
     folder.mkdir()
     (folder / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(text)))
-    watch = watched(rows(text))
-    shown = [screen_of(watch, folder)]
+    state = watched(rows(text))
+    shown = [screen_of(state, folder)]
     for options in ([], ["--json"]):
         assert main(["monitor", str(folder), "--once", *options]) == 1
         shown.append(capsys.readouterr().out)
@@ -92,11 +92,11 @@ ODD = [
 
 def assert_is_shown(records: list[dict[str, Any]]) -> None:
     for last in (records, [*records, good(999)]):
-        watch = watched(last)
-        assert watch.n_records + watch.damaged == len(last)
-        for line in (screen_of(watch, Path("run")) + as_text(Path("run"), watch, 1.0)).split("\n"):
+        state = watched(last)
+        assert state.n_records + state.damaged == len(last)
+        for line in (screen_of(state, Path("run")) + as_text(Path("run"), state, 1.0)).split("\n"):
             assert line.isprintable() and len(line) < 6000
-        json.loads(dumps(as_dict(Path("run"), watch, 1.0)))
+        json.loads(dumps(as_dict(Path("run"), state, 1.0)))
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -132,16 +132,16 @@ def test_memory_is_bounded_for_records_of_a_megabyte() -> None:
         row |= {"spikes": ["s"] * 50_000, "culprits": [["c" * 1000, 1, 0, 0]] * 100}
         return json.dumps(row).encode()
 
-    watch = Watch(1000)
-    watch.feed(line(1))  # warm-up: some objects are allocated only once
+    state = RunState(1000)
+    state.feed(line(1))  # warm-up: some objects are allocated only once
     tracemalloc.start()
     for step in range(2, 27):
-        watch.feed(line(step))
+        state.feed(line(step))
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert watch.n_records == 26
+    assert state.n_records == 26
     assert held < 25 * 100_000  # of 25 MB
-    assert max(map(len, as_text(Path("run"), watch, 1.0).split("\n"))) < 6000
+    assert max(map(len, as_text(Path("run"), state, 1.0).split("\n"))) < 6000
 
 
 @pytest.mark.parametrize("name", ["r.jsonl", "r.1.jsonl"])

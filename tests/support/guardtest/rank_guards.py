@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastguard import GuardedOptimizer
+from fastguard import GuardedOptimizer, Replicated
 
 
 def rank() -> int:
@@ -32,6 +32,29 @@ def sgd(*parameters: Tensor, **options: Any) -> GuardedOptimizer:
     """A guard over all ranks, which hold different tensors unless the options say otherwise."""
     options.setdefault("group", dist.group.WORLD)
     return GuardedOptimizer(torch.optim.SGD([{"params": list(parameters)}], lr=1.0), **options)
+
+
+def parameters(n: int) -> list[nn.Parameter]:
+    made = [nn.Parameter(torch.zeros(2)) for _ in range(n)]
+    for p in made:
+        p.grad = torch.ones(2)
+    return made
+
+
+def guard_over(
+    group: Any, counts: tuple[int, ...] = (1,), clip_value: float | None = None, **options: Any
+) -> GuardedOptimizer:
+    """Returns a guard over a process group or `Replicated`, with this many parameters per param
+    group."""
+    groups: list[dict[str, Any]] = [{"params": parameters(n)} for n in counts]
+    if clip_value is not None:
+        groups[0]["clip_value"] = clip_value
+    world = dist.group.WORLD
+    return GuardedOptimizer(
+        torch.optim.SGD(groups, lr=1.0),
+        group=Replicated(world) if group == "replicated" else world,
+        **options,
+    )
 
 
 def same_on_all(results: list[Any]) -> Any:

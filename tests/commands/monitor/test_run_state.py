@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastguard import StepRecord
+from fastguard.commands.monitor.run_state import CURVE, INCIDENTS, RATE_SECONDS, Rate, RunState
 from fastguard.commands.monitor.sparkline import ASCII_BARS, sparkline
 from fastguard.commands.monitor.summary import as_dict, as_text, duration, verdict
-from fastguard.commands.monitor.watch import CURVE, INCIDENTS, RATE_SECONDS, Rate, Watch
 
 ACTIONS = ["applied", "clipped", "sanitized", "skipped"]
 
@@ -27,53 +27,53 @@ def line(step: int, action: str = "applied", **fields: object) -> bytes:
 
 @given(st.lists(st.sampled_from(ACTIONS)), st.integers(1, 10))
 def test_counts_cover_the_last_records(actions: list[str], last: int) -> None:
-    watch = Watch(last)
+    state = RunState(last)
     for step, action in enumerate(actions):
-        watch.feed(line(step, action))
+        state.feed(line(step, action))
     latest = actions[-last:]
-    assert dict(watch.actions) == {a: latest.count(a) for a in ACTIONS if a in latest}
-    assert watch.incidents_in_window == latest.count("skipped")
-    assert watch.n_incidents == actions.count("skipped")
-    assert watch.in_window == len(latest) and watch.n_records == len(actions)
+    assert dict(state.actions) == {a: latest.count(a) for a in ACTIONS if a in latest}
+    assert state.incidents_in_window == latest.count("skipped")
+    assert state.n_incidents == actions.count("skipped")
+    assert state.in_window == len(latest) and state.n_records == len(actions)
 
 
 def test_damaged_lines_are_counted_and_blank_lines_ignored() -> None:
-    watch = Watch(10)
+    state = RunState(10)
     for damaged in (b"{", b"[1]", b'{"step": 1}', b"\xff\xfe", b"\x00" * 100):
-        watch.feed(damaged)
+        state.feed(damaged)
     for blank in (b"", b"  ", b"\r"):
-        watch.feed(blank)
-    watch.feed(line(1))
-    assert (watch.damaged, watch.n_records) == (5, 1)
+        state.feed(blank)
+    state.feed(line(1))
+    assert (state.damaged, state.n_records) == (5, 1)
 
 
 def test_memory_is_bounded() -> None:
-    watch = Watch(last=1_000_000)
+    state = RunState(last=1_000_000)
     for step in range(5000):
-        watch.feed(line(step, "skipped"))
-    assert len(watch.curve) == CURVE and len(watch.incidents) == INCIDENTS
-    assert watch.incidents_in_window == 5000
+        state.feed(line(step, "skipped"))
+    assert len(state.curve) == CURVE and len(state.incidents) == INCIDENTS
+    assert state.incidents_in_window == 5000
 
 
 def test_the_verdict_is_one_sentence() -> None:
-    watch = Watch(3)
-    assert verdict(watch) == "no records yet"
-    watch.feed(line(1))
-    assert verdict(watch) == "no incident in the last 1 step"
-    watch.feed(line(2, "skipped"))
-    watch.feed(line(3, "skipped", consecutive_skips=2))
-    assert verdict(watch) == "2 incidents in the last 3 steps, skipping now (2 in a row)"
-    watch.feed(line(4))
-    assert verdict(watch) == "2 incidents in the last 3 steps, the latest at step 3"
-    watch.feed(line(5))
-    watch.feed(line(6))
-    assert verdict(watch) == "no incident in the last 3 steps"
+    state = RunState(3)
+    assert verdict(state) == "no records yet"
+    state.feed(line(1))
+    assert verdict(state) == "no incident in the last 1 step"
+    state.feed(line(2, "skipped"))
+    state.feed(line(3, "skipped", consecutive_skips=2))
+    assert verdict(state) == "2 incidents in the last 3 steps, skipping now (2 in a row)"
+    state.feed(line(4))
+    assert verdict(state) == "2 incidents in the last 3 steps, the latest at step 3"
+    state.feed(line(5))
+    state.feed(line(6))
+    assert verdict(state) == "no incident in the last 3 steps"
 
 
 def test_what_a_file_holds_commands_no_terminal(tmp_path) -> None:
-    watch = Watch(3)
-    watch.feed(line(1, "skipped\x1b[2J", reason="\x1b]0;x\x07", losses={"\x1b[1m": 1.0}, tag="\n"))
-    text = as_text(tmp_path, watch, 1.0)
+    state = RunState(3)
+    state.feed(line(1, "skipped\x1b[2J", reason="\x1b]0;x\x07", losses={"\x1b[1m": 1.0}, tag="\n"))
+    text = as_text(tmp_path, state, 1.0)
     assert "\x1b" not in text and "\x07" not in text
 
 
@@ -110,13 +110,13 @@ def test_durations() -> None:
 
 
 def test_a_loss_scale_search_is_not_an_incident() -> None:
-    watch = Watch(10)
-    watch.feed(line(1, "skipped", reason="loss_scale", consecutive_skips=0))
-    assert (watch.n_incidents, watch.incidents_in_window) == (0, 0)
-    assert verdict(watch) == "no incident in the last 1 step"
-    watch.feed(line(2, "skipped", reason=None))  # a record that was written without its reason
-    assert (watch.n_incidents, watch.incidents_in_window) == (1, 1)
-    assert watch.actions == {"skipped": 2}
+    state = RunState(10)
+    state.feed(line(1, "skipped", reason="loss_scale", consecutive_skips=0))
+    assert (state.n_incidents, state.incidents_in_window) == (0, 0)
+    assert verdict(state) == "no incident in the last 1 step"
+    state.feed(line(2, "skipped", reason=None))  # a record that was written without its reason
+    assert (state.n_incidents, state.incidents_in_window) == (1, 1)
+    assert state.actions == {"skipped": 2}
 
 
 BAD = [3, 77, 300, 301, 302, 555]
@@ -131,7 +131,7 @@ def test_of_the_steps_before_the_last_ones_the_incidents_are_known(last: int) ->
         tag = {"reason": "none of it"} if step % 7 == 0 else None  # looks like one, and is not
         action = "skipped" if reason else "applied"
         lines.append(line(step, action, reason=reason, tag=tag, lr=0.1))
-    whole, quick = Watch(last), Watch(last)
+    whole, quick = RunState(last), RunState(last)
     for one in lines:
         whole.feed(one)
     quick.catch_up(lines)
@@ -142,28 +142,28 @@ def test_of_the_steps_before_the_last_ones_the_incidents_are_known(last: int) ->
 
 
 def test_damaged_lines_before_the_window_are_ignored() -> None:
-    watch = Watch(1)
-    watch.catch_up([b'{"reason": "x"', b'\xff\x00"reason": "y"', b"z" * 3_000_000, line(4)])
-    assert (watch.n_incidents, watch.n_records, watch.damaged) == (0, 4, 0)
+    state = RunState(1)
+    state.catch_up([b'{"reason": "x"', b'\xff\x00"reason": "y"', b"z" * 3_000_000, line(4)])
+    assert (state.n_incidents, state.n_records, state.damaged) == (0, 4, 0)
 
 
 def test_the_layers_with_the_largest_gradients_are_shown() -> None:
-    watch = Watch(10)
+    state = RunState(10)
     norms = {"blocks.0.w": 3.0, "blocks.0.b": 4.0, "head.w": 12.0, "a\nb.w": 1.0, "c.w": 0.5}
-    watch.feed(line(1, watch={"tensor_norms": norms}))
-    watch.feed(line(2))
-    text = as_text(Path("run"), watch, None)
+    state.feed(line(1, watch={"tensor_norms": norms}))
+    state.feed(line(2))
+    text = as_text(Path("run"), state, None)
     assert "largest gradient norms at step 1: head 12, blocks.0 5, a\\nb 1" in text
-    assert as_dict(Path("run"), watch, None)["layers"] == {
+    assert as_dict(Path("run"), state, None)["layers"] == {
         "step": 1,
         "norms": {"head": 12.0, "blocks.0": 5.0, "a\nb": 1.0},
     }
 
 
 def test_watched_statistics_are_not_kept() -> None:
-    watch = Watch(10)
+    state = RunState(10)
     norms = {f"layer{i}.w": 1.0 for i in range(5000)}
     drift = {"replica_drift": {"weights": [2], "gradients": 5}}
-    watch.feed(line(1, "skipped", watch={"tensor_norms": norms} | drift))
-    assert watch.curve[0].watch == drift
-    assert "the weights of rank 2 differ" in as_text(Path("run"), watch, None)
+    state.feed(line(1, "skipped", watch={"tensor_norms": norms} | drift))
+    assert state.curve[0].watch == drift
+    assert "the weights of rank 2 differ" in as_text(Path("run"), state, None)

@@ -1,4 +1,4 @@
-"""`Watch`: the state of a run, from its latest records."""
+"""`RunState`: the state of a run, from its latest records."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RATE_SECONDS = 30.0
 """Window in seconds over which the rate is measured."""
 
 
-class Watch:
+class RunState:
     """The state of a run, updated line by line. Its memory depends only on `last`.
 
     Args:
