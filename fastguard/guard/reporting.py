@@ -248,7 +248,7 @@ class ReportingOptimizer(OptimizerWrapper):
         self._flight = None
 
     def _after_failure(self, error: BaseException) -> None:
-        """Concludes the step after an exception in `step`; tries again if interrupted."""
+        """Concludes the step after an exception in `step`; called again if interrupted."""
         # GradScaler removes these only after a step that returns. In the next step it would
         # multiply the remaining grad_scale by its scale.
         self.__dict__.pop("grad_scale", None)
@@ -257,9 +257,6 @@ class ReportingOptimizer(OptimizerWrapper):
             self._flight.use_up_losses()
         try:
             self._conclude()
-        except BaseException:
-            self._conclude()
-            raise
         finally:
             self._deliver(before=False, budget=False)
             self._observed.keep_for_retry()

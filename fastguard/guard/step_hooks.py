@@ -38,17 +38,22 @@ def with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(step)
     def hooked(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
         try:
-            if not torch.autograd._profiler_enabled():  # an unused profiler range takes 10 µs
-                if not has_step_hooks(self):
-                    return step(self, *args, **kwargs)
-                return with_hooks(self, *args, **kwargs)
-            name = f"Optimizer.step#{type(self).__name__}.step"
-            with torch.autograd.profiler.record_function(name):
-                return with_hooks(self, *args, **kwargs)
+            try:
+                if not torch.autograd._profiler_enabled():  # an unused profiler range takes 10 µs
+                    if not has_step_hooks(self):
+                        return step(self, *args, **kwargs)
+                    return with_hooks(self, *args, **kwargs)
+                name = f"Optimizer.step#{type(self).__name__}.step"
+                with torch.autograd.profiler.record_function(name):
+                    return with_hooks(self, *args, **kwargs)
+            except BaseException as error:
+                self._after_failure(error)  # type: ignore[attr-defined]
+                for hook in [*self._failed_step_hooks.values()]:  # type: ignore[attr-defined]
+                    hook(self, error)
+                raise
         except BaseException as error:
-            self._after_failure(error)  # type: ignore[attr-defined]
-            for hook in [*self._failed_step_hooks.values()]:  # type: ignore[attr-defined]
-                hook(self, error)
+            if self._flight is not None:  # type: ignore[attr-defined]  # interrupted before the end
+                self._after_failure(error)  # type: ignore[attr-defined]
             raise
 
     hooked.hooked = True  # type: ignore[attr-defined]  # keeps torch from adding its own wrapper

@@ -156,6 +156,7 @@ SETTINGS = {
     "flat": ("plain", {"flat_buckets": True}),
     "flat_parameters": ("fused", {"flat_parameters": True}),
     "raises": ("plain", {"nonfinite": "raise"}),
+    "LBFGS, raises": ("LBFGS", {"nonfinite": "raise"}),
     "cleans": ("fused", {"nonfinite": "zero"}),
     "zclip": ("plain", {"max_norm": ZClip(warmup=5)}),
     "autoclip": ("fused", {"max_norm": AutoClip(window=7)}),
@@ -212,6 +213,25 @@ def test_an_interrupt_at_each_line_of_a_road(setting, monkeypatch):
         missed = 0 if run.attempt(i, at, ROADS[setting]) else missed + 1
         at, i = at + 1, i + 1
     assert at > 10
+
+
+@pytest.mark.parametrize("setting", ["raises", "LBFGS, raises"])
+def test_an_interrupt_while_the_guard_raises(setting):
+    """The weights are restored at once, not at the beginning of the next step."""
+    kind, options = SETTINGS[setting]
+    run, scout = Run(kind, options), Run(kind, options)
+    for each in (run, scout):
+        each.attempt(0, 10**6)
+    step = scout.ready(scout.parameters, scout.opt, 5)  # whose gradients are not finite
+
+    def refused():
+        with pytest.raises(NonFiniteGradError):
+            step()
+
+    lines = lines_of(refused)
+    last = range(lines - 200, lines)
+    n_interrupted = sum(bool(run.attempt(11 * i + 5, at)) for i, at in enumerate(last))
+    assert n_interrupted > 100
 
 
 def test_an_interrupt_at_each_line_in_which_a_schedule_follows_the_steps():
