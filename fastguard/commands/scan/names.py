@@ -19,7 +19,9 @@ CLAUSE = re.compile(r"[,;，；、|｜│┃║\[\]{}<>!?]|\.\s|[:=：＝]|\s-{1
 
 _BESIDE = re.compile(r"\s(?:before|after|pre|post)[ -]?clip(?:ping)?$", re.IGNORECASE)
 _MARKUP = re.compile(r"<([^<>]*)>$")
-_INDEX = re.compile(r"(?:\[[\w,. ]{0,20}\]|\]|(?<=\w)\{[^{}]{0,80}\})+$")  # loss[3]: nan
+_INDEX = re.compile(  # loss[3]: nan, loss [epoch 3/10] -> nan
+    r"(?:\s?\[[\w,. ]{0,20}(?:/[\w ]{1,10})?\]|\]|(?<=\w)\{[^{}]{0,80}\})+$"
+)
 _FILE = re.compile(r".*\.(?:ckpt|pt|pth|bin|safetensors|h5|pkl|npz|py)", re.IGNORECASE)
 PLACES = frozenset(
     "after at in on for of from during over until by per this that "
@@ -49,8 +51,10 @@ def name_in(stem: str, *, separated: bool) -> str | None:
         last = words[-1].strip("#")
         return _balanced(last) if _is_name(last) and separated else None
     rest = words[at + 1 :]
-    if all(_is_place(word) for word in rest):
+    if all(_is_place(word) or word.lower() in _STOPS for word in rest):
         end = at
+    elif separated and rest[0].lower() in PLACES and any(map(_DIGIT.match, rest)):
+        end = at  # "after 3 epochs of warmup"
     elif separated and len(rest) <= 6 and _DIGIT.match(rest[-1].strip("()#")):
         end = at  # a place in unknown words or another language
     elif len(rest) <= 2 and all(word.isalpha() or _is_parenthesis(word) for word in rest):

@@ -20,7 +20,7 @@ from fastguard.commands.scan.events import EventsError, read_scalars
 from fastguard.commands.scan.findings import Findings
 from fastguard.commands.scan.foreign import NotTextError
 from fastguard.commands.scan.found import LogScan
-from fastguard.commands.scan.insets import header_of, object_around
+from fastguard.commands.scan.insets import BARS, SPACES, header_of, object_around
 from fastguard.commands.scan.json_lines import JsonLines
 from fastguard.commands.scan.lines import Block, read_blocks, text_of
 from fastguard.commands.scan.objects import rows_of
@@ -141,6 +141,8 @@ class _Scanner:
         """Reads the lines of a block."""
         self._budget.earn(len(block.data))
         cursor = Cursor(block)
+        if block.number == 1 and self._table.waits:
+            self._begin_table(cursor)
         while cursor.skip_blank():
             if self._budget.spent:
                 self._findings.end_run()
@@ -153,6 +155,19 @@ class _Scanner:
                 self._text.take(cursor)
             elif not self._take_rows(cursor, json=json):
                 self._take_line(cursor)
+
+    def _begin_table(self, cursor: Cursor) -> None:
+        """Begins the printed table whose header is the first line of the log, if there is one."""
+        lines, begin = cursor.lines, cursor.at
+        for _ in range(3):  # the header, a rule, the first row
+            end = lines.find(b"\n", begin)
+            if end < 0:
+                return
+            header = header_of(lines, begin, end, cursor.at)
+            if header is not None and header.delimiter in (SPACES, BARS):
+                self._table.begin(header)
+                return
+            begin = end + 1
 
     def _search(self, cursor: Cursor) -> bool:
         """Counts the lines of a block for which no budget is left.

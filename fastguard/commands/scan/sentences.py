@@ -98,7 +98,7 @@ _SENTENCES = tuple(
         rf"\bunexpected result {_EITHER}",
         rf"\bthe (?P<name>loss) returned in \S{{1,60}} is {_EITHER}",
         rf"\bthe (?P<name>total norm) of order \S{{1,20}} for gradients .{{1,60}} is {_EITHER}",
-        rf"\b{_SUBJECT}(?: (?:at|in|on|of|for|from) [\w./-]{{1,40}}(?: \d{{1,9}})?)?"
+        rf"\b{_SUBJECT}(?: (?:at|in|on|of|for|from) [\w./:-]{{1,40}}(?: \d{{1,9}})?)?"
         r"(?: or scores)? (?:is|was|are|were|became|becomes?|has become|have become|went|hit|"
         r"turned(?: in?to)?|contains?|contained|has|have|had|exploded to|diverged to)"
         rf"(?: now)?(?: an?| the| some| either| all)? {_EITHER}",

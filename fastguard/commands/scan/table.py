@@ -44,6 +44,8 @@ _NUMBER = (
     rb"(?:[0-9]++(?:\.[0-9]*+)?+(?=[,;|\t\n])"
     rb'|"?[ ]*+(?:[+-]?(?:[0-9]++\.?[0-9]*+(?:e[+-]?[0-9]++)?|nan|inf(?:inity)?))?[ ]*+"?)'
 )
+_SPACED_NUMBER = rb"[+-]?(?:[0-9]++\.?[0-9]*+(?:e[+-]?[0-9]++)?|nan|inf(?:inity)?)(?=\s)"
+_SPACED_CELL = rb"[+-]?(?:[0-9.][^\s\"]*+|nan|inf(?:inity)?|-+)(?=\s)"
 MISSES = 256
 """Number of consecutive lines that are not rows after which the table has ended."""
 
@@ -138,14 +140,15 @@ class Table:
     def _pattern(self) -> re.Pattern[bytes] | None:
         """Matches rows that can be read together; None if there are no numeric columns."""
         numbers = [p or j for p, j in zip(self._places, self._judged, strict=True)]
-        if self._delimiter in (SPACES, BARS) or not any(numbers):
+        named = self._named_by is not None and self._value_at is not None
+        if self._delimiter == BARS or named or not any(numbers):
             return None
-        if self._named_by is not None and self._value_at is not None:
-            return None
-        cells = re.escape(self._delimiter.encode()).join(
-            _NUMBER if number else _CELL for number in numbers
-        )
-        return re.compile(rb"(?:(?!\s*\n)%s *+\n){1,%d}+" % (cells, MAX_ROWS), re.IGNORECASE)
+        number, cell, between = _NUMBER, _CELL, re.escape(self._delimiter.encode())
+        if self._delimiter == SPACES:
+            number, cell, between = _SPACED_NUMBER, _SPACED_CELL, rb"[ \t]++"
+        cells = between.join(number if is_number else cell for is_number in numbers)
+        begin = rb"[ \t]*+" if self._delimiter == SPACES else rb"(?!\s*\n)"
+        return re.compile(rb"(?:%s%s *+\n){1,%d}+" % (begin, cells, MAX_ROWS), re.IGNORECASE)
 
     def rows(self, lines: bytes, at: int) -> tuple[int, bytes]:
         """The end and the text of the rows from `at` that can be read together; b"" if none."""
@@ -155,8 +158,11 @@ class Table:
     def read_rows(self, rows: bytes, numbers: Sequence[int]) -> Rows:
         """Parses such rows; `numbers` are their line numbers."""
         delimiter, k = self._delimiter.encode(), len(self._names)
-        cells = rows.replace(b'"', b"").replace(b"\n", delimiter).split(delimiter)
-        cells.pop()
+        if self._delimiter == SPACES:
+            cells = rows.split()
+        else:
+            cells = rows.replace(b'"', b"").replace(b"\n", delimiter).split(delimiter)
+            cells.pop()
         n = len(cells) // k
         finite = not _has_word(rows.lower())
         columns: dict[str, Column] = {}

@@ -76,7 +76,9 @@ _NO_WORD = re.compile(
 _ALONE = re.compile(r"[\"'`\])}>%]*\s+[^\W\d_]")
 _CONTAINER_BEFORE = re.compile(r"(?:tensor|array|float)\(\[*$", re.IGNORECASE)
 _QUOTED_FLOAT = re.compile(r"float\([\"'][+-]?$")
-_ARROW = re.compile(r"\s*[-=]+>$")
+_ARROW = re.compile(r"\s*[-=~]+>$")
+_IN_BARS = re.compile(r"[|│┃]\s*([^\W\d][\w./-]{0,40})\s$"), re.compile(r"\s*(?:[|│┃]|$)")
+"""Match the texts before and after a value whose cell also has its name: `| tr nan | val 2.3`."""
 _INTERVAL = re.compile(
     r"(?:\(\s*-inf,\s*[^,\]()]{1,20}\]|\[[^,\[\]()]{1,20},\s*\+?inf\s*\))", re.IGNORECASE
 )
@@ -197,7 +199,9 @@ def _name_of_value(before: str, after: str, end: str, token: str) -> str | None:
         return _LEVEL if level and LETTER.search(end) else _at_start(before, after, end)
     call = _CALL.search(before)
     container = call is not None and _CONTAINER.fullmatch(call[1]) is not None
-    if (arrow := _ARROW.search(stem)) and not _NUMBER_BEFORE.search(stem):
+    if (arrow := _ARROW.search(stem)) and (
+        stem.endswith("]", 0, arrow.start()) or not _NUMBER_BEFORE.search(stem)
+    ):
         stem = stem[: arrow.start()] + "="
     if stem[-1:] in _SEPARATORS and stem:
         name = name_in(stem.rstrip(_SEPARATORS + " "), separated=True)
@@ -215,6 +219,8 @@ def _name_of_value(before: str, after: str, end: str, token: str) -> str | None:
         last = name.split()[-1] if name else ""
         if name and (is_metric(last) or last in _STATISTICS) and not stem.endswith((",", ";")):
             return _measured(name, before, text)
+    if (cell := _IN_BARS[0].search(before)) and _IN_BARS[1].match(end):
+        return None if is_bound(cell[1], text) else cell[1]
     if call is not None and not container:
         return None
     if level and (LETTER.search(end) or LETTER.search(before)):

@@ -14,8 +14,8 @@ METRICS = frozenset(
     "perplexity mse mae rmse nll elbo kl ce bce score mean std avg average auc iou miou "
     "dice map f1 bleu rouge psnr ssim gnorm reward return entropy lr fitness metric bpb "
     "bpc wer cer logits precision recall objective variance var energy likelihood logprob "
-    "advantage critic weight weights bias verlust perte pérdida perda потери потеря "
-    "ошибка 손실".split()
+    "advantage critic weight weights bias l1 l2 verlust perte pérdida perda потери потеря "
+    "перплексия ошибка 손실".split()
 )
 _METRICS_WITHOUT_SPACES = ("损失", "損失", "准确率", "梯度", "误差", "誤差", "精度", "困惑度")
 _RATES = frozenset(
@@ -32,7 +32,8 @@ _SETTINGS = frozenset(
 )
 _BOUNDS = frozenset(
     "best max min maximum minimum lowest highest lower upper init initial patience clip old "
-    "clipping timeout limit limits threshold mode bound bounds prev previous target goal".split()
+    "clipping timeout limit limits threshold mode bound bounds prev previous target goal "
+    "record top".split()
 )
 _BOUNDS_ANYWHERE = frozenset(
     "best patience clip clipping timeout limit threshold bound bounds".split()
@@ -123,7 +124,9 @@ def is_bound(name: str, text: str) -> bool:
 def _is_infinite_bound(words: tuple[str, ...], text: str) -> bool:
     if "best" in words or words[-1] == ("min" if text == "inf" else "max"):  # where a search begins
         return True
-    if words[-1] == "max" and words[:-1] == ("lr",):
+    if words[-1] in ("min", "max") and not any(map(is_metric, {*words[:-1]} - {"lr"})):  # a range
+        return True
+    if words[-1] in ("inf", "infinity"):  # a constant
         return True
     if text == "-inf" and words[-1] in ("bias", "mask") and not _ATTENTION.isdisjoint(words):
         return True

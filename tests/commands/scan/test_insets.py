@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import random
 
 import pytest
 
 from fastguard.commands.scan.found import LogScan
 from fastguard.commands.scan.insets import WALKED
+from fastguard.commands.scan.output import as_dict
 from fastguard.commands.scan.reading import Place
 from fastguard.commands.scan.scanner import scan_log
+from fastguard.commands.scan.table import Table
 
 TABLES = {
     "spaces": "step  loss   acc\n   1  0.52   0.7\n   2  nan    0.7\n",
@@ -61,8 +64,36 @@ def test_rows_after_other_lines_belong_to_the_table_and_text_does_not() -> None:
     ids=["sentence", "apart", "metric in row", "far", "none"],
 )
 def test_rows_without_a_header_are_plain_lines(text: str) -> None:
-    found = scan("x\n" + text)
+    found = scan("x\n" * 4 + text)
     assert found.n_bad == 1 and found.stretches[0].dialect == "plain"
+
+
+@pytest.mark.parametrize("form", ["{:4} {:8}\n", "| {} | {} |\n"], ids=["spaces", "markdown"])
+def test_spikes_in_a_printed_table_are_found(form: str) -> None:
+    rows = [(i, 9.0 if i == 25 else 1 + i % 7 / 100) for i in range(40)]
+    found = scan("".join(form.format(*row) for row in [("step", "loss"), *rows]))
+    ((series, _),) = found.series
+    assert (series.name, [spike.place.step for spike in series.spikes]) == ("loss", [25])
+
+
+def test_aligned_rows_read_together_and_one_by_one_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(7)
+    logs = []
+    for _ in range(40):
+        names = rng.sample(["step", "loss", "acc", "time", "grad_norm"], 4)
+        rows = [names]
+        for i in range(rng.randint(5, 50)):
+            cells = {"step": str(i), "time": rng.choice(["3.2s", "00:12", "-"])}
+            rows.append(
+                [cells.get(name, rng.choice(["nan", "0.5", "1e-3", "inf"])) for name in names]
+            )
+            if rng.random() < 0.05:
+                rows.append([rng.choice(["Saving.", "", "epoch 4 loss: nan", "a b c d"])])
+        logs.append("".join(" ".join(f"{cell:>9}" for cell in row) + "\n" for row in rows))
+    together = [as_dict("", scan(log)) for log in logs]
+    assert sum(found["bad_lines"] for found in together) > 300
+    monkeypatch.setattr(Table, "_pattern", lambda self: None)
+    assert together == [as_dict("", scan(log)) for log in logs]
 
 
 def test_metric_files_of_mlflow_give_the_step() -> None:
