@@ -129,10 +129,9 @@ def plain(value: Any, path: str) -> Any:
         return value
     if isinstance(value, Mapping):
         checked = {key: plain(item, f"{path}.{key}") for key, item in value.items()}
-        same = type(value) in (dict, OrderedDict) and all(
-            checked[key] is item for key, item in value.items()
-        )  # keep the original: a module's OrderedDict has its versions in `_metadata`
-        return value if same else checked
+        same = all(checked[key] is item for key, item in value.items())
+        # The original is kept: a module's OrderedDict has its versions in `_metadata`.
+        return value if same and type(value) in (dict, OrderedDict) else checked
     if type(value) in (list, tuple, set):
         return type(value)(plain(item, f"{path}.{i}") for i, item in enumerate(value))
     raise TypeError(

@@ -26,7 +26,12 @@ from fastguard.diagnosis.replay.losses import loss_parts, total_of
 from fastguard.diagnosis.replay.replay import copied
 from fastguard.diagnosis.replay.subject import Subject, is_readable
 from fastguard.diagnosis.replay.tensor_range import as_real
-from fastguard.diagnosis.watch_functions import FLOAT16_MAX, FunctionWatch
+from fastguard.diagnosis.watch_functions import (
+    FLOAT16_MAX,
+    FunctionWatch,
+    IndexOutOfRange,
+    NoProbability,
+)
 
 FLOAT16_ROUNDS_TO_ZERO = 2.0**-25  # half of the smallest subnormal
 
@@ -105,6 +110,11 @@ class Failure:
     where: str
     function: str | None
     error: Exception
+
+    @property
+    def has_own_finding(self) -> bool:
+        """Whether another finding describes the arguments that caused it."""
+        return isinstance(self.error, IndexOutOfRange | NoProbability)
 
     def __str__(self) -> str:
         first_line = next(iter(str(self.error).splitlines()), "")

@@ -139,14 +139,15 @@ class OptimizerOfPlaceholders:
             own = {**_with_tensors(_own(group), i, settings), "params": params}
             own.update((k, v) for k, v in _implementation(optimizer, on_gpu) if k in group)
             self.groups.append(_ReadRecorder(own, self.read[i]))
-        self.states = [
+        self.states: list[dict[str, Any]] = [
             {**copied(optimizer.state.get(p, {})), **tensors}
             for p, tensors in zip(members.params, states, strict=True)
         ]
         self._before_groups = [_own(group) for group in self.groups]
         self._before_states = [copied(state) for state in self.states]
         self._settings = settings
-        self.optimizer = stand_in = object.__new__(type(optimizer))
+        self.optimizer: Optimizer = object.__new__(type(optimizer))
+        stand_in = self.optimizer
         attributes = {
             k: v for k, v in vars(optimizer).items() if k not in ("state", "param_groups")
         }

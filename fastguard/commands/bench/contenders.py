@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class Prepared:
 
 
 def on_parameters(work: Workload, call: Callable[[], Tensor | None]) -> Prepared:
+    """A call that clips the workload's own parameters."""
     return Prepared(call, work.restore, work.parameters)
 
 
@@ -198,11 +200,13 @@ class _NoOptimizer(torch.optim.Optimizer):
         return None
 
 
-def mode_of(work: Workload):
+def mode_of(work: Workload) -> Literal["zero", "propagate"]:
+    """The `nonfinite` that a workload asks for."""
     return "zero" if work.case.situation == "one NaN, zeroed" else "propagate"
 
 
 def finite_only(work: Workload) -> None:
+    """Raises `Unavailable` for a contender that cannot replace NaN."""
     if work.case.situation.startswith("one NaN"):
         raise Unavailable("it cannot replace NaN in a gradient")
 

@@ -13,8 +13,6 @@ from fastguard.diagnosis.observe import Activation
 from fastguard.diagnosis.provenance import NonFiniteReport
 from fastguard.diagnosis.shapes import misfits
 from fastguard.diagnosis.watch_functions import (
-    IndexOutOfRange,
-    NoProbability,
     Saturation,
     ShapeMismatch,
 )
@@ -66,9 +64,7 @@ def check(evidence: Evidence) -> Iterator[Finding]:
 
 def _failures(evidence: Evidence) -> Iterator[Finding]:
     failure = evidence.step.failed("forward")
-    if failure is None or isinstance(
-        failure.error, IndexOutOfRange | NoProbability
-    ):  # reported by name
+    if failure is None or failure.has_own_finding:
         return
     yield CHECK.error(
         "forward-raises",

@@ -18,7 +18,6 @@ from fastguard.diagnosis.observe import Failure
 from fastguard.diagnosis.replay.losses import loss_parts, number_in
 from fastguard.diagnosis.replay.subject import tensors
 from fastguard.diagnosis.shapes import raised_by_shapes
-from fastguard.diagnosis.watch_functions import IndexOutOfRange, NoProbability
 from fastguard.errors import several
 
 CHECK = Family("loss")
@@ -47,9 +46,7 @@ def check(evidence: Evidence) -> Iterator[Finding]:
 
 def _failure(evidence: Evidence) -> Iterator[Finding]:
     failure = evidence.step.failed("loss")
-    if failure is None or isinstance(
-        failure.error, IndexOutOfRange | NoProbability
-    ):  # reported by name
+    if failure is None or failure.has_own_finding:
         return
     if raised_by_shapes(evidence.step, evidence.subject.targets):  # the forward check reports it
         return

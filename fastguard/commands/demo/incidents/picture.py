@@ -53,9 +53,8 @@ def _draw_losses(axes: Axes, before: Outcome, guarded: Outcome) -> None:
     """Draws the losses, with NaN and Inf on a separate line above the finite ones."""
     finite = [v for run in (before, guarded) for v in run.losses if math.isfinite(v)] or [1.0]
     ceiling = 1.15 * max(finite)
-    if min(finite) > 0 and max(finite) > 100 * statistics.median(
-        finite
-    ):  # a log scale shows spikes
+    is_spiky = max(finite) > 100 * statistics.median(finite)
+    if is_spiky and min(finite) > 0:
         axes.set_yscale("log")
         ceiling = 3 * max(finite)
     for run, color, width, name in (
