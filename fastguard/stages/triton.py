@@ -99,7 +99,7 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
             state.undo.append(partial(state.put_back, before))
         written = (state.counters, state.windows, state.rings)
         increment_version(written if rules is not None else written[:1])
-    return Verdict(**decided, units=None)
+    return Verdict(**decided, units=None, clipped_units=())
 
 
 def _rule_table(

@@ -132,7 +132,8 @@ def clip_units(
     if skips is not None and skips.item():
         return torch.tensor([1, 0, 0, 0], dtype=torch.float64, device="cpu")
     scale = 1.0 if inv_scale is None else inv_scale.item()
-    rule = _Rule(*limits.tolist(), norm_type, propagates, scale)
+    clip_factor, eps = limits.tolist()
+    rule = _Rule(clip_factor, eps, norm_type, propagates, scale)
     smallest, n_clipped, at = 1.0, 0, 0
     with np.errstate(all="ignore"):  # rows with an overflow or NaN are computed again
         for part in _parts(units.bucket.grads, units.weights, units.counts):
@@ -162,7 +163,8 @@ def coefs_of(
         propagates: See `fastguard.stages.reference_units.unit_coefs`.
         scale: The factor that unscales the gradients.
     """
-    rule = _Rule(*numbers, 2.0, propagates, scale)
+    clip_factor, eps = numbers
+    rule = _Rule(clip_factor, eps, 2.0, propagates, scale)
     coefs = np.ones(sum(counts))
     with np.errstate(all="ignore"):
         for part in _parts(grads, weights, counts):
@@ -281,7 +283,7 @@ def _pieces(
 def _scale(part: _Part, coefs: np.ndarray, smallest: float) -> int:
     """Multiplies the units of a part by their coefficients; returns the number of these units."""
     changes = coefs != 1.0  # True for NaN
-    n_changes = np.count_nonzero(changes)
+    n_changes = int(np.count_nonzero(changes))
     dtype = factor_dtype(part.grads[0].dtype)
     if not smallest >= SMALLEST_FACTOR and dtype is torch.float32:  # True for NaN
         # Factors that are not normal float32 are multiplied in two steps.
