@@ -7,6 +7,8 @@ import math
 import torch
 
 import fastguard
+from fastguard.gradients.buckets import bucketize
+from fastguard.stages.watch import count_exponents, read_bits
 
 
 def main() -> None:
@@ -23,6 +25,9 @@ def main() -> None:
             fastguard.measure_grads(parameters, norm_type=norm_type, per_tensor=True)
             fastguard.clip_grad_norm_(parameters, 1.0, norm_type, nonfinite="zero")
         fastguard.clip_grad_norm_(parameters, 1.0)
+        watched = bucketize(grads, segments=range(len(grads)), n_segments=len(grads))
+        read_bits(watched, nonzero=True, checksum=True)
+        count_exponents(watched, stride=3)
     guarded_steps()
     torch.cuda.synchronize()
 

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastguard import GuardedOptimizer, RankWatch, Replicated
 from fastguard.guard.watch.replica_drift import _number_of, checksum, differing
+from fastguard.stages.cpu import stages as cpu
 from guardtest.rank_guards import same_on_all
 from guardtest.ranks import Ranks, collectives
 
@@ -44,13 +45,14 @@ def replicated(**options: Any) -> dict[str, Any]:
     return {"group": Replicated(dist.group.WORLD), **options}
 
 
-def drifting(place: str, every: int = 1, bit: int = 0) -> list[tuple[str | None, str, Any]]:
+def drifting(
+    place: str, every: int = 1, bit: int = 0, **options: Any
+) -> list[tuple[str | None, str, Any]]:
     """Returns reason, action and suspects of each step; before step `AT` a bit flips on one
     rank."""
     model = DistributedDataParallel(net())
-    opt = GuardedOptimizer(
-        torch.optim.AdamW(model.parameters(), lr=0.01), **replicated(watch_every=every)
-    )
+    inner = torch.optim.AdamW(model.parameters(), lr=0.01)
+    opt = GuardedOptimizer(inner, **replicated(watch_every=every, **options))
     weight = model.module[0].weight
     generator = torch.Generator().manual_seed(dist.get_rank())
     for step in range(1, STEPS + 1):
@@ -89,6 +91,18 @@ def test_one_flipped_bit_of_a_weight_is_an_incident_of_the_step_that_reads_it(
     suspects = {"gradients": [], "weights": [CULPRIT]}
     assert steps[AT - 1] == ("replica_drift", "applied", suspects)
     assert all(reason == "replica_drift" for reason, _, _ in steps[AT - 1 :])
+
+
+@pytest.mark.parametrize("flat", ["flat_buckets", "flat_parameters"])
+@pytest.mark.parametrize("place", ["gradient", "weight", "state"])
+def test_one_flipped_bit_in_a_flat_buffer(four: Ranks, place: str, flat: str) -> None:
+    steps = same_on_all(four.run(drifting, place, **{flat: True}))
+    later = place == "state"
+    found = [step == FINE for step in steps[: AT + later]]
+    assert found == [True] * (AT - 1 + later) + [False]
+    what = "gradients" if place == "gradient" else "weights"
+    suspects = {"gradients": [], "weights": []} | {what: [CULPRIT]}
+    assert steps[AT - 1 + later] == ("replica_drift", "applied", suspects)
 
 
 def test_optimizer_state_that_differs_is_seen_once_it_has_moved_a_weight(four: Ranks) -> None:
@@ -165,6 +179,53 @@ def test_a_watched_step_sends_more_numbers_in_the_same_collective(four: Ranks) -
     watched, other = [("allreduce_", 248 + 8 * 13)], [("allreduce_", 248)]
     for steps in four.run(bytes_of_steps):
         assert steps == [[("allreduce_", 208), *watched], other, watched, other]
+
+
+def bytes_of_shards(*watch: str) -> list[int]:
+    """Returns the sizes of the collectives of a step with shards of four tensors."""
+    model = net()
+    fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    opt = GuardedOptimizer(inner, watch=watch, watch_every=1)
+    sizes: list[int] = []
+    for _ in range(2):
+        model(torch.ones(2, 6)).sum().backward()
+        with collectives() as seen:
+            opt.step()
+        sizes = [size for name, size in seen if name == "allreduce_"]
+    return sizes
+
+
+def test_watched_shards_send_16_bytes_per_tensor_and_2_kb_for_exponents(four: Ranks) -> None:
+    [plain] = same_on_all(four.run(bytes_of_shards))
+    assert same_on_all(four.run(bytes_of_shards, "tensor_norms")) == [plain + 16 * 4]
+    assert same_on_all(four.run(bytes_of_shards, "underflow")) == [plain + 8 * 257]
+
+
+def reads() -> list[int]:
+    """Returns the number of buckets whose bits each step has read."""
+    counts: list[int] = []
+    model = DistributedDataParallel(net())
+    options = replicated(watch=("replica_drift", "tensor_norms"), watch_every=None)
+    opt = GuardedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.01), **options)
+    actual = cpu.read_bits
+
+    def counted(*given: Any) -> Tensor:
+        counts[-1] += 1
+        return actual(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "read_bits", counted)
+        for _ in range(2):
+            counts.append(0)
+            model(torch.ones(4, 6)).square().mean().backward()
+            opt.step()
+    return counts
+
+
+def test_norms_and_drift_read_the_gradients_once(four: Ranks) -> None:
+    """The other read is that of the weights."""
+    assert same_on_all(four.run(reads)) == [2, 2]
 
 
 # The arithmetic of `differing`, for all pairs of a rank and a flipped bit.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastguard import GuardedOptimizer, JsonLinesSink, read_records
+from fastguard.guard.watch import quantity
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
 
@@ -72,6 +73,35 @@ def test_the_share_of_zeros_is_recorded_for_tensors_with_zeros() -> None:
     opt, _ = guarded(grads)
     opt.step()
     assert opt.records()[0].watch["zero_share"] == {"dead": 1.0, "half": 0.5}
+
+
+def test_both_parts_of_a_complex_gradient_count() -> None:
+    opt, _ = guarded({"w": torch.tensor([3.0 + 0.0j, 0.0 + 4.0j])})
+    opt.step()
+    watched = opt.records()[0].watch
+    assert watched == {"tensor_norms": {"w": 5.0}, "zero_share": {"w": 0.5}}
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_norms_of_clip_scope_tensor_are_not_computed_twice(
+    flat: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        raise AssertionError("the gradients are measured a second time")
+
+    monkeypatch.setattr(quantity, "measure", refused)
+    grads = {"a": torch.tensor([3.0, 4.0]), "unused": torch.ones(2), "b": torch.tensor([0.0, 2.0])}
+    opt, named = guarded(grads, clip_scope="tensor", max_norm=1.0, flat_buckets=flat)
+    named["unused"].grad = None
+    opt.step()
+    watched = opt.records()[0].watch
+    assert watched == {"tensor_norms": {"a": 5.0, "b": 2.0}, "zero_share": {"b": 0.5}}
+
+
+def test_clip_scope_tensor_with_another_norm_still_records_l2_norms() -> None:
+    opt, _ = guarded({"a": torch.tensor([3.0, 4.0])}, clip_scope="tensor", norm_type=1.0)
+    opt.step()
+    assert opt.records()[0].watch["tensor_norms"] == {"a": 5.0}
 
 
 def test_a_parameter_without_gradient_is_left_out() -> None:
