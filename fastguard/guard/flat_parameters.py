@@ -57,6 +57,17 @@ class FlatParameters:
         """Whether the gradients are on a CPU, where reading the verdict costs nothing."""
         return all(b.flat.device.type == "cpu" for b in self._flat.buffers)
 
+    def weights(self) -> list[Tensor] | None:
+        """Returns all parameters in as few tensors as possible, with zeros between them.
+
+        None if the memory of a parameter may have been replaced since the last step.
+        """
+        flat = self._flat
+        moved = not self._gradients.trusted and self._addresses_now() != self._addresses
+        if moved or self._buffers is not flat.buffers:
+            return None
+        return [*(block.weights for block in self._blocks), *flat._left_out]
+
     @torch.no_grad()
     def release(self) -> None:
         """Gives every parameter its own memory; the next step moves all into blocks again."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from fastguard.guard.flat_parameters import FlatParameters
@@ -45,6 +46,10 @@ class FlatStep(OnDevice):
     def release(self) -> None:
         """Gives every parameter its own memory until the next step."""
         self._flat.release()
+
+    def weights(self) -> list[Tensor] | None:
+        """Returns the parameters in few tensors: see `FlatParameters.weights`."""
+        return self._flat.weights()
 
     @property
     def reads_first(self) -> bool:

@@ -27,7 +27,7 @@ INTEGERS = {2: np.int16, 4: np.int32, 8: np.int32}
 def scaled_down(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lowers the limits, so that a few hundred elements reach every branch."""
     if request.param:
-        for name, value in {"CACHED": 64, "LONG": 256, "FEW": 128}.items():
+        for name, value in {"JOINED": 64, "PIECE": 128, "WHOLE": 256, "FEW": 128}.items():
             monkeypatch.setattr(cpu_watch, name, value)
 
 

@@ -41,6 +41,8 @@ class WatchedGradients:
             reduced, including the loss scale; None: not available.
         exact_weight: Returns the tensor that the optimizer updates for a parameter: its float32
             master copy, or the parameter itself. None: always the parameter itself.
+        flat_weights: Returns all parameters in few tensors, with zeros between them, or None; None:
+            they are separate tensors.
         due: Names of the quantities that read this step.
     """
 
@@ -52,6 +54,7 @@ class WatchedGradients:
     scale: Tensor | None = None
     local_squared_norm: Callable[[], Tensor | None] | None = None
     exact_weight: Callable[[Tensor], Tensor] | None = None
+    flat_weights: Callable[[], list[Tensor] | None] | None = None
     due: frozenset[str] = frozenset()
     _by_tensor: GradBuckets | None = None
     _bits: tuple[Tensor, Tensor] | None = None
@@ -107,6 +110,11 @@ class WatchedGradients:
             n = len(grads)
             self._by_tensor = bucketize(grads, segments=range(n), n_segments=n, device=self.device)
         return self._by_tensor
+
+    def all_weights(self) -> list[Tensor]:
+        """Returns all parameters, in as few tensors as possible, with zeros between them."""
+        weights = None if self.flat_weights is None else self.flat_weights()
+        return self.layout.parameters if weights is None else weights
 
     def weights(self, positions: Sequence[int]) -> list[Tensor]:
         """Returns these parameters, detached."""

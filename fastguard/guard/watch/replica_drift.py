@@ -47,7 +47,7 @@ class ReplicaDrift:
         assert step.sharing is not None
         team = step.sharing.team
         ranks = dist.get_process_group_ranks(team.group)
-        found = [step.checksum(), checksum(step.layout.parameters, step.device)]
+        found = [step.checksum(), checksum(step.all_weights(), step.device)]
         halves = [half for c in found for half in (c & HALF, c >> 16)]
         c = torch.stack(halves).double()
         mine = numbers_on([_number_of(ranks.index(team.rank))], step.device)

@@ -25,6 +25,7 @@ from fastguard.errors.checked_numbers import count_of
 from fastguard.errors.plain_text import shown
 from fastguard.gradients.tensor_kinds import PLAIN, has_numbers
 from fastguard.gradients.transfer import numbers_on
+from fastguard.guard.flat_step import FlatStep
 from fastguard.guard.watch.noise_scale import NoiseScale
 from fastguard.guard.watch.quantity import Quantity, Reading, WatchedGradients
 from fastguard.guard.watch.replica_drift import ReplicaDrift
@@ -223,6 +224,7 @@ def read_step(
         scale,
         None if run.rank_watch is None else run.rank_watch.take_squared_norm,
         run.optimizer.exact_weight if isinstance(run.optimizer, FusedOptimizer) else None,
+        run._stepper.weights if isinstance(run._stepper, FlatStep) else None,
     )
     watched = watch.read(step)
     return (None, signals) if watched is None else (watched, watched.with_values(signals))
