@@ -32,6 +32,7 @@ PIECE = 2**18  # elements that are converted to float64 at a time: 2 MB
 SMALL = 2**12  # up to this number of elements, single-tensor segments are summed together
 FEW = 8  # fewer such segments are summed one by one
 TINY_SQUARE = 2.0**-126  # smallest normal float32: smaller squares may be flushed to zero
+PLAINLY_TRUSTWORTHY = 1e-12  # above the limits for tiny sums, for any size in memory
 TINY_POWER = 2.0**-960  # a float64 power that is flushed to zero is less than 2**-62 times this
 
 
@@ -87,7 +88,8 @@ def power_sums(
         total = known.get(part.segment)
         if total is None:
             total = _clean_sum(part, bucket.dtype, norm_type)
-        if _trustworthy(total, bucket, part, norm_type, part.segment in known):
+        usual = PLAINLY_TRUSTWORTHY < total < math.inf  # calls no function; False for NaN
+        if usual or _trustworthy(total, bucket, part, norm_type, part.segment in known):
             sums[part.segment] = _root(total, norm_type) if roots else total
             continue
         exact = _exact_norm if roots else _exact
@@ -140,13 +142,14 @@ def _sums_of_small_segments(parts: Sequence[Part], norm_type: float) -> dict[int
     Sums many at a time, since one at a time costs 9 µs per segment. With one segment per tensor,
     most segments of a model with many layers are such.
     """
-    single = [(part.segment, part.tensors[0]) for part in parts if len(part.tensors) == 1]
-    small = [(segment, t) for segment, t in single if 0 < t.numel() <= SMALL]
+    single = [part for part in parts if len(part.tensors) == 1]
+    numel = list(map(Tensor.numel, [part.tensors[0] for part in single]))
+    small = [part for part, n in zip(single, numel, strict=True) if 0 < n <= SMALL]
     if len(small) < FEW:
         return {}
     add = np.maximum if norm_type == math.inf else np.add
-    tensors = [t for _, t in small]
-    sizes = list(map(Tensor.numel, tensors))
+    tensors = [part.tensors[0] for part in small]
+    sizes = [n for n in numel if 0 < n <= SMALL]
     wide = buffer("grain", GRAIN, (GRAIN,), torch.float64)  # new memory would take twice the time
     sums: list[float] = []
     for values, start, stop in gathered(tensors, GRAIN, sizes):
@@ -155,7 +158,7 @@ def _sums_of_small_segments(parts: Sequence[Part], norm_type: float) -> dict[int
         starts = list(accumulate(sizes[start : stop - 1], initial=0))
         with np.errstate(over="ignore", invalid="ignore"):  # the caller checks for Inf and NaN
             sums += add.reduceat(powers.numpy(), starts).tolist()
-    return dict(zip((s for s, _ in small), sums, strict=True))
+    return dict(zip([part.segment for part in small], sums, strict=True))
 
 
 def _clean_sum(part: Part, dtype: torch.dtype, norm_type: float) -> float:
@@ -182,7 +185,7 @@ def _trustworthy(
     """Whether a sum is finite, and too large for squares or powers to have underflowed."""
     if not math.isfinite(total):
         return False
-    if total > 1e-12 or norm_type == math.inf:  # above the limits below for any size in memory
+    if total > PLAINLY_TRUSTWORTHY or norm_type == math.inf:
         return True
     if holds_norms(bucket.dtype, norm_type):
         least = TINY_POWER
