@@ -25,7 +25,7 @@ from fastguard.stages.cpu.vectors import buffer, gathered
 from fastguard.stages.reference_watch import ZEROS
 
 JOINED = 2**17  # elements of small tensors that are concatenated: half of a level-2 cache
-PIECE = 2**18  # elements of a large tensor whose zeros are marked at a time
+PIECE = 2**20  # elements of a large tensor whose zeros are marked at a time
 WHOLE = 2**27  # the same if only the checksum is computed
 
 
