@@ -1,8 +1,9 @@
 """Compares the backend of each device on this machine with the reference.
 
 On each device it measures gradients of many dtypes and sizes, with and without NaN and Inf; makes
-decisions; scales and cleans gradients; and checks that a guarded optimizer skips a bad step and
-clips a good one as torch does. Takes a few seconds. Exit status 1 if anything differs.
+decisions; scales and cleans gradients; reads their bits and exponents; and checks that a guarded
+optimizer skips a bad step and clips a good one as torch does. Takes a few seconds. Exit status 1 if
+anything differs.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fastguard.stages.decide import decide
 from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.measure import measure
 from fastguard.stages.spike_rules import SpikeRule, Threshold
+from fastguard.stages.watch import WORD, count_exponents, read_bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NORMS = (2.0, 1.0, 3.5, math.inf)
@@ -195,6 +197,21 @@ def _changes(device: torch.device) -> Iterator[str | None]:
                 yield _differs(f"{size} elements of {dtype}, clean={clean:g}", a, b, rtol)
 
 
+def _watched(device: torch.device) -> Iterator[str | None]:
+    inv_scale = torch.tensor(2.0**-20 / 3, dtype=torch.float64, device=device)
+    for dtype in DTYPES:
+        buckets = _buckets(gradients(device, dtype, bad=True))
+        buckets.buckets[0].grads[4][::3] = 0.0
+        (bucket,), n = buckets.buckets, buckets.n_measured
+        expected = reference.read_bits(bucket, n, True, True)
+        nonzero, checksum = read_bits(buckets, nonzero=True, checksum=True)
+        yield _differs(f"nonzero elements of {dtype}", nonzero, expected[:n], 0.0)
+        yield _differs(f"checksum of {dtype}", checksum, expected[n] & WORD, 0.0)
+        counts = count_exponents(buckets, 7, inv_scale)
+        expected = reference.count_exponents(bucket, 7, inv_scale)
+        yield _differs(f"exponents of {dtype}", counts, expected, 0.0)
+
+
 def _steps(device: torch.device) -> Iterator[str | None]:
     fused = device.type in ("cpu", "cuda")
     weights = [torch.nn.Parameter(g) for g in gradients(device, torch.float32, bad=False)]
@@ -235,5 +252,6 @@ CHECKS: dict[str, Callable[[torch.device], Iterator[str | None]]] = {
     "measure": _measures,
     "decide": _decisions,
     "apply": _changes,
+    "watch": _watched,
     "optimizer": _steps,
 }

@@ -286,6 +286,30 @@ def test_the_checksum_knows_neither_order_nor_cuts_nor_strides() -> None:
     assert checksum([odd[1:]], t.device) == checksum([odd[1:].clone()], t.device)
 
 
+def test_integers_are_part_of_the_checksum() -> None:
+    t = torch.arange(5)
+    both = checksum([t, torch.ones(2), t.to(torch.int8)], t.device)
+    assert int(both) == 20 + 2 * 0x3F800000
+
+
+class Codes(Tensor):
+    """A tensor without memory of its own."""
+
+    @staticmethod
+    def __new__(cls, codes: Tensor) -> Codes:
+        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return NotImplemented
+
+
+def test_weights_that_wrap_other_tensors_are_refused() -> None:
+    codes = Codes(torch.ones(3, dtype=torch.int8))
+    with pytest.raises(TypeError, match=r"reads the memory of weights.*Codes.*leave it out"):
+        checksum([torch.ones(2), codes], codes.device)
+
+
 # Noise scale.
 
 

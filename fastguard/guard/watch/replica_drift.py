@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastguard.gradients.buckets import FLOATING, bucketize
+from fastguard.gradients.tensor_kinds import PLAIN, wraps
 from fastguard.gradients.transfer import moved, numbers_on
 from fastguard.guard.watch.quantity import Reading, WatchedGradients
 from fastguard.stages.contract import Known
@@ -68,12 +69,22 @@ def checksum(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """Returns the checksum of tensors of any dtype, int64 `()` in `[0, 2**32)`, on `device`.
 
     Waits for a GPU only to move the sums to another device.
+
+    Raises:
+        TypeError: A tensor wraps others.
     """
     others: list[Tensor] = []
     if not set(map(attrgetter("dtype"), tensors)) <= MEASURED:  # such as integers
         others = [t for t in tensors if t.dtype not in MEASURED]
         tensors = [t for t in tensors if t.dtype in MEASURED]
-    _, total = read_bits(bucketize(tensors, device=device), nonzero=False, checksum=True)
+    buckets = bucketize(tensors, device=device)
+    if buckets.kind is not PLAIN:
+        wrapped = next((type(t).__name__ for t in tensors if wraps(type(t))), "placeholder")
+        raise TypeError(
+            f"watch holds 'replica_drift', which reads the memory of weights, but one is a "
+            f"{wrapped}, which wraps other tensors; leave it out"
+        )
+    _, total = read_bits(buckets, nonzero=False, checksum=True)
     for t in others:
         total = total + moved(sum_of_bits(t.detach()), device)
     return total & WORD if others else total
