@@ -44,7 +44,7 @@ VALUE = 2
 JUDGED = 12
 """Units for a loss or norm that is compared with a threshold individually."""
 
-FIRST = 450_000
+FIRST = 500_000
 
 RESERVED = 64 * NEW
 """Units per block that are reserved for the first finding; see `Budget.reserve`."""

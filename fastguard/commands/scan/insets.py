@@ -22,6 +22,8 @@ from fastguard.commands.scan.vocabulary import is_metric
 WALKED = 1 << 16
 """Number of bytes above a row that are searched for its header."""
 
+MAX_COLUMNS = 64
+
 LONGEST, TRIED = 1 << 14, 16
 """Maximum size of an object in bytes, and of the number of braces at which it may begin."""
 
@@ -35,6 +37,7 @@ _CANDIDATE = re.compile(rb"\s*+(?:\||\xe2\x94|[0-9])|\s++\"\w")
 _OF_NUMBERS = b"0123456789 \t.,:+-%eEnNaAiIfFtTyY/sKMG|*;"
 _OPENING = re.compile(rb"\{(?=[ \t\r]*\n[ \t]+\")")
 _WIDE = re.compile(r"\s{2,}|\t")
+_SHAPE = bytes.maketrans(b"123456789", b"000000000")
 _DECODER = json.JSONDecoder()
 
 
@@ -89,9 +92,12 @@ def header_of(lines: bytes, at: int, end: int, stop: int) -> Header | None:
         return OF_MLFLOW
     delimiter = BARS if _BAR.search(text) else next(filter(text.__contains__, ";,"), SPACES)
     n = len(cells_of(text, delimiter))
-    if n < 2:
+    if not 1 < n <= MAX_COLUMNS:
         return None
+    shape = lines[at:end].translate(_SHAPE)
     for line in reversed(lines[max(stop, at - WALKED) : at].split(b"\n")[:-1]):
+        if line.translate(_SHAPE) == shape:
+            continue
         text = text_of(line)
         names = _names(text, delimiter)
         if len(names) == n - 1 and delimiter == SPACES:
@@ -122,7 +128,8 @@ def _are_names(names: list[str]) -> bool:
 def object_around(lines: bytes, at: int) -> tuple[dict[str, Any], int] | None:
     """The outermost indented JSON object around an offset, and the offset of its end; or None."""
     key = lines.find(b'"', at) + 1
-    begins = [brace.start() for brace in _OPENING.finditer(lines, max(0, at - LONGEST), key)]
+    first = max(at - LONGEST, lines.rfind(b"\n}", max(0, at - LONGEST), at), 0)
+    begins = [brace.start() for brace in _OPENING.finditer(lines, first, key)]
     for begin in begins[-TRIED:]:
         text = text_of(lines[begin : begin + LONGEST])
         try:

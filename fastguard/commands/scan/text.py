@@ -50,9 +50,9 @@ class TextReader:
             self._pass(cursor, cursor.suspect(*self._ends()))
             if cursor.done or cursor.starts(b'{"'):
                 return
-        if may_be_inset(cursor.line()) and self._take_inset(cursor):
-            return
         if (bare := bare_lines(cursor.lines, cursor.at)) is not None:
+            if may_be_inset(cursor.line()) and self._take_inset(cursor):
+                return
             self._budget.spend(KNOWN)
             self.take_line(cursor.number, cursor.line())
             self._findings.take_bare(bare, cursor.number_at(max(cursor.at, bare.last)))
@@ -80,7 +80,7 @@ class TextReader:
         i, n, taken = 0, len(lines), 0
         while i < n:
             line, shape = lines[i], shapes[i]
-            if shape is None:
+            if shape is None or not self._matters(shape):
                 if not line or line.isspace():
                     i += 1
                     continue
@@ -91,6 +91,12 @@ class TextReader:
                     i = bisect_right(starts, suspect, i, n) - 1 if suspect < starts[n] else n
                     self._pass(cursor, starts[i])
                     continue
+            if shape is None:
+                if may_be_inset(line):
+                    cursor.at = starts[i]
+                    if self._take_inset(cursor):
+                        findings.found.n_lines += taken
+                        return False
                 if i and self._is_other(cursor, starts[i], line):
                     break
                 shape = self._shapes.of(line)
@@ -101,19 +107,26 @@ class TextReader:
                 end = i + run.extend(numbers[i:end], lines[i:end], shape)
             if run is None or end == i or not shape.bad:
                 self.take_line(numbers[i], line, shape)
+                self._budget.spend(KNOWN)
                 end = i + 1
             taken += end - i
             i = end
-            if self._shapes.generation != generation:
+            if self._shapes.generation != generation or self._budget.spent:
                 break
         cursor.at = starts[i]
         findings.found.n_lines += taken
         self._budget.spend(taken // IN_RUN)
         return i == n
 
+    def _matters(self, shape: Shape) -> bool:
+        """Whether a line of a known shape is a finding, a mention, or ends the stretch."""
+        stretch = self._findings.stretch
+        ends = stretch is not None and shape.measured and shape.dialect == stretch.dialect
+        return bool(shape.bad) or shape.suspect or ends
+
     def _is_other(self, cursor: Cursor, at: int, line: bytes) -> bool:
-        """Whether the batch ends at a line: data, lines of numbers, or the budget is spent."""
-        if may_be_inset(line) or (line.startswith(b'{"') and line.rstrip().endswith(b"}")):
+        """Whether the batch ends at a line: JSON, lines of numbers, or the budget is spent."""
+        if line.startswith(b'{"') and line.rstrip().endswith(b"}"):
             return True
         return self._budget.spent or bare_lines(cursor.lines, at) is not None
 
