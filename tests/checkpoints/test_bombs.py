@@ -145,6 +145,17 @@ PICKLES = {
     + tensor(0, [1] * 100_000, [1] * 100_000) + END,
     "a size larger than any memory": views([([2**62, 2**62], [0, 0])]),
     "a stride larger than any memory": views([([2, 2], [2**62, 1])]),
+    "lists and lists": START + b"(" + b"]" * 400_000 + b"t" + END,
+    "a dict of millions": START + b"}(" + b"".join(
+        b"M" + struct.pack("<H", n % 60_000) + b"\x85N" for n in range(400_000)
+    ) + b"u" + END,
+    "names and names": START + b"(" + b"".join(
+        b"cm\nA%d\n0" % n for n in range(150_000)
+    ) + b"t" + END,
+    "calls of a partial": START + b"cfunctools\npartial\nq\x00h\x00\x85Rq\x010("
+    + b"h\x01)R" * 20_000 + b"t" + END,
+    "a map of a million functions": START + b"(ca\nB\nq\x010" + b"h\x01" * 200_000
+    + b"tq\x020(" + b"c__builtin__\nmap\nh\x02R" * 200 + b"t" + END,
     "a storage larger than its record": START + storage(2**31 - 1) + b"q\x000"
     + tensor(0, [1], [1]) + END,
     "views over the same bytes": views(
@@ -166,7 +177,13 @@ HARMLESS = {  # here, to be read like any other file
     "a key that is a tower": doubled(pair, 40) + b"0}h\x28Ns" + END,
     "keys that collide": colliding_keys(),
     "arrays of the same bytes": arrays_of_the_same_bytes(30),
-}
+    "an array a million times": arrays_of_the_same_bytes(1)[: -len(b"e" + END)]
+    + b"q\x02" + b"h\x02" * 200_000 + b"e" + END,
+    "a tensor a million times": START + storage(1000) + b"q\x00" + tensor(0, [1], [1])
+    + b"q\x01](" + b"h\x01" * 200_000 + b"e" + END,
+    "NaN under long names": START + (b"}" + text(b"n" * 200)) * 4 + b"]("
+    + (b"G" + struct.pack(">d", float("nan"))) * 100_000 + b"essss" + END,
+}  # fmt: skip
 
 
 def archive(path, pickled):
@@ -239,13 +256,13 @@ def test_headers_of_safetensors(found, name):
 
 
 def test_the_budget_causes_the_error(tmp_path, monkeypatch):
-    """The budget is enough for 200,000 tensors."""
+    """The budget is enough for 100,000 tensors."""
     model = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(50)])
     optimizer = torch.optim.Adam(model.parameters())
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     torch.save({"m": model.state_dict(), "o": optimizer.state_dict()}, tmp_path / "x.pt")
-    monkeypatch.setattr(bounded_reader, "BUDGET", bounded_reader.BUDGET // 500)
+    monkeypatch.setattr(bounded_reader, "BUDGET", bounded_reader.BUDGET // 250)
     assert inspect(tmp_path / "x.pt").contents.n_tensors == 400
     monkeypatch.setattr(bounded_reader, "BUDGET", 10_000)
     with pytest.raises(DamagedFile, match=r"built to be slow or huge: after [\d,]+ steps"):

@@ -48,8 +48,9 @@ def test_metadata_that_points_outside_is_an_error(mesh, tmp_path):
 
     def forge(**changes):
         metadata = pickle.loads(good)
-        for place in metadata.storage_data.values():
-            vars(place).update(changes)
+        index, place = next(iter(metadata.storage_data.items()))
+        vars(place).update(changes)
+        metadata.storage_data = {index: place}
         path.write_bytes(pickle.dumps(metadata))
 
     forge(relative_path="../elsewhere")
@@ -68,6 +69,19 @@ def test_metadata_that_points_outside_is_an_error(mesh, tmp_path):
     assert not (tmp_path / "executed").exists()
     torch.load(shards, weights_only=False)
     assert (tmp_path / "executed").exists()  # it was live
+
+
+def test_shards_do_not_overlap(mesh, tmp_path):
+    """A place named a thousand times would be read a thousand times."""
+    with CheckpointStore(tmp_path) as store:
+        folder = tmp_path / store.save(model=build(mesh)[0], step=0).file
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    first, *others = metadata.storage_data.values()
+    for place in others:
+        vars(place).update(vars(first))
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(DamagedFile, match=r"has shards that overlap at byte"):
+        report_on(folder, Peers())
 
 
 def test_metadata_with_a_call_is_an_error(tmp_path):

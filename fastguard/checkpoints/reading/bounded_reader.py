@@ -13,10 +13,11 @@ from typing import IO
 from fastguard.checkpoints.errors import DamagedFile
 from fastguard.checkpoints.reading.inert_values import LongBytes, LongText
 
-BUDGET = 1_200_000_000
-"""Approximate bytes of memory that the contents of one pickle may take; work counts as bytes too.
-It is enough for about 12 million opcodes, or 200,000 tensors. A pickle gets 16 bytes more per byte
-of its size, up to twice the budget in total."""
+BUDGET = 400_000_000
+"""Approximate bytes of memory that the pickles of one file may take; work counts as bytes too, one
+per 3 to 4 ns. They get 80 bytes more per byte of their size, up to three times the budget in total,
+which is enough for 100,000 tensors."""
+_SHORT_COST, _LINE_COST = 100, 100  # of reading any text or bytes, or a line
 SHORT, LONG, KEPT = 4096, 16 << 20, 64 << 20
 """Text and bytes (such as the data of numpy arrays) of up to 4 kB are kept in memory. Longer ones
 are left in the file if they are over 16 MB, or if more than 64 MB would be kept in total."""
@@ -30,15 +31,22 @@ class BoundedReader:
     Args:
         file: Open for reading, at the start of the pickle.
         origin: Byte offset of `file` within the whole file, if it is a part of one.
+        spent: What earlier pickles in the same file took of the budget.
     """
 
-    def __init__(self, file: IO[bytes], origin: int = 0) -> None:
+    def __init__(self, file: IO[bytes], origin: int = 0, spent: int = 0) -> None:
         self._file = file
         self._origin = origin
         at = file.tell()
         n_bytes = file.seek(0, os.SEEK_END) - file.seek(at)
-        self._budget = BUDGET + min(16 * n_bytes, BUDGET)
+        self._allowed = BUDGET + min(80 * n_bytes, 2 * BUDGET)
+        self._budget = self._allowed - spent
         self._kept = 0
+
+    @property
+    def spent(self) -> int:
+        """Returns what this pickle and the earlier ones took of the budget."""
+        return self._allowed - self._budget
 
     def charge(self, n_bytes: int) -> None:
         """Charges work to the budget; the next step fails if the budget is used up."""
@@ -47,7 +55,8 @@ class BoundedReader:
     def _bytes(self, n: int) -> bytes:
         if n < 0:
             raise ValueError("negative length")
-        self.charge(5 * n)  # text uses up to four bytes per character, plus the stored form
+        # Text uses up to four bytes per character, plus the stored form.
+        self._budget -= _SHORT_COST + 5 * n
         if n > SHORT:  # `read` allocates first, so check the size before
             self._check_left(n)
             if self._budget < 0:
@@ -72,13 +81,14 @@ class BoundedReader:
         raw = self._file.readline(_LINE)
         if not raw.endswith(b"\n"):
             raise DamagedFile("its pickle has a line without end")
-        self.charge(3 * len(raw))
+        self.charge(_LINE_COST + 3 * len(raw))
         return raw[:-1]
 
     def _digits(self) -> bytes:
         raw = self._line()
         if len(raw) > _DIGITS:
             raise DamagedFile(f"its pickle has a number of {len(raw):,} digits")
+        self.charge(3 * len(raw))  # parsing takes quadratic time
         return raw
 
     def _is_kept(self, n: int) -> bool:
@@ -91,7 +101,7 @@ class BoundedReader:
         return True
 
     def _text(self, n: int) -> str | LongText:
-        if self._is_kept(n):
+        if n <= SHORT or self._is_kept(n):
             return self._bytes(n).decode("utf-8", "surrogatepass")
         at, n_characters = self._check_left(n), 0
         decoder = codecs.getincrementaldecoder("utf-8")("surrogatepass")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import math
 import os
 import struct
@@ -20,7 +21,7 @@ from typing import IO, Any, BinaryIO
 import torch
 
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile
-from fastguard.checkpoints.reading.inert_unpickler import load_inert
+from fastguard.checkpoints.reading.inert_unpickler import Pickled, read_pickle
 from fastguard.checkpoints.reading.inert_values import StorageRef, TensorRef
 from fastguard.checkpoints.reading.named_leaves import named_leaves
 from fastguard.checkpoints.reading.other_formats import BEGINNING, other_format
@@ -84,7 +85,7 @@ def read_shards(file: BinaryIO, path: Path, places: Sequence[tuple[int, int]]) -
     Args:
         file: The open file.
         path: Its name.
-        places: First byte and length of each shard.
+        places: First byte and length of each shard, which may not overlap.
 
     Returns:
         The tensors and checksums of all shards. Each name is prefixed with the number of its shard
@@ -96,25 +97,34 @@ def read_shards(file: BinaryIO, path: Path, places: Sequence[tuple[int, int]]) -
     spans: list[Span] = []
     records: list[Record] = []
     size = os.fstat(file.fileno()).st_size
-    for i, (start, length) in enumerate(places):
+    refused: list[str] = []
+    spent = 0
+    for start, length in places:
         if not 0 <= start <= start + length:
             raise DamagedFile(f"damaged: {path} has no shard at byte {start}")
         if start + length > size:
             raise DamagedFile(f"truncated: {path}")
+    for (start, length), (following, _) in itertools.pairwise(sorted(places)):
+        if following < start + length:
+            raise DamagedFile(f"damaged: {path} has shards that overlap at byte {following}")
+    for i, (start, length) in enumerate(places):
         try:
             part = io.BufferedReader(_FileRange(file, start, length))
-            shard = _read_zip(part, length, start)
+            shard = _read_zip(part, length, start, spent)
         except CheckpointError as error:
             raise type(error)(f"{path}: {error}") from None
         for span in shard.spans:
             spans.append(replace(span, name=f"{i}/{span.name}", start=start + span.start))
         for r in shard.records:
             records.append(Record(f"{i}/{r.name}", start + r.start, start + r.end, r.crc32))
+        refused += shard.refused
+        spent = shard.spent
     return Contents(
         "torch (shards)",
         None,
         tuple(sorted(spans, key=lambda span: span.start)),
         tuple(sorted(records, key=lambda record: record.start)),
+        refused=tuple(dict.fromkeys(refused)),
     )
 
 
@@ -146,16 +156,17 @@ class _FileRange(io.RawIOBase):
 # torch zip format: uncompressed records; `data.pkl` is the tree, `data/KEY` the storages.
 
 
-def _read_zip(file: BinaryIO, size: int, origin: int = 0) -> Contents:
+def _read_zip(file: BinaryIO, size: int, origin: int = 0, spent: int = 0) -> Contents:
     """Returns the contents of a torch archive.
 
     Args:
         file: The archive.
         size: Its size in bytes.
         origin: Its byte offset in the whole file, for values that the pickle leaves in the file.
+        spent: See `BoundedReader`.
     """
-    found = read_directory(file, size)
-    records = {r.name: Record(r.name, r.start, r.end, r.crc32) for r in found}
+    listed = read_directory(file, size)
+    records = {r.name: Record(r.name, r.start, r.end, r.crc32) for r in listed}
     if "archive_format" in records:
         raise DamagedFile("a torch.export program (.pt2), not a torch or safetensors checkpoint")
     if "data.pkl" not in records:
@@ -167,11 +178,10 @@ def _read_zip(file: BinaryIO, size: int, origin: int = 0) -> Contents:
         raise DamagedFile(f"damaged: its record {_ALIGNMENT} is not a number")
 
     pickled = records["data.pkl"]
-    names: list[str] = []
-    tree = load_inert(
+    found = read_pickle(
         io.BufferedReader(_FileRange(file, pickled.start, pickled.end - pickled.start)),
         origin + pickled.start,
-        names,
+        spent,
     )
     places = {
         name.removeprefix("data/"): (record.start, record.end)
@@ -179,7 +189,7 @@ def _read_zip(file: BinaryIO, size: int, origin: int = 0) -> Contents:
         if name.startswith("data/")
     }
     in_order = tuple(sorted(records.values(), key=lambda record: record.start))
-    return replace(_contents("torch", tree, places, in_order), names=tuple(names))
+    return _contents("torch", [found], found.tree, places, in_order)
 
 
 def _check_opened_by_torch(file: BinaryIO, records: Mapping[str, Record]) -> None:
@@ -217,24 +227,21 @@ def _bytes_of(file: IO[bytes], record: Record) -> bytes:
 
 def _read_legacy(file: IO[bytes], size: int) -> Contents:
     _check_no_tar(file)
-    if load_inert(file) != _LEGACY_MAGIC:
+    magic = read_pickle(file)
+    if magic.tree != _LEGACY_MAGIC:
         raise DamagedFile("neither a torch checkpoint nor, by its name, a safetensors file")
-    if load_inert(file) != _LEGACY_VERSION:
+    version = read_pickle(file, spent=magic.spent)
+    if version.tree != _LEGACY_VERSION:
         raise DamagedFile("damaged: its version is not that of torch's format before 1.6")
-    load_inert(file)  # byte order and type sizes of the machine
-    names: list[str] = []
-    tree = load_inert(file, names=names, has_views=True)
-    keys = load_inert(file)
+    machine = read_pickle(file, spent=version.spent)  # its byte order and type sizes
+    found = read_pickle(file, spent=machine.spent, has_views=True)
+    listed = read_pickle(file, spent=found.spent)
+    keys = listed.tree
     if not isinstance(keys, list) or not all(isinstance(key, str | int) for key in keys):
         raise DamagedFile("damaged: it has no list of storages")
     if len(set(keys)) < len(keys):
         raise DamagedFile("damaged: it has the same storage twice")
-    storages = (
-        leaf.storage if isinstance(leaf, TensorRef) else leaf
-        for _, leaf in named_leaves(tree)
-        if isinstance(leaf, TensorRef | StorageRef)
-    )
-    dtypes = {storage.key: storage.dtype or torch.uint8 for storage in storages}
+    dtypes = {ref.key: ref.dtype or torch.uint8 for ref in found.storages.values()}
     places: dict[str, tuple[int, int]] = {}
     at = file.tell()
     for key in map(str, keys):
@@ -249,7 +256,8 @@ def _read_legacy(file: IO[bytes], size: int) -> Contents:
         if not start <= at <= size:
             raise DamagedFile(f"truncated: storage {key:.80} extends past the end of the file")
         places[key] = (start, at)
-    return replace(_contents("torch (legacy)", tree, places, ()), names=tuple(names))
+    pickles = magic, version, machine, found, listed
+    return _contents("torch (legacy)", pickles, found.tree, places, ())
 
 
 def _check_no_tar(file: IO[bytes]) -> None:
@@ -264,13 +272,18 @@ def _check_no_tar(file: IO[bytes]) -> None:
 
 
 def _contents(
-    form: str, tree: Any, places: Mapping[str, tuple[int, int]], records: tuple[Record, ...]
+    form: str,
+    pickles: Sequence[Pickled],
+    tree: Any,
+    places: Mapping[str, tuple[int, int]],
+    records: tuple[Record, ...],
 ) -> Contents:
     """Collects the distinct tensors and the numpy arrays of a tree.
 
     Args:
         form: The format; see `Contents`.
-        tree: The result of `load_inert`.
+        pickles: All pickles of the file.
+        tree: The tree of the pickle that has the tensors.
         places: First byte and end of each storage.
         records: See `Contents`.
     """
@@ -278,7 +291,14 @@ def _contents(
     arrays: list[tuple[str, NumpyArray]] = []
     unread: list[tuple[str, str]] = []
     left_in_file: set[int] = set()
+    nan: list[str] = []
+    seen: set[int] = set()
     for name, leaf in named_leaves(tree):
+        if isinstance(leaf, float) and leaf != leaf:
+            nan.append(name)
+        if not isinstance(leaf, TensorRef | StorageRef | NumpyArray) or id(leaf) in seen:
+            continue
+        seen.add(id(leaf))
         if isinstance(leaf, NumpyArray):
             if leaf.is_readable and leaf.start not in left_in_file:
                 arrays.append((name, leaf))
@@ -298,7 +318,18 @@ def _contents(
             span = _span(name, leaf, leaf.storage, places)
             spans.setdefault((span.start, span.dtype, span.size, span.stride), span)
     in_order = tuple(sorted(spans.values(), key=lambda span: span.start))
-    return Contents(form, tree, in_order, records, tuple(arrays), tuple(unread))
+    return Contents(
+        form,
+        tree,
+        in_order,
+        records,
+        tuple(arrays),
+        tuple(unread),
+        names=tuple(dict.fromkeys(name for found in pickles for name in found.names)),
+        refused=tuple(dict.fromkeys(what for found in pickles for what in found.refused)),
+        nan=tuple(nan),
+        spent=pickles[-1].spent,
+    )
 
 
 def _check_storage(ref: StorageRef, places: Mapping[str, tuple[int, int]]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from fastguard.checkpoints.errors import DamagedFile
 from fastguard.checkpoints.reading.inspect_file import inspect
 from fastguard.checkpoints.reading.named_leaves import named_leaves
+from fastguard.checkpoints.reading.spans import Contents
 from fastguard.errors import Culprit
 
 HEADER = "fastguard"
@@ -52,6 +53,7 @@ def report_on_file(path: Path, *, crc32: bool = True) -> FileReport:
     found = inspect(path, sha256=True, crc32=crc32, follow_links=False)
     if found.damaged:
         raise DamagedFile(f"{path}: {', '.join(found.damaged)} changed after it was written")
+    check_loadable(path, found.contents)
     tree = found.contents.tree
     header = tree.get(HEADER) if isinstance(tree, dict) else None
     if not isinstance(header, dict):
@@ -62,7 +64,7 @@ def report_on_file(path: Path, *, crc32: bool = True) -> FileReport:
         for name, _ in named_leaves(tree)
         if name.endswith(f".{SHARD}")
     }
-    nan = (number for number in nan_numbers(tree) if number[0].startswith("objects."))
+    nan = [(name, 1, 0, 0) for name in found.contents.nan if name.startswith("objects.")]
     return FileReport(
         header=header,
         sha256=found.sha256 or "",
@@ -70,6 +72,15 @@ def report_on_file(path: Path, *, crc32: bool = True) -> FileReport:
         tensors=frozenset(own_name(n) for n in names if n.startswith(("objects.", "data."))),
         bad=tuple((own_name(n), *counts) for n, *counts in (*found.bad, *nan)),  # type: ignore[misc]
     )
+
+
+def check_loadable(path: Path, contents: Contents) -> None:
+    """Raises a DamagedFile if a store could not load the file, whatever classes are registered."""
+    if contents.refused:
+        raise DamagedFile(
+            f"{path} was not written by CheckpointStore: torch.load(weights_only=True) refuses "
+            f"{', '.join(contents.refused)}"
+        )
 
 
 def own_name(name: str) -> str:
@@ -82,16 +93,3 @@ def own_name(name: str) -> str:
 def not_ignored(bad: Sequence[Culprit], ignore: Sequence[str]) -> tuple[Culprit, ...]:
     """Returns the non-finite tensors that match no `fnmatch` pattern (`"*.attn_mask"`)."""
     return tuple(c for c in bad if not any(fnmatchcase(c[0], pattern) for pattern in ignore))
-
-
-def nan_numbers(tree: Any) -> list[Culprit]:
-    """Returns the Python floats in a checkpoint that are NaN, such as a learning rate or loss
-    scale.
-
-    Infinite floats are ignored: `ReduceLROnPlateau` starts with one, and `max_norm` may be one.
-    """
-    return [
-        (name, 1, 0, 0)
-        for name, leaf in named_leaves(tree)
-        if isinstance(leaf, float) and leaf != leaf
-    ]

@@ -27,6 +27,9 @@ from fastguard.checkpoints.errors import DamagedFile, UnsafeFile
 from fastguard.checkpoints.reading.inert_values import (
     Attached,
     InertDict,
+    InertFrozenSet,
+    InertSet,
+    InertText,
     LongText,
     Name,
     StandIn,
@@ -181,9 +184,11 @@ def _tensor_of_subclass(rebuild: Any, _cls: Any, args: Any, state: Any) -> Attac
 
 
 def _encode(text: Any, encoding: str = "latin1", *_: Any) -> Any:
+    if encoding not in ("latin1", "latin-1", "utf-8", "utf8"):
+        raise DamagedFile(f"damaged: bytes stored as text in {encoding!r:.40}")
     if isinstance(text, LongText):
         return text.encoded(encoding)
-    return text.encode("latin1" if encoding in ("latin1", "latin-1") else "utf-8")
+    return text.encode(encoding)
 
 
 def _bytearray(*arguments: Any) -> Any:
@@ -192,10 +197,10 @@ def _bytearray(*arguments: Any) -> Any:
     return arguments[0] if arguments and isinstance(arguments[0], bytes) else b""
 
 
-def _joined(separator: str) -> Callable[..., str]:
+def _joined(separator: str) -> Callable[..., InertText]:
     """Returns a function that joins the parts of a path or device; limits the length."""
 
-    def join(*parts: Any) -> str:
+    def join(*parts: Any) -> InertText:
         if not all(isinstance(part, str | int) for part in parts):
             raise DamagedFile("damaged: a path or device that is not text")
         text = separator.join(str(part) for part in parts)
@@ -203,7 +208,7 @@ def _joined(separator: str) -> Callable[..., str]:
             raise DamagedFile(
                 f"a path or device of {len(text):,} characters, too long for a checkpoint"
             )
-        return text
+        return InertText(text)
 
     return join
 
@@ -212,8 +217,20 @@ def _first(value: Any, *_: Any) -> Any:
     return value
 
 
-def _nothing(*_: Any) -> None:
-    return None
+def _parameter(data: Any, _requires_grad: Any, _hooks: Any, state: Any = None) -> Any:
+    if not isinstance(data, TensorRef | Attached | NumpyArray | StandIn):
+        raise DamagedFile(f"damaged: a parameter made from {kind_of(data)}")
+    return data if state is None else Attached(data, state)
+
+
+def _without_data(*_: Any) -> StandIn:
+    return StandIn("torch.Tensor")
+
+
+def _layout(name: Any) -> InertText:
+    if not isinstance(name, str):
+        raise DamagedFile("damaged: a layout that is not text")
+    return InertText(name)
 
 
 def _list(items: Any = (), *_: Any) -> list[Any]:
@@ -235,17 +252,17 @@ CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v2": _tensor_v2,
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
     "torch._utils._rebuild_qtensor": _quantized,
-    "torch._utils._rebuild_parameter": lambda data, _grad, _hooks: data,
-    "torch._utils._rebuild_parameter_with_state": lambda data, _g, _h, state: Attached(data, state),
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch._utils._rebuild_sparse_tensor": lambda _layout, data: data,
     "torch._utils._rebuild_nested_tensor": lambda *parts: list(parts),
     "torch._utils._rebuild_device_tensor_from_numpy": _first,
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": _first,
-    "torch._utils._rebuild_meta_tensor_no_storage": _nothing,
-    "torch._utils._rebuild_wrapper_subclass": _nothing,
+    "torch._utils._rebuild_meta_tensor_no_storage": _without_data,
+    "torch._utils._rebuild_wrapper_subclass": _without_data,
     "torch._tensor._rebuild_from_type_v2": _tensor_of_subclass,
     "torch.nn.parameter.Parameter": _first,
-    "torch.serialization._get_layout": _first,
+    "torch.serialization._get_layout": _layout,
     "torch.Size": lambda sizes=(): _dimensions(sizes),
     "torch.device": _joined(":"),
     "collections.OrderedDict": _dict,
@@ -253,8 +270,8 @@ CALLS: dict[str, Callable[..., Any]] = {
     "collections.defaultdict": lambda _factory=None, items=(): _dict(items),
     "collections.deque": _list,
     "builtins.getattr": attribute,
-    "builtins.set": _list,  # elements may be unhashable stand-ins
-    "builtins.frozenset": lambda items=(): tuple(items),
+    "builtins.set": lambda items=(): InertSet(items),
+    "builtins.frozenset": lambda items=(): InertFrozenSet(items),
     "builtins.bytearray": _bytearray,
     "builtins.bytes": _bytearray,
     "builtins.complex": lambda *parts: StandIn("builtins.complex", *parts),

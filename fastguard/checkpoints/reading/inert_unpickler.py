@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import codecs
 import pickle
+import pickletools
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import IO, Any
 
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile, UnsafeFile
@@ -29,17 +31,30 @@ from fastguard.checkpoints.reading.bounded_reader import BoundedReader
 from fastguard.checkpoints.reading.inert_calls import Call, call, give_state, meaning
 from fastguard.checkpoints.reading.inert_values import (
     InertDict,
+    InertFrozenSet,
+    InertSet,
     Name,
     StandIn,
     StorageRef,
     StorageType,
-    dict_of,
+    add_items,
     size_of,
 )
+from fastguard.checkpoints.reading.value_types import check_object
+from fastguard.checkpoints.reading.weights_only import OPCODES
 
-_STEP = 100  # of the budget: an opcode takes 0.2 µs, inspecting its result 0.5 µs
-_OBJECT = 100  # cost of a container or an object
-_CALL = 250  # cost of a call and its result
+# Costs, in the unit of the budget: 3 to 4 ns, or a byte.
+_STEP = 100  # an opcode
+_MEMO = 100
+_TUPLE = 100
+_OBJECT = 300  # a list or a dict
+_ITEM = 150  # a key and a value
+_REPLACED = 700  # a value that another one replaces
+_NAME, _NEW_NAME = 200, 1500
+_CALL = 900  # a call or a new object, and its result
+_VALUE = 3000  # a call that is not one of torch's, whose function is checked
+_PARTIAL = 30_000  # a call of an object, which may be a chain of partials
+_STORAGE = 1200
 
 
 class InertUnpickler(BoundedReader):
@@ -48,17 +63,21 @@ class InertUnpickler(BoundedReader):
     Args:
         file: Open for reading, at the start of the pickle; left positioned after its end.
         origin: Byte offset of `file` within the whole file, if it is a part of one.
+        spent: See `BoundedReader`.
         has_views: Whether it refers to storages as torch before 1.6 did, which stored views too.
     """
 
-    def __init__(self, file: IO[bytes], origin: int = 0, *, has_views: bool = False) -> None:
-        super().__init__(file, origin)
+    def __init__(
+        self, file: IO[bytes], origin: int = 0, spent: int = 0, *, has_views: bool = False
+    ) -> None:
+        super().__init__(file, origin, spent)
         self._has_views = has_views
         self._memo: dict[int, Any] = {}
         self._stack: list[Any] = []
         self._below: list[list[Any]] = []  # the stacks below each mark
         self._names: dict[tuple[str, str], Any] = {}
-        self._storages: dict[str, StorageRef] = {}  # and parts of storages, by their own names
+        self.refused: dict[str, None] = {}  # what `weights_only=True` refuses, except names
+        self.storages: dict[str, StorageRef] = {}  # and parts of storages, by their own names
 
     def load(self) -> Any:
         """Returns the tree that the pickle describes."""
@@ -111,7 +130,7 @@ class InertUnpickler(BoundedReader):
             self._since_mark()
 
     def _tuple(self, n: int) -> None:
-        self.charge(_OBJECT)
+        self.charge(_TUPLE)
         items = tuple(self._stack[-n:]) if n else ()
         if len(items) < n:
             raise IndexError("stack")
@@ -130,7 +149,7 @@ class InertUnpickler(BoundedReader):
     def _put(self, index: int) -> None:
         if index < 0:
             raise ValueError("negative index")
-        self.charge(_OBJECT)
+        self.charge(_MEMO)
         self._memo[index] = self._stack[-1]
 
     # Numbers and text.
@@ -148,13 +167,21 @@ class InertUnpickler(BoundedReader):
         raw = self._line().strip()
         if len(raw) < 2 or raw[:1] != raw[-1:] or raw[:1] not in (b"'", b'"'):
             raise ValueError("text without quotes")
-        self._push(codecs.escape_decode(raw[1:-1])[0].decode("latin1"))  # type: ignore[attr-defined]
+        self._python2(codecs.escape_decode(raw[1:-1])[0])  # type: ignore[attr-defined]
+
+    def _python2(self, raw: bytes) -> None:
+        """Pushes text of Python 2: UTF-8, as for torch; otherwise Latin-1, for `encoding=`."""
+        try:
+            self._push(raw.decode())
+        except UnicodeDecodeError:
+            self.refused["text that is not UTF-8"] = None
+            self._push(raw.decode("latin1"))
 
     # Containers.
 
-    def _append(self, items: list[Any]) -> None:
+    def _append(self, items: list[Any], *, to_set: bool = False) -> None:
         target = self._stack[-1]
-        if isinstance(target, list):
+        if isinstance(target, list) and isinstance(target, InertSet) == to_set:
             target.extend(items)
         elif isinstance(target, StandIn):
             self.charge(_OBJECT)
@@ -164,14 +191,21 @@ class InertUnpickler(BoundedReader):
 
     def _set_items(self, items: list[Any]) -> None:
         target = self._stack[-1]
-        pairs = dict_of(items)
         if isinstance(target, dict):
-            dict.update(target, pairs)
+            self._add_items(target, items)
         elif isinstance(target, StandIn):
-            self.charge(_OBJECT)
-            target.parts.append(pairs)
+            target.parts.append(self._dict_of(items))
         else:
             raise TypeError(f"keys for a {type(target).__name__}")
+
+    def _dict_of(self, items: list[Any]) -> dict[Any, Any]:
+        self.charge(_OBJECT)
+        found: dict[Any, Any] = {}
+        self._add_items(found, items)
+        return found
+
+    def _add_items(self, target: dict[Any, Any], items: list[Any]) -> None:
+        self.charge(_STEP + _ITEM * len(items) // 2 + _REPLACED * add_items(target, items))
 
     def _append_one(self) -> None:
         item = self._stack.pop()
@@ -187,7 +221,9 @@ class InertUnpickler(BoundedReader):
         if not isinstance(module, str) or not isinstance(name, str):
             raise TypeError("a name that is not text")
         key = module, name
+        self.charge(_NAME)
         if key not in self._names:
+            self.charge(_NEW_NAME)
             self._names[key] = meaning(module, name)
         self._push(self._names[key])
 
@@ -195,7 +231,11 @@ class InertUnpickler(BoundedReader):
         arguments, function = self._stack.pop(), self._stack.pop()
         if not isinstance(arguments, tuple):
             raise TypeError("arguments that are not a tuple")
-        self.charge(_CALL + sum(map(size_of, arguments)))
+        self.charge(_CALL + _STEP * len(arguments))
+        if not isinstance(function, Call):
+            self.charge(_VALUE if isinstance(function, Name) else _PARTIAL)
+        if self._budget >= 0:
+            self.charge(sum(map(size_of, arguments)))
         if self._budget < 0:
             raise DamagedFile("its pickle copies the same values too many times")
         self._push(call(function, arguments))
@@ -204,8 +244,10 @@ class InertUnpickler(BoundedReader):
         kind = self._stack.pop()
         if not isinstance(kind, Name):
             raise TypeError(f"an object of {type(kind).__name__}")
+        check_object(kind)
+        self.charge(_CALL)
         parts = [part for part in (arguments, keywords) if part]
-        self._made(StandIn(kind.qualified_name, *parts))
+        self._push(StandIn(kind.qualified_name, *parts))
 
     def _instance(self, function: Any, arguments: list[Any]) -> None:
         self._push(function)
@@ -220,7 +262,8 @@ class InertUnpickler(BoundedReader):
             self.charge(_OBJECT)
             target.parts.append(state)
         elif isinstance(target, InertDict):
-            target.attributes = state
+            target.attributes += (state,)
+            self.charge(size_of(target.attributes))
         else:
             give_state(target, state, self.charge)
 
@@ -246,7 +289,7 @@ class InertUnpickler(BoundedReader):
         if start + n > n_stored:
             raise DamagedFile("the file refers to a part of a storage that extends past its end")
         name = None if name is None else str(name)
-        self._made(StorageRef(str(key), storage_type.dtype, n, start, n_stored, name))
+        self._push(StorageRef(str(key), storage_type.dtype, n, start, n_stored, name))
         self._check_meaning(self._stack[-1])
 
     def _check_meaning(self, ref: StorageRef) -> None:
@@ -254,11 +297,11 @@ class InertUnpickler(BoundedReader):
 
         torch trusts the first one, even if the file drops its value later.
         """
-        self.charge(_OBJECT)
-        first = self._storages.setdefault(ref.key, ref)
+        self.charge(_STORAGE)
+        first = self.storages.setdefault(ref.key, ref)
         if first.dtype != ref.dtype or first.n_stored != ref.n_stored:
             raise DamagedFile(f"damaged: storage {ref.key:.80} has two types or sizes")
-        of_view = ref if ref.view is None else self._storages.setdefault(ref.view, ref)
+        of_view = ref if ref.view is None else self.storages.setdefault(ref.view, ref)
         if first.view == ref.key or of_view != ref:
             raise DamagedFile(f"damaged: a part of storage {ref.key:.80} has two meanings")
 
@@ -281,6 +324,16 @@ def _ignored(_machine: InertUnpickler, _number: Any) -> None:
     pass
 
 
+def _refused(name: str, handler: Handler) -> Handler:
+    """Returns a handler that also notes that `weights_only=True` has no such opcode."""
+
+    def noting(machine: InertUnpickler) -> object:
+        machine.refused[f"opcode {name}"] = None
+        return handler(machine)
+
+    return noting
+
+
 M = InertUnpickler
 _HANDLERS: dict[bytes, Handler] = {
     pickle.PROTO: _reads("<B", _ignored),
@@ -299,9 +352,9 @@ _HANDLERS: dict[bytes, Handler] = {
     pickle.LONG_BINPUT: _reads("<I", M._put),
     pickle.MEMOIZE: lambda m: m._put(len(m._memo)),
     # numbers
-    pickle.NONE: lambda m: m._push(None),
-    pickle.NEWTRUE: lambda m: m._push(True),
-    pickle.NEWFALSE: lambda m: m._push(False),
+    pickle.NONE: lambda m: m._stack.append(None),
+    pickle.NEWTRUE: lambda m: m._stack.append(True),
+    pickle.NEWFALSE: lambda m: m._stack.append(False),
     pickle.INT: M._int,
     pickle.BININT: _reads("<i", M._push),
     pickle.BININT1: _reads("<B", M._push),
@@ -311,10 +364,10 @@ _HANDLERS: dict[bytes, Handler] = {
     pickle.LONG4: _reads("<i", M._long_of),
     pickle.FLOAT: lambda m: m._push(float(m._digits())),
     pickle.BINFLOAT: _reads(">d", M._push),
-    # text and bytes; Python 2 text is read as Latin-1
+    # text and bytes
     pickle.STRING: M._quoted,
-    pickle.BINSTRING: _reads("<i", lambda m, n: m._push(m._bytes(n).decode("latin1"))),
-    pickle.SHORT_BINSTRING: _reads("<B", lambda m, n: m._push(m._bytes(n).decode("latin1"))),
+    pickle.BINSTRING: _reads("<i", lambda m, n: m._python2(m._bytes(n))),
+    pickle.SHORT_BINSTRING: _reads("<B", lambda m, n: m._python2(m._bytes(n))),
     pickle.UNICODE: lambda m: m._push(m._line().decode("raw-unicode-escape")),
     pickle.BINUNICODE: _reads("<I", lambda m, n: m._push(m._text(n))),
     pickle.SHORT_BINUNICODE: _reads("<B", lambda m, n: m._push(m._text(n))),
@@ -323,7 +376,7 @@ _HANDLERS: dict[bytes, Handler] = {
     pickle.SHORT_BINBYTES: _reads("<B", lambda m, n: m._push(m._raw(n))),
     pickle.BINBYTES8: _reads("<Q", lambda m, n: m._push(m._raw(n))),
     pickle.BYTEARRAY8: _reads("<Q", lambda m, n: m._push(m._raw(n))),
-    # containers; a set becomes a list and a frozenset a tuple, since items may be unhashable here
+    # containers
     pickle.EMPTY_TUPLE: lambda m: m._push(()),
     pickle.TUPLE1: lambda m: m._tuple(1),
     pickle.TUPLE2: lambda m: m._tuple(2),
@@ -333,11 +386,11 @@ _HANDLERS: dict[bytes, Handler] = {
     pickle.LIST: lambda m: m._made(m._since_mark()),
     pickle.APPEND: M._append_one,
     pickle.APPENDS: lambda m: m._append(m._since_mark()),
-    pickle.EMPTY_SET: lambda m: m._made([]),
-    pickle.ADDITEMS: lambda m: m._append(m._since_mark()),
-    pickle.FROZENSET: lambda m: m._made(tuple(m._since_mark())),
+    pickle.EMPTY_SET: lambda m: m._made(InertSet()),
+    pickle.ADDITEMS: lambda m: m._append(m._since_mark(), to_set=True),
+    pickle.FROZENSET: lambda m: m._made(InertFrozenSet(m._since_mark())),
     pickle.EMPTY_DICT: lambda m: m._made({}),
-    pickle.DICT: lambda m: m._made(dict_of(m._since_mark())),
+    pickle.DICT: lambda m: m._push(m._dict_of(m._since_mark())),
     pickle.SETITEM: M._set_one,
     pickle.SETITEMS: lambda m: m._set_items(m._since_mark()),
     # names, calls, objects
@@ -355,34 +408,54 @@ _HANDLERS: dict[bytes, Handler] = {
     pickle.BINPERSID: lambda m: m._persistent(m._stack.pop()),
 }
 del M
+for _code, _handler in _HANDLERS.items():
+    if _code not in OPCODES:
+        _HANDLERS[_code] = _refused(pickletools.code2op[_code.decode("latin1")].name, _handler)
 
 
-def load_inert(
-    file: IO[bytes],
-    origin: int = 0,
-    names: list[str] | None = None,
-    *,
-    has_views: bool = False,
-) -> Any:
-    """Returns the tree that a pickle describes without executing anything in it.
+@dataclass(frozen=True, slots=True)
+class Pickled:
+    """What a pickle describes.
+
+    Attributes:
+        tree: The nested containers.
+        names: The classes and functions that it names.
+        refused: What else in it `torch.load(weights_only=True)` refuses.
+        storages: The first reference to each storage, by name.
+        spent: See `BoundedReader`.
+    """
+
+    tree: Any
+    names: list[str]
+    refused: list[str]
+    storages: Mapping[str, StorageRef]
+    spent: int
+
+
+def load_inert(file: IO[bytes]) -> Any:
+    """Returns the tree that a pickle describes; see `read_pickle`."""
+    return read_pickle(file).tree
+
+
+def read_pickle(
+    file: IO[bytes], origin: int = 0, spent: int = 0, *, has_views: bool = False
+) -> Pickled:
+    """Reads a pickle without executing anything in it.
 
     Args:
         file: Open for reading, at the start of the pickle; left positioned after its end.
         origin: Byte offset of `file` within the whole file, if it is a part of one.
-        names: A list to extend with the classes and functions that the pickle names.
-        has_views: See `InertUnpickler`.
+        spent, has_views: See `InertUnpickler`.
 
     Raises:
         UnsafeFile: The pickle calls something that is not a value type.
         DamagedFile: The pickle is incomplete, or exceeds the limits.
     """
     try:
-        machine = InertUnpickler(file, origin, has_views=has_views)
+        machine = InertUnpickler(file, origin, spent, has_views=has_views)
         tree = machine.load()
     except (CheckpointError, UnsafeFile):
         raise
     except Exception as error:  # arbitrary bytes can raise anything
         raise DamagedFile(f"its pickle cannot be read ({type(error).__name__}: {error})") from None
-    if names is not None:
-        names.extend(machine.names)
-    return tree
+    return Pickled(tree, machine.names, list(machine.refused), machine.storages, machine.spent)

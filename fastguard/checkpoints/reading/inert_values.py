@@ -88,12 +88,28 @@ class StandIn:
 
 
 class InertDict(dict[Any, Any]):
-    """A dict from the file that may also have attributes (`state_dict._metadata`)."""
+    """A dict from the file that may also have attributes (`state_dict._metadata`).
 
-    attributes: Any = None
+    Attributes:
+        attributes: The states that the file gives it, each a dict of attributes.
+    """
+
+    attributes: tuple[Any, ...] = ()
 
     def __repr__(self) -> str:
         return f"<dict of {len(self)}>"
+
+
+class InertSet(list[Any]):
+    """A set from the file; a list, since its items may be unhashable here."""
+
+
+class InertFrozenSet(tuple[Any, ...]):
+    """A frozenset from the file; see `InertSet`."""
+
+
+class InertText(str):
+    """Text in place of a path, device or layout, which does not equal its text as a dict key."""
 
 
 class OpaqueKey:
@@ -103,15 +119,16 @@ class OpaqueKey:
         tensor: The key, if it is a tensor; else None.
     """
 
-    __slots__ = ("tensor",)
+    __slots__ = ("_text", "tensor")
 
-    def __init__(self, key: Any) -> None:
+    def __init__(self, key: Any, text: str = "<key>") -> None:
+        self._text = str(key) if isinstance(key, InertText) else text
         self.tensor: TensorRef | Attached | None = (
             key if isinstance(key, TensorRef | Attached) else None
         )
 
     def __str__(self) -> str:
-        return "<key>"
+        return self._text
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,15 +179,18 @@ def plain_key(key: Any) -> Any:
     """
     kind = type(key)
     if issubclass(kind, list | dict):
-        raise TypeError(f"a {kind.__name__} as a key")
+        raise TypeError(f"a {'dict' if issubclass(kind, dict) else 'list'} as a key")
     if kind in (str, bool, type(None), float, torch.dtype, StandIn, Name):
         return key
     if kind is int:
         return key if key.bit_length() <= 60 else OpaqueKey(key)
     if kind is bytes:
         return key if len(key) <= 1000 else OpaqueKey(key)
-    if kind is tuple and len(key) <= 16 and all(map(_is_short, key)):
-        return tuple(map(plain_key, key))
+    if kind is tuple and len(key) <= 16:
+        if all(map(_is_short, key)):
+            return tuple(map(plain_key, key))
+        if any(isinstance(part, list | dict) for part in key):
+            raise TypeError("a key that contains a list or a dict")
     return OpaqueKey(key)
 
 
@@ -178,11 +198,25 @@ def _is_short(part: Any) -> bool:
     return type(part) in (int, float, bool) or (type(part) is str and len(part) <= 1000)
 
 
-def dict_of(items: list[Any]) -> dict[Any, Any]:
-    """Builds a dict from alternating keys and values."""
+def add_items(target: dict[Any, Any], items: list[Any]) -> int:
+    """Adds alternating keys and values to a dict; returns the number of values replaced.
+
+    A value that another one replaces stays in the dict under an opaque key. Two keys that are equal
+    here may differ for torch, and a value that is not read could hide a NaN.
+    """
     if len(items) % 2:
         raise ValueError("a key without a value")
-    return {plain_key(items[i]): items[i + 1] for i in range(0, len(items), 2)}
+    pairs = dict(zip(map(plain_key, items[::2]), items[1::2], strict=True))
+    if 2 * len(pairs) == len(items) and target.keys().isdisjoint(pairs):
+        dict.update(target, pairs)
+        return 0
+    n_replaced = 0
+    for key, value in zip(map(plain_key, items[::2]), items[1::2], strict=True):
+        if key in target:
+            dict.__setitem__(target, OpaqueKey(key, str(key)), target[key])
+            n_replaced += 1
+        dict.__setitem__(target, key, value)
+    return n_replaced
 
 
 def size_of(value: Any) -> int:

@@ -13,7 +13,8 @@ _MODULE_PARTS = ("_parameters", "_buffers", "_modules")
 _LONGEST_KEY = 200  # characters; longer keys are cut
 _LONGEST_PATH = 1000
 _DEEPEST = 500  # nested containers
-_MAX_LEAVES = 3_000_000  # each takes a microsecond or two
+_MAX_LEAVES = 3_000_000  # 2 seconds; a container counts as several
+_CONTAINER = 3  # its time, compared with that of a leaf
 _PLAIN = frozenset({type(None), bool, int, str, bytes})  # cannot be NaN
 
 
@@ -26,7 +27,7 @@ def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
 
     Raises:
         DamagedFile: Containers are nested more than 500 deep, a path is over 1000 characters, or
-            there are more than 3,000,000 leaves.
+            there are more than 3,000,000 leaves or 1,000,000 containers.
     """
     return ((path, leaf) for path, leaf, _ in owned_leaves(tree))
 
@@ -56,13 +57,10 @@ def owned_leaves(tree: Any) -> Iterator[tuple[str, Any, Sequence[Any]]]:
         below = f"{path}.{key}" if path and key else path or key
         children = _children(value)
         if children is None:
-            n_left -= 1
-            if n_left < 0:
-                raise DamagedFile(
-                    f"it has more than {_MAX_LEAVES:,} values, too many for a checkpoint"
-                )
+            n_left -= 1 + len(below) // _LONGEST_KEY
             yield below, value, owners
         elif id(value) not in entered:
+            n_left -= _CONTAINER
             entered.add(id(value))
             if len(stack) > _DEEPEST or len(below) > _LONGEST_PATH:
                 raise DamagedFile(
@@ -71,6 +69,11 @@ def owned_leaves(tree: Any) -> Iterator[tuple[str, Any, Sequence[Any]]]:
                 )
             stack.append((below, children))
             owners.append(value)
+        if n_left < 0:
+            raise DamagedFile(
+                f"it has more than {_MAX_LEAVES:,} values, or {_MAX_LEAVES // _CONTAINER:,} "
+                "containers, too many for a checkpoint"
+            )
 
 
 Children = Iterator[tuple[str, Any]]
@@ -83,8 +86,8 @@ def _children(value: Any) -> Children | None:
         return iter([("", value.value), ("", value.state)])
     if isinstance(value, dict):
         own = _items(value)
-        attributes = value.attributes if isinstance(value, InertDict) else None
-        return own if attributes is None else itertools.chain(own, [("", attributes)])
+        attributes = value.attributes if isinstance(value, InertDict) else ()
+        return itertools.chain(own, (("", part) for part in attributes)) if attributes else own
     if isinstance(value, list | tuple | set):
         return ((str(i), child) for i, child in enumerate(value) if _may_be_nan(child))
     return None

@@ -21,7 +21,7 @@ from fastguard.checkpoints.reading.spans import Contents, Span
 
 _MAX_HEADER = 100 * 2**20  # bytes; the reference implementation refuses longer ones
 _LARGEST = 2**64 - 1
-_MAX_MARKS = 5_000_000  # brackets, colons and commas in JSON: 400,000 tensors, 400 MB when parsed
+_MAX_MARKS = 3_000_000  # brackets, colons and commas in JSON: 250,000 tensors, 240 MB when parsed
 _MAX_DIMENSIONS = 64  # the limit of torch's own loops over elements
 _DTYPES = {
     "BOOL": torch.bool,

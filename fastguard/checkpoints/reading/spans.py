@@ -61,6 +61,11 @@ class Contents:
         unread: Name and description of each value whose numbers cannot be checked.
         metadata: Strings stored in a safetensors file.
         names: Classes and functions named in the pickle, in order of appearance.
+        refused: What else in the pickle `torch.load(weights_only=True)` refuses.
+        nan: Names of the Python floats that are NaN, such as a learning rate or loss scale.
+            Infinite floats are not listed: `ReduceLROnPlateau` starts with one, and `max_norm` may
+            be one.
+        spent: See `BoundedReader`.
     """
 
     format: str
@@ -71,6 +76,9 @@ class Contents:
     unread: tuple[tuple[str, str], ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     names: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    nan: tuple[str, ...] = ()
+    spent: int = 0
 
     @property
     def n_tensors(self) -> int:

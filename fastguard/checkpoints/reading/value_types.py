@@ -69,6 +69,8 @@ _ELSEWHERE = frozenset(
     __builtins__ __globals__ __dict__ __init__ __subclasses__
     """.split()
 )
+# Classes of torch that hold numbers, which torch allows a file to create from a list.
+_TENSORS = re.compile(r"torch\.(\w+\.)*\w*(Tensor|Storage)|torch\._C\._TensorBase")
 _DEEPEST = 100  # nested partials, each counted once
 
 
@@ -93,10 +95,7 @@ def check_call(function: Any, arguments: tuple[Any, ...]) -> str:
                 waiting += functions
                 continue
         if not isinstance(function, Name) or not _makes_a_value(function.qualified_name, arguments):
-            raise UnsafeFile(
-                f"the file asks to call {kind_of(function)}, which no checkpoint needs; nothing "
-                "was executed. Do not load it unless you trust its author"
-            )
+            raise _refused(function)
         called.append(function.qualified_name)
     return called[0] if called else "functools.partial"  # partials that only contain each other
 
@@ -106,7 +105,7 @@ def _makes_a_value(qualified: str, arguments: tuple[Any, ...]) -> bool:
     if (alias := _ALIASES.get(module)) is not None:
         module, qualified = alias, f"{alias}.{name}"
     if qualified in _CALLERS:
-        for argument in arguments:
+        for argument in {id(argument): argument for argument in arguments}.values():
             if isinstance(argument, Name | StandIn) and not _is_iterator(argument):
                 check_call(argument, ())
         return True
@@ -120,7 +119,7 @@ def _makes_a_value(qualified: str, arguments: tuple[Any, ...]) -> bool:
         return (module in _VALUE_MODULES and _is_class(name)) or (
             root in _VALUE_MODULES and _is_class(above) and _is_constructor(name)
         )
-    if not _ELSEWHERE.isdisjoint(qualified.split(".")[1:]):
+    if not _ELSEWHERE.isdisjoint(qualified.split(".")[1:]) or _TENSORS.fullmatch(qualified):
         return False
     if _is_class(name) or (_is_class(above) and _is_constructor(name)):
         return True
@@ -145,6 +144,19 @@ def _is_iterator(value: Name | StandIn) -> bool:
         return False
     root, _, _ = value.qualified_name.partition(".")
     return value.qualified_name != "functools.partial" and root in ("builtins", "itertools")
+
+
+def check_object(kind: Name) -> None:
+    """Raises an UnsafeFile if an object of this class cannot be left unread."""
+    if _TENSORS.fullmatch(kind.qualified_name):
+        raise _refused(kind)
+
+
+def _refused(function: Any) -> UnsafeFile:
+    return UnsafeFile(
+        f"the file asks to call {kind_of(function)}, which no checkpoint needs; nothing was "
+        "executed. Do not load it unless you trust its author"
+    )
 
 
 def attribute(owner: Any, name: Any = "", *default: Any) -> Name | StandIn:

@@ -1,10 +1,18 @@
-"""Lists the names in a file that `torch.load(weights_only=True)`, torch's default, refuses."""
+"""Lists what `torch.load(weights_only=True)`, torch's default, refuses in a pickle."""
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable
 
 import torch._weights_only_unpickler as unpickler
+
+OPCODES: frozenset[bytes] = frozenset(
+    code
+    for name, code in vars(pickle).items()
+    if isinstance(code, bytes) and len(code) == 1 and name.isupper() and hasattr(unpickler, name)
+)
+"""The opcodes that torch supports; its module imports each by name."""
 
 # torch accepts these if torch.distributed.tensor or torch.nested is imported.
 _OF_TORCH = ("torch.distributed.device_mesh.", "torch.distributed.tensor.", "torch.nested.")

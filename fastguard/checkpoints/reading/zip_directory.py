@@ -27,7 +27,8 @@ _MAX16, _MAX32 = 0xFFFF, 0xFFFFFFFF
 _STREAMED, _UTF8 = 0x8, 0x800  # flags: sizes after the data; names in UTF-8
 _DOS_FOLDER = 0x10  # attribute of a folder: torch leaves the memory of such a record uninitialized
 _LONGEST_NAME = 500  # torch's reader truncates longer names
-_MAX_BYTES = 128 * 2**20  # directory size, about a million records
+_MAX_RECORDS = 150_000  # each takes about 10 µs; a pickle has at most about 100,000 tensors
+_MAX_BYTES = 64 * 2**20  # directory size
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +119,8 @@ def _place(file: IO[bytes], size: int) -> tuple[int, int, int]:
         n, length, start = exact
     if start + length != end:
         raise _differs("its directory is not where it says")
-    if length > _MAX_BYTES:
-        raise DamagedFile(f"its directory is too large: {length:,} bytes")
+    if n > _MAX_RECORDS or length > _MAX_BYTES:
+        raise DamagedFile(f"its directory is too large: {n:,} records, {length:,} bytes")
     return n, start, end
 
 

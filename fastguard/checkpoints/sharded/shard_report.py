@@ -13,7 +13,12 @@ from typing import Any
 
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile, UnsafeFile
 from fastguard.checkpoints.reading.contents import read_shards
-from fastguard.checkpoints.reading.file_report import FileReport, own_name, report_on_file
+from fastguard.checkpoints.reading.file_report import (
+    FileReport,
+    check_loadable,
+    own_name,
+    report_on_file,
+)
 from fastguard.checkpoints.reading.inspect_file import read_through, sha256_of_open
 from fastguard.checkpoints.sharded import metadata as shard_metadata
 from fastguard.checkpoints.sharded.metadata import read_metadata
@@ -93,6 +98,7 @@ def _report_on_shards(path: Path, shards: Sequence[tuple[Any, Any]], crc32: bool
     """Reads a file with any number of shards, in pieces."""
     with open_regular(path, follow_links=False) as file:
         contents = read_shards(file, path, [(place.offset, place.length) for _, place in shards])
+        check_loadable(path, contents)
         found = read_through(file, contents, sha256=True, crc32=crc32)
 
     def shard_of(name: str) -> str:

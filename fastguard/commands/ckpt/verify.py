@@ -11,7 +11,7 @@ from fastguard.checkpoints.errors import CheckpointError
 from fastguard.checkpoints.folder import is_store
 from fastguard.checkpoints.index_files import check_index, is_index
 from fastguard.checkpoints.missing_files import missing_parts, missing_shards
-from fastguard.checkpoints.reading.file_report import nan_numbers, not_ignored
+from fastguard.checkpoints.reading.file_report import not_ignored
 from fastguard.checkpoints.reading.inspect_file import inspect
 from fastguard.checkpoints.reading.weights_only import refused_names
 from fastguard.checkpoints.store import CheckpointStore
@@ -118,12 +118,12 @@ def _verify_file(path: Path, ignore: Sequence[str], answer: Answer) -> int:
     for what in dict.fromkeys(what for _, what in meant):
         culprits = [culprit for culprit, other in meant if other == what]
         answer.note(f"{what}: {describe_culprits(culprits)}", INDENT)
-    if nan := not_ignored(nan_numbers(found.contents.tree), ignore):
+    if nan := not_ignored([(name, 1, 0, 0) for name in found.contents.nan], ignore):
         names = several([name for name, *_ in nan])
         answer.note(f"values other than tensors that are NaN: {names}", INDENT)
     for name, what in unread[:SHOWN]:
         answer.note(f"{name} was not read: {what}", INDENT)
-    if refused := refused_names(found.contents.names):
+    if refused := [*refused_names(found.contents.names), *found.contents.refused]:
         answer.note(
             f"torch.load(weights_only=True) refuses it: {several(refused)}; load it without "
             "weights_only only if you trust its author",
