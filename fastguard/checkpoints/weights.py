@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from fastguard.checkpoints.reading.named_leaves import named_leaves
+from fastguard.checkpoints.reading.named_leaves import owned_leaves
 from fastguard.checkpoints.reading.spans import Contents
 
 _GROUPS = re.compile(r"(?:^|(?<=\.))param_groups\.")
@@ -28,12 +28,14 @@ _NON_WEIGHT_NAMES = re.compile(
     """,
     re.VERBOSE | re.IGNORECASE,
 )
-# Names of data tensors and of lists of them. A layer can have such a name too, but the names of its
-# tensors are longer: `outputs.weight`.
+# Names of data tensors, histories, and lists of them. A layer can have such a name too, but its
+# tensors have longer names: `outputs.weight`.
 _DATA = re.compile(
     r"""
     (?:.*_)?(?:data|dataset|[xy]|inputs?|targets?|labels?|images?|samples?|predictions?|preds?
     |outputs?|features?|logits|embeddings?)(?:\.\d+)* | [\d.]*
+    | (?:[^.]*_)?(?:loss|losses|metrics?|hist|history|acc|accuracy|scores?|rewards?|curves?|logs?)
+    (?:_[^.]*)?(?:\.\d+)*
     """,
     re.VERBOSE | re.IGNORECASE,
 )
@@ -47,8 +49,8 @@ def holds_weights(contents: Contents) -> bool:
     """Whether the file contains model weights."""
     names = [s.name for s in contents.spans if s.dtype.is_floating_point or s.dtype.is_complex]
     names += [name for name, array in contents.arrays if array.is_floating]
-    optimizers = _optimizers(contents)
-    return any(_may_be_a_weight(name, optimizers) for name in names)
+    in_optimizers = _names_in_optimizers(contents)
+    return any(name not in in_optimizers and _may_be_a_weight(name) for name in names)
 
 
 def name_rules_out_weights(path: Path) -> bool:
@@ -56,20 +58,28 @@ def name_rules_out_weights(path: Path) -> bool:
     return any(_NON_WEIGHT_NAMES.fullmatch(part) for part in re.split(r"[.\-]", path.name)[:-1])
 
 
-def _optimizers(contents: Contents) -> set[str]:
-    """Returns the path prefix of each optimizer's state dict, such as `"optimizers.0."`."""
-    found = set()
-    for name, _ in named_leaves(contents.tree):
-        match = _GROUPS.search(name)
-        if match is not None:
-            found.add(name[: match.start()])
-    return found
+def _names_in_optimizers(contents: Contents) -> set[str]:
+    """Returns the names of the values in the state dicts of optimizers, at any depth."""
+    found: set[str] = set()
+    prefixes: set[str] = set()
+    names: list[str] = []
+    for name, _, owners in owned_leaves(contents.tree):
+        names.append(name)
+        if match := _GROUPS.search(name):  # names that were flattened
+            prefixes.add(name[: match.start()])
+        if any(isinstance(owner, dict) and "param_groups" in owner for owner in owners[1:]):
+            found.add(name)
+    if isinstance(contents.tree, dict) and "param_groups" in contents.tree:
+        prefixes.add("")
+    for name in names:
+        if "" in prefixes and name.partition(".")[0] in _OPTIMIZER_KEYS:
+            found.add(name)
+    nested = tuple(prefixes - {""})
+    return found | {name for name in names if nested and name.startswith(nested)}
 
 
-def _may_be_a_weight(name: str, optimizers: set[str]) -> bool:
+def _may_be_a_weight(name: str) -> bool:
     first = name.partition(".")[0]
-    if _NON_WEIGHT_NAMES.fullmatch(first) or _DATA.fullmatch(name) or _STATES.fullmatch(name):
-        return False
-    if "" in optimizers and first in _OPTIMIZER_KEYS:
-        return False
-    return not any(prefix and name.startswith(prefix) for prefix in optimizers)
+    return not (
+        _NON_WEIGHT_NAMES.fullmatch(first) or _DATA.fullmatch(name) or _STATES.fullmatch(name)
+    )

@@ -19,7 +19,7 @@ import torch
 
 from fastguard.checkpoints import DamagedFile, UnsafeFile, inspect
 from fastguard.checkpoints.reading.contents import read_contents
-from fastguard.checkpoints.reading.inert_unpickler import InertUnpickler
+from fastguard.checkpoints.reading.inert_unpickler import load_inert
 from fastguard.checkpoints.reading.inert_values import StandIn
 from fastguard.checkpoints.reading.named_leaves import named_leaves
 
@@ -158,7 +158,7 @@ def test_a_pickled_module_is_read_without_its_classes(yolo):
 def test_paths_pickled_by_any_python_become_text(module, tmp_path):
     raw = pickle.dumps({"data": pathlib.PurePosixPath("a/b")}, protocol=2)
     named = re.sub(rb"cpathlib(\._local)?\n", f"c{module}\n".encode(), raw)
-    assert InertUnpickler(io.BytesIO(named)).load() == {"data": "a/b"}
+    assert load_inert(io.BytesIO(named)) == {"data": "a/b"}
 
 
 @pytest.mark.parametrize("arguments", [(), ("text",)], ids=["no argument", "one"])

@@ -94,6 +94,7 @@ UNLOADABLE = {
     "bytes in UTF-16": call("_codecs.encode", text("x"), text("utf-16")),
     "a parameter made from a list": b"ctorch._utils\n_rebuild_parameter\n]\x89}\x87R",
     "a list in a key": b"}](Ne\x85" + GOOD + b"s",
+    "a list in a set": call("__builtin__.set", b"](]e"),
     "a set with append": b"\x8fNa",
     "a list with add": b"](N\x90",
 }

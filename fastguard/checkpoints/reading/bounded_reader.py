@@ -35,7 +35,7 @@ class BoundedReader:
     """
 
     def __init__(self, file: IO[bytes], origin: int = 0, spent: int = 0) -> None:
-        self._file = file
+        self.file = file
         self._origin = origin
         at = file.tell()
         n_bytes = file.seek(0, os.SEEK_END) - file.seek(at)
@@ -52,7 +52,7 @@ class BoundedReader:
         """Charges work to the budget; the next step fails if the budget is used up."""
         self._budget -= n_bytes
 
-    def _bytes(self, n: int) -> bytes:
+    def read_bytes(self, n: int) -> bytes:
         if n < 0:
             raise ValueError("negative length")
         # Text uses up to four bytes per character, plus the stored form.
@@ -63,29 +63,29 @@ class BoundedReader:
                 raise DamagedFile(
                     f"its pickle has a value of {n:,} bytes, too large for a checkpoint"
                 )
-        raw = self._file.read(n)
+        raw = self.file.read(n)
         if len(raw) < n:
             raise DamagedFile("its pickle ends too soon")
         return raw
 
     def _check_left(self, n: int) -> int:
         """Returns the position in the file after checking that `n` more bytes follow."""
-        at = self._file.tell()
-        end = self._file.seek(0, os.SEEK_END)
-        self._file.seek(at)
+        at = self.file.tell()
+        end = self.file.seek(0, os.SEEK_END)
+        self.file.seek(at)
         if n > end - at:
             raise DamagedFile("its pickle ends too soon")
         return at
 
-    def _line(self) -> bytes:
-        raw = self._file.readline(_LINE)
+    def read_line(self) -> bytes:
+        raw = self.file.readline(_LINE)
         if not raw.endswith(b"\n"):
             raise DamagedFile("its pickle has a line without end")
         self.charge(_LINE_COST + 3 * len(raw))
         return raw[:-1]
 
-    def _digits(self) -> bytes:
-        raw = self._line()
+    def read_digits(self) -> bytes:
+        raw = self.read_line()
         if len(raw) > _DIGITS:
             raise DamagedFile(f"its pickle has a number of {len(raw):,} digits")
         self.charge(3 * len(raw))  # parsing takes quadratic time
@@ -100,19 +100,19 @@ class BoundedReader:
         self._kept += n
         return True
 
-    def _text(self, n: int) -> str | LongText:
+    def read_text(self, n: int) -> str | LongText:
         if n <= SHORT or self._is_kept(n):
-            return self._bytes(n).decode("utf-8", "surrogatepass")
+            return self.read_bytes(n).decode("utf-8", "surrogatepass")
         at, n_characters = self._check_left(n), 0
         decoder = codecs.getincrementaldecoder("utf-8")("surrogatepass")
         for start in range(0, n, LONG):
-            piece = self._file.read(min(LONG, n - start))
+            piece = self.file.read(min(LONG, n - start))
             n_characters += len(decoder.decode(piece, final=start + LONG >= n))
         return LongText(self._origin + at, n, n_characters)
 
-    def _raw(self, n: int) -> bytes | LongBytes:
+    def read_raw(self, n: int) -> bytes | LongBytes:
         if self._is_kept(n):
-            return self._bytes(n)
+            return self.read_bytes(n)
         at = self._check_left(n)
-        self._file.seek(n, os.SEEK_CUR)
+        self.file.seek(n, os.SEEK_CUR)
         return LongBytes(self._origin + at, n, n, is_text=False)

@@ -36,6 +36,7 @@ from fastguard.checkpoints.reading.inert_values import (
     StorageRef,
     StorageType,
     TensorRef,
+    hashable,
     kind_of,
 )
 from fastguard.checkpoints.reading.pickled_arrays import (
@@ -218,7 +219,8 @@ def _first(value: Any, *_: Any) -> Any:
 
 
 def _parameter(data: Any, _requires_grad: Any, _hooks: Any, state: Any = None) -> Any:
-    if not isinstance(data, TensorRef | Attached | NumpyArray | StandIn):
+    is_object = isinstance(data, StandIn) and data.qualified_name != "builtins.complex"
+    if not is_object and not isinstance(data, TensorRef | Attached | NumpyArray):
         raise DamagedFile(f"damaged: a parameter made from {kind_of(data)}")
     return data if state is None else Attached(data, state)
 
@@ -270,8 +272,8 @@ CALLS: dict[str, Callable[..., Any]] = {
     "collections.defaultdict": lambda _factory=None, items=(): _dict(items),
     "collections.deque": _list,
     "builtins.getattr": attribute,
-    "builtins.set": lambda items=(): InertSet(items),
-    "builtins.frozenset": lambda items=(): InertFrozenSet(items),
+    "builtins.set": lambda items=(): InertSet(hashable(items)),
+    "builtins.frozenset": lambda items=(): InertFrozenSet(hashable(items)),
     "builtins.bytearray": _bytearray,
     "builtins.bytes": _bytearray,
     "builtins.complex": lambda *parts: StandIn("builtins.complex", *parts),

@@ -20,6 +20,7 @@ import torch
 
 from fastguard import CheckpointStore
 from fastguard.checkpoints import manifest
+from guardtest.fuzz_programs import joined_archives, random_program
 from guardtest.fuzz_text import (
     ODD,
     changed_config,
@@ -325,7 +326,7 @@ CHANGES: list[Change] = [
     changed_bytes, changed_bytes, changed_records, changed_directory, changed_directory,
     changed_pickle, changed_pickle, changed_pickle, planted_call, changed_manifest,
     changed_manifest, changed_header, changed_header, changed_index, changed_steps, changed_steps,
-    changed_config, special_file,
+    changed_config, special_file, random_program, random_program, joined_archives,
 ]  # fmt: skip
 
 
@@ -351,22 +352,23 @@ def make_case(seed: int, bases: Path, folder: Path) -> tuple[str, Path]:
 
 
 def loads_finite(path: Path) -> bool:
-    """Whether torch can load a file and all its values are finite.
-
-    A file with an opcode that `weights_only=True` does not know counts as loaded: Python's own
-    unpickler might load it, but must not be tried on a file that may run anything.
-    """
+    """Whether torch can load a file and all its values are finite."""
     try:
         tree = torch.load(io.BytesIO(path.read_bytes()), weights_only=True)
-    except Exception as error:
-        return "Unsupported operand" in str(error)
+    except Exception:
+        return False
     return all(torch.isfinite(t).all() for t in _tensors(tree))
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     if isinstance(tree, torch.Tensor):
         return [tree] if tree.is_floating_point() else []
-    children = tree.values() if isinstance(tree, dict) else tree
-    if isinstance(tree, dict | list | tuple):
-        return [t for child in children for t in _tensors(child)]
+    if isinstance(tree, dict):
+        tree = (
+            [*tree, *tree.values(), *vars(tree).values()]
+            if hasattr(tree, "__dict__")
+            else [*tree, *tree.values()]
+        )
+    if isinstance(tree, list | tuple | set):
+        return [t for child in tree for t in _tensors(child)]
     return []
