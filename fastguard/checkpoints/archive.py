@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -25,6 +25,8 @@ from fastguard.checkpoints.sharded import shard_report
 from fastguard.checkpoints.sharded.open_files import OpenFiles
 from fastguard.ranks.lockstep import Peers
 from fastguard.records.regular_files import NotRegularFile, open_regular
+
+_ATTEMPTS = 2  # a hard link made by a backup, or removed by rotation, looks like a change
 
 
 def suffix_of(states: Mapping[str, Any], peers: Peers) -> str:
@@ -86,13 +88,22 @@ def read(path: Path, sha256: str, objects: Mapping[str, Any], peers: Peers) -> d
 def _read_file(path: Path, sha256: str) -> dict[str, Any]:
     """Hashes and loads a file through one descriptor, so it cannot be swapped in between."""
     with open_regular(path, follow_links=False) as file:
-        before = os.fstat(file.fileno())
-        _compare(path, sha256_of_open(file), sha256)
-        payload = torch.load(file, map_location="cpu", weights_only=True)
-        after = os.fstat(file.fileno())
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise DamagedFile(f"{path} was changed while it was being read")
-    return payload
+        for _ in range(_ATTEMPTS):
+            before = _version(file)
+            _compare(path, sha256_of_open(file), sha256)
+            payload = torch.load(file, map_location="cpu", weights_only=True)
+            after = _version(file)
+            if after == before:
+                return payload
+            if after[:2] != before[:2]:
+                break
+    raise DamagedFile(f"{path} was changed while it was being read")
+
+
+def _version(file: BinaryIO) -> tuple[int, int, int]:
+    """Returns what a write changes. A program can set the second number back, but not the last."""
+    found = os.fstat(file.fileno())
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _compare(path: Path, found: str, expected: str) -> None:

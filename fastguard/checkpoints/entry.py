@@ -119,8 +119,9 @@ def from_json(values: object) -> Entry:
     name = names.parse(entry.file)
     if name is None:
         raise ValueError(f"file={shown(entry.file)}, which is not a checkpoint name")
-    if name.serial != entry.serial:
-        raise ValueError(f"file={entry.file!r} does not match serial={entry.serial}")
+    for key, number in name._asdict().items():
+        if number != getattr(entry, key):
+            raise ValueError(f"file={entry.file!r} does not match {key}={getattr(entry, key)}")
     return entry
 
 

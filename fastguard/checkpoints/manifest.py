@@ -145,6 +145,8 @@ def _manifest(body: Mapping[str, Any]) -> Manifest:
     newest = max((e.serial for e in (*entries, *replaced)), default=0)
     if next_serial <= newest:
         raise ValueError(f"next_serial={next_serial} after serial={newest}")
+    if next_serial >= names.MAX_NUMBER:
+        raise ValueError(f"next_serial={next_serial}")
     mode = checked("mode", body.get("mode"), text)
     if mode not in ("min", "max"):
         raise ValueError(f"mode={shown(mode)}")

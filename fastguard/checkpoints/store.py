@@ -15,7 +15,7 @@ from fastguard.checkpoints.arguments import check_choice, counted, integer, join
 from fastguard.checkpoints.entry import Entry
 from fastguard.checkpoints.errors import CheckpointError, DamagedFile
 from fastguard.checkpoints.folder import Folder
-from fastguard.checkpoints.names import file_name
+from fastguard.checkpoints.names import MAX_NUMBER, file_name
 from fastguard.checkpoints.random_state import random_state
 from fastguard.checkpoints.reader import StoreView, Which
 from fastguard.checkpoints.reading.file_report import HEADER
@@ -304,6 +304,8 @@ class CheckpointStore(StoreView):
     ) -> tuple[Entry, dict[str, Any]]:
         """Returns the entry, as far as it is known before writing, and the data to write."""
         step = integer("step", step, 0)
+        if step > MAX_NUMBER:
+            raise ValueError(f"step={step} is too large for the name of a checkpoint")
         epoch = None if epoch is None else integer("epoch", epoch, 0)
         manifest.check_tag(tag)
         states, data = state.gather(everything)

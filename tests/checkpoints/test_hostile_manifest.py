@@ -108,6 +108,7 @@ BODIES = {
     "next_serial": float("inf"),
     "next_serial is small": 1,
     "next_serial is text": "7",
+    "next_serial is large": 2**63 - 1,
     "mode": "best",
     "mode is a list": [],
     "ignore": [None],
@@ -124,7 +125,7 @@ def test_a_value_of_another_type_is_damage(store, capsys, case):
 VALUES = [
     ("file", None), ("file", 5), ("file", ["x"]), ("sha256", None), ("sha256", "x"), ("size", "x"),
     ("size", -1), ("size", 1e999), ("time", 5), ("serial", "x"), ("serial", True),
-    ("serial", 2**70), ("serial", 9), ("step", None), ("step", 1.5), ("epoch", "3"),
+    ("serial", 2**70), ("serial", 9), ("step", 77), ("step", None), ("step", 1.5), ("epoch", "3"),
     ("metric", 10**400), ("metric", "good"), ("metric", [1]), ("bad", [["a"]]),
     ("bad", [["a", 1, 2, "3"]]), ("bad", 1),
     ("notes", "text"), ("notes", [1]), ("incidents", None), ("skipped_steps", -3),

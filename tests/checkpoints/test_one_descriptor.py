@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import struct
 
 import pytest
 import torch
@@ -40,12 +41,15 @@ def test_a_file_replaced_after_hashing_is_not_loaded(store, monkeypatch):
     def then_swap(file):
         found = hashed(file)
         (path,) = store.glob("*.pt")
-        os.replace(store.parent / "other.pt", path)
+        if other.exists():
+            os.replace(other, path)
         return found
 
+    other = store.parent / "other.pt"
     monkeypatch.setattr(archive, "sha256_of_open", then_swap)
     with CheckpointStore(store, read_only=True) as opened:
         assert opened.load("last").state["m"]["w"][0] == 1.0
+    assert not other.exists()
 
 
 def test_a_file_written_to_after_hashing_is_an_error(store, monkeypatch):
@@ -147,6 +151,35 @@ def in_a_child(work):
     os.waitpid(pid, 0)
     with open(reading, "rb") as file:
         return file.read().decode()
+
+
+@pytest.mark.parametrize("linked", [False, True], ids=["written to", "only linked"])
+def test_a_write_whose_time_is_set_back_is_found(tmp_path, monkeypatch, linked):
+    with CheckpointStore(tmp_path) as store:
+        path = tmp_path / store.save(w=torch.full((9,), 2.0), step=1).file
+
+    def change(file):
+        found = hashed(file)
+        if not done and linked:  # as a backup does; this changes nothing in the file
+            os.link(path, tmp_path / "backup")
+        elif not done:
+            before, raw = path.stat(), path.read_bytes()
+            with open(path, "r+b") as written:
+                written.seek(raw.index(struct.pack("<9f", *[2.0] * 9)))
+                written.write(struct.pack("<f", NAN))
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        done.append(found)
+        return found
+
+    hashed = archive.sha256_of_open
+    done = []
+    monkeypatch.setattr(archive, "sha256_of_open", change)
+    with CheckpointStore(tmp_path, read_only=True) as store:
+        if linked:
+            assert store.load().state["w"].tolist() == [2.0] * 9 and len(done) == 2
+        else:
+            with pytest.raises(DamagedFile, match="changed on disk"):
+                store.load()
 
 
 def test_a_forked_child_does_not_save_to_the_store_of_its_parent(tmp_path):

@@ -37,3 +37,10 @@ def test_the_best_without_a_metric_says_what_best_means(tmp_path, mode, kind):
         text = rf'"best" is the clean one with the {kind} metric \(mode="{mode or "min"}"\)'
         with pytest.raises(CheckpointError, match=rf"no checkpoint 'best'.*steps are 3.*{text}"):
             store.load("best")
+
+
+def test_a_step_that_fits_in_no_name_is_not_saved(store):
+    store.save(w=torch.ones(1), step=10**18 - 1)
+    with pytest.raises(ValueError, match=r"step=1000000000000000000 is too large"):
+        store.save(w=torch.ones(1), step=10**18)
+    assert [entry.step for entry in store.list()] == [10**18 - 1]

@@ -27,7 +27,7 @@ from fastguard.checkpoints.reading.named_leaves import named_leaves
 from fastguard.checkpoints.reading.other_formats import BEGINNING, other_format
 from fastguard.checkpoints.reading.pickled_arrays import NumpyArray
 from fastguard.checkpoints.reading.safetensors_header import read_safetensors
-from fastguard.checkpoints.reading.spans import Contents, Record, Span
+from fastguard.checkpoints.reading.spans import Contents, Record, Span, is_dense
 from fastguard.checkpoints.reading.zip_directory import read_directory
 from fastguard.records.regular_files import open_regular
 
@@ -358,13 +358,4 @@ def _span(
     negative = min(ref.offset, storage.start, *ref.size, *ref.stride, 0) < 0
     if negative or start + n * itemsize > end or math.prod(ref.size) >= 2**63:
         raise DamagedFile(f"damaged: {name:.200} extends past its storage of {end - first} bytes")
-    return Span(name, ref.dtype, start, n, ref.size, ref.stride, _is_dense(ref.size, ref.stride))
-
-
-def _is_dense(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    expected = 1
-    for step, length in sorted((d, s) for s, d in zip(size, stride, strict=True) if s != 1):
-        if step != expected:
-            return False
-        expected *= length
-    return True
+    return Span(name, ref.dtype, start, n, ref.size, ref.stride, is_dense(ref.size, ref.stride))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from fastguard.checkpoints.reading.spans import Span
+from fastguard.checkpoints.reading.spans import Span, is_dense
 
 _BLOCK = 4 * 2**20  # bytes
 _LEAST = 3
@@ -26,6 +27,7 @@ def is_banded(file: BinaryIO, span: Span) -> bool:
     row is the previous row shifted by one. Weights do not have this pattern. Finite values are
     ignored, since ALiBi adds slopes to masks.
     """
+    span = _without_repetitions(span)
     n_dimensions = len(span.size)
     inner = _as_it_lies(span)[-2:]  # a transposed mask is accepted too
     if set(inner) != {n_dimensions - 2, n_dimensions - 1}:
@@ -49,7 +51,14 @@ def is_banded(file: BinaryIO, span: Span) -> bool:
 
 def is_two_valued(file: BinaryIO, span: Span) -> bool:
     """Whether the tensor contains only -Inf and 0."""
+    span = _without_repetitions(span)
     return all(bool((rows.isneginf() | (rows == 0)).all()) for _, rows in _rows(file, span))
+
+
+def _without_repetitions(span: Span) -> Span:
+    """Returns one of the equal parts of an expanded tensor, as of a mask for a batch."""
+    size = tuple(1 if d == 0 else n for n, d in zip(span.size, span.stride, strict=True))
+    return replace(span, size=size, dense=is_dense(size, span.stride))
 
 
 def _as_it_lies(span: Span) -> list[int]:

@@ -37,6 +37,16 @@ class Span:
         return self.start + self.n * self.dtype.itemsize
 
 
+def is_dense(size: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether a tensor uses each element from its first to its last exactly once."""
+    expected = 1
+    for step, length in sorted((d, s) for s, d in zip(size, stride, strict=True) if s != 1):
+        if step != expected:
+            return False
+        expected *= length
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """A range of bytes whose CRC-32 is stored in the file."""
