@@ -202,7 +202,7 @@ def _joined(separator: str) -> Callable[..., InertText]:
     """Returns a function that joins the parts of a path or device; limits the length."""
 
     def join(*parts: Any) -> InertText:
-        if not all(isinstance(part, str | int) for part in parts):
+        if not parts or not all(isinstance(part, str | int) for part in parts):
             raise DamagedFile("damaged: a path or device that is not text")
         text = separator.join(str(part) for part in parts)
         if len(text) > 4096:
