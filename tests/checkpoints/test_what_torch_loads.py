@@ -91,6 +91,7 @@ def test_a_tensor_made_from_a_list_is_refused(tmp_path, name, make):
 
 
 UNLOADABLE = {
+    "a device without a name": b"ctorch\ndevice\n)R",
     "bytes in UTF-16": call("_codecs.encode", text("x"), text("utf-16")),
     "a parameter made from a list": b"ctorch._utils\n_rebuild_parameter\n]\x89}\x87R",
     "a list in a key": b"}](Ne\x85" + GOOD + b"s",
