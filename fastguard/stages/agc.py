@@ -89,7 +89,7 @@ class ClippedUnits(NamedTuple):
     Attributes:
         n_clipped, n_units: Numbers of clipped units, and of units with a limit.
         position, unit: The unit with the smallest coefficient, and the position of its parameter
-            among all parameters; -1 if nothing was clipped.
+            among all parameters; one of them if several are NaN, and -1 if nothing was clipped.
     """
 
     n_clipped: int = 0

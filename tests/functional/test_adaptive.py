@@ -1,6 +1,7 @@
 """`clip_grad_adaptive_` compared with a float64 reference: dtypes, layouts, NaN, exclusions."""
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 import fastguard
 from fastguard import NonFiniteGradError, clip_grad_adaptive_
+from guardtest import long_tests
 from guardtest.agc import assert_clipped, expected, parameters
 
 NAN, INF = math.nan, math.inf
@@ -37,6 +39,38 @@ def test_many_random_steps():
     for seed in range(20):
         grads, wanted = clipped(parameters(seed=seed, spread=5.0), clip_factor=0.02, eps=0.1)
         assert_clipped(grads, wanted)
+
+
+PLACES = [  # of a bad element: index of the tensor, index of the element
+    *((0, (row, column)) for row in (0, 2, 5) for column in (0, 2, 4)),
+    *((1, (i,)) for i in (0, 3, 6)),
+    (2, ()),
+    (3, (1, 0, 1, 1)),
+    *((i, ...) for i in range(4)),  # all elements
+]
+
+
+def test_ten_thousand_steps_with_bad_elements_everywhere():
+    n = 10_000 if long_tests() else 500
+    chance = random.Random(0)
+    generator = torch.Generator().manual_seed(0)
+    ps = [torch.nn.Parameter(torch.zeros(s)) for s in [(6, 5), (7,), (), (3, 2, 2, 2)]]
+    n_clipped = n_bad = 0
+    for step in range(n):
+        for p in ps:
+            rows = (len(p), *[1] * (p.dim() - 1)) if p.dim() > 1 else ()
+            p.data.normal_(generator=generator)
+            scale = torch.randn(rows, generator=generator).mul(3.0).exp() * 0.01
+            p.grad = torch.randn(p.shape, generator=generator) * scale
+        if step < 3 * len(PLACES) or chance.random() < 0.1:
+            i, at = PLACES[step % len(PLACES)]
+            ps[i].grad[at] = (NAN, INF, -INF)[step // len(PLACES) % 3]
+            n_bad += 1
+        before = [p.grad.clone() for p in ps]
+        grads, wanted = clipped(ps)
+        assert_clipped(grads, wanted)
+        n_clipped += any(not torch.equal(g, b) for g, b in zip(grads, before, strict=True))
+    assert n_bad > n / 20 and n_clipped > n / 2
 
 
 def test_units_below_their_limit_keep_every_bit():

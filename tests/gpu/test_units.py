@@ -49,8 +49,14 @@ def test_a_step_waits_for_nothing(no_sync, kind):
             if step == 2:
                 ps[4].grad.fill_(math.nan)
             opt.step()
-    actions = [r.action for r in opt.flush()]
-    assert actions == ["clipped", "clipped", "clipped", "skipped", "clipped"]
+    records = opt.flush()
+    assert [r.action for r in records] == ["clipped"] * 3 + ["skipped", "clipped"]
+    on_host = GuardedOptimizer(torch.optim.SGD(parameters()), max_norm=AGC(), clip_scope="unit")
+    on_host.step()
+    (expected_record,) = on_host.records()
+    for name in ("clipped_units", "limited_units", "most_clipped_unit"):
+        assert getattr(records[0], name) == getattr(expected_record, name)
+    assert records[3].limited_units == 0
 
 
 def test_a_skipped_step_leaves_its_gradients_alone():
