@@ -46,7 +46,7 @@ AdamW through the same compiler takes 60 instructions per element in fp32, 65 in
 | bf16, fp32 master, m, v     | 56        | 3 (1) + 3 (1)                   | 28.7         |
 | bf16, remainder, fp32 m, v  | 56        | 2 (3) + 2 (2)                   | 35.0         |
 
-With limits of units: 86 to 104 registers, so two programs per multiprocessor instead of three.
+With limits of units: 90 to 106 registers, so two programs per multiprocessor instead of three.
 
 One of the instructions is the second product for multipliers below 2^-100. A branch around it,
 shared with cleaning, was expected to save it, but saved nothing. Coefficients are read before the

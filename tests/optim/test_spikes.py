@@ -114,6 +114,8 @@ def test_update_clipping_equals_the_algorithm_of_the_paper(shared_group):
     for step in range(n_steps):
         train(optimizer, ours, [step])
         clipped += sum(o.step(gradient(step, i, o.weight.shape)) > 1 for i, o in enumerate(exact))
+        if step >= 150 and step % 50:
+            continue  # the comparison takes longer than the step
         for p, oracle in zip(ours, exact, strict=True):
             torch.testing.assert_close(p.detach(), oracle.weight, rtol=1e-7, atol=1e-9)
     assert n_steps / 3 < clipped < 3.5 * n_steps  # it is not always on, and not always off

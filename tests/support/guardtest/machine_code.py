@@ -309,7 +309,7 @@ def update_variants():
     pointers = {**dict.fromkeys(names, "*i64"), "coefficients_ptr": "*fp64"}
     pointers |= {"multiplier_ptr": "*fp64", "clean_ptr": "*fp32", "found_inf_ptr": "*fp32"}
     summed = pointers | {"sums_ptr": "*i64", "n_chunks": "i32"}
-    pointers |= {"limits_ptr": "*fp64", "smallest_ptr": "*fp64", "n_chunks": "i32"}
+    pointers |= {"limits_ptr": "*fp64", "clipped_ptr": "*fp64", "n_chunks": "i32"}
     # name, algorithm, (weight, gradient, states), options that differ from the default
     fp32, bf16 = ("fp32", "fp32", ("fp32", "fp32")), ("bf16", "bf16", ("bf16", "bf16"))
     mixed = ("bf16", "bf16", ("fp32", "fp32"))
