@@ -10,6 +10,7 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastguard import GuardedOptimizer
+from fastguard.guard.watch.replica_drift import checksum
 from guardtest.flat_pairs import CLOSE, in_one_buffer, pair_of
 from guardtest.gloo_groups import group_of_one
 from guardtest.grads import assert_bitwise_equal
@@ -315,3 +316,20 @@ def test_a_closure():
 
     loss = pair.opt.step(closure)
     assert len(calls) == 1 and loss.item() > 0 and pair.opt.applied_steps == 1
+
+
+def test_checksums_read_all_weights_in_few_tensors():
+    model = perceptron()
+    model[2].bias.requires_grad_(False)
+    opt = adamw(model.parameters())
+    weights = opt._stepper.weights()
+    assert len(weights) == 2  # the block, and the frozen bias
+    device = weights[0].device
+    expected = checksum([p.detach().clone() for p in model.parameters()], device)
+    assert checksum(weights, device) == expected
+    model[0].weight.data = model[0].weight.data + 1.0  # other memory: the block is outdated
+    assert opt._stepper.weights() is None
+    backward(model, 0)
+    opt.step()
+    now = checksum([p.detach().clone() for p in model.parameters()], device)
+    assert checksum(opt._stepper.weights(), device) == now != expected
