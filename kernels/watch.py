@@ -124,8 +124,9 @@ def bits_kernel(
             tl.atomic_add(found_ptr + segment, total.to(tl.int64), sem="relaxed")
         chunk += n_programs
     if CHECKSUM:
-        total = tl.sum(words, axis=0) + tl.sum(tail_words, axis=0)
-        tl.atomic_add(found_ptr + n_segments, total.to(tl.int64), sem="relaxed")
+        # In int64, since the interpreter of triton 3.6 and older does not wrap sums around.
+        total = tl.sum(words.to(tl.int64), axis=0) + tl.sum(tail_words.to(tl.int64), axis=0)
+        tl.atomic_add(found_ptr + n_segments, total, sem="relaxed")
 
 
 @triton.jit(
