@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter, deque
 from collections.abc import Iterable
@@ -22,7 +23,9 @@ INCIDENTS = 100
 """Maximum number of incidents kept for listing; the others are counted."""
 
 INCIDENT = b'"reason": "'
-"""Substring of every incident's line from `JsonLinesSink`; in other lines the reason is null."""
+"""Substring of the line of a step with a reason from `JsonLinesSink`; otherwise it is null."""
+
+_NO_COUNTS = b'"nan": 0, "posinf": 0, "neginf": 0,'
 
 LAYERS = 3
 """Number of layers shown, those with the largest gradient norm."""
@@ -76,7 +79,7 @@ class RunState:
     def catch_up(self, lines: Iterable[bytes]) -> None:
         """Adds the lines that the run has written so far, oldest first.
 
-        Of the lines before the `last` ones, only incidents are parsed, which is 30 times faster.
+        Of the lines before the `last` ones, only incidents are parsed, which is 15 times faster.
         """
         latest: deque[bytes] = deque(maxlen=self.last)
         for line in lines:
@@ -91,13 +94,13 @@ class RunState:
 
     def _add_old_line(self, line: bytes) -> None:
         self.n_records += 1
-        if INCIDENT not in line:
+        if not _may_be_incident(line):
             return
         try:
             record = bounded(parse_record(line))
         except ValueError:
             return
-        if record.is_incident:
+        if is_incident(record):
             self.n_incidents += 1
             self.incidents.append(record)
 
@@ -121,7 +124,7 @@ class RunState:
         self.latest = record
         self.n_records += 1
         self.curve.append(record)
-        if record.is_incident:
+        if is_incident(record):
             self.n_incidents += 1
             self.incidents.append(record)
         self._count(record)
@@ -139,7 +142,7 @@ class RunState:
     def _count(self, record: StepRecord) -> None:
         # Interned: a million records then share a few strings.
         action = sys.intern(record.action)
-        reason = sys.intern(record.reason or record.action) if record.is_incident else None
+        reason = sys.intern(record.reason or record.action) if is_incident(record) else None
         self._window.append((action, reason))
         self.actions[action] += 1
         if reason is not None:
@@ -149,6 +152,25 @@ class RunState:
             _decrement(self.actions, action)
             if reason is not None:
                 _decrement(self.reasons, reason)
+
+
+def _may_be_incident(line: bytes) -> bool:
+    """Whether a line has a reason, or a value that is not finite, which `JsonLinesSink` quotes."""
+    if INCIDENT in line or b'"total_norm": "' in line or _NO_COUNTS not in line:
+        return True
+    start = line.find(b'"losses": {')
+    return b'": "' in line[start : line.find(b'"spikes"', start)]
+
+
+def is_incident(record: StepRecord) -> bool:
+    """Whether a step is an incident, or has a value that is not finite, as for `fastguard report`.
+
+    With `nonfinite="propagate"` such a step is applied, without a reason.
+    """
+    if record.reason is not None or record.is_incident:
+        return record.is_incident
+    values = (record.torch_norm, *record.losses.values())
+    return record.n_culprits > 0 or not all(map(math.isfinite, values))
 
 
 def _decrement(counts: Counter[str], key: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from fastguard.commands.monitor.run_state import RunState
+from fastguard.commands.monitor.run_state import RunState, is_incident
 from fastguard.commands.monitor.sparkline import ASCII_BARS, BARS, sparkline, split_evenly
 from fastguard.commands.monitor.summary import counts, duration, layers, named, verdict
 from fastguard.commands.terminal import printable
@@ -104,7 +104,7 @@ class Screen:
         start, room = len(text), max(1, width - len(text))
         text.append(sparkline([value(r) for r in records], room, bars), style="cyan")
         for i, share in enumerate(split_evenly(records, room)):
-            if any(r.is_incident for r in share):
+            if any(map(is_incident, share)):
                 text.stylize("red", start + i, start + i + 1)
         return text
 

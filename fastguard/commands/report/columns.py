@@ -147,7 +147,11 @@ class ColumnReader:
         suspects = {
             i
             for i, record in enumerate(records)
-            if record.get("reason") is not None or record.get("n_culprits")
+            if record.get("reason") is not None
+            or record.get("n_culprits")
+            or record.get("nan")
+            or record.get("posinf")
+            or record.get("neginf")
         }
         suspects.update(_nonfinite(values[NORM], [r.get("total_norm") for r in records]))
         for i in suspects:

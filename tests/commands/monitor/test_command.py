@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -230,3 +231,23 @@ def test_headers_before_the_last_steps_are_not_counted_as_steps(tmp_path) -> Non
     state.catch_up(path.read_bytes().splitlines())
     assert (state.n_records, state.in_window, state.damaged) == (30, 5, 0)
     assert state.header is not None and state.header.name == "from 21"
+
+
+@pytest.mark.parametrize("last", [1, 3], ids=["of an old line", "of the latest lines"])
+@pytest.mark.parametrize(
+    "bad", [{"nan": 3}, {"losses": {"a": float("inf")}}, {"total_norm": float("nan")}], ids=str
+)
+def test_a_step_that_is_applied_with_nan_is_an_incident_as_in_the_report(
+    tmp_path, capsys, bad, last
+) -> None:
+    """As `nonfinite="propagate"` records it: without a reason."""
+    path = tmp_path / "records.jsonl"
+    with JsonLinesSink(path) as sink:
+        sink(replace(StepRecord(1, 1.0, 1.0, "applied", losses={"a": 1.0}, limit=1.0), **bad))
+        sink(StepRecord(2, 1.0, 1.0, "applied", losses={"a": 1.0}))
+    assert main(["report", str(path), "--out", str(tmp_path)]) == 0  # it is over
+    assert "1 incident in 2 steps" in capsys.readouterr().out
+    assert main(["monitor", str(path), "--once", "--last", str(last)]) == int(last == 3)
+    state = RunState(last=last)
+    state.catch_up(path.read_bytes().splitlines())
+    assert (state.n_incidents, state.n_records) == (1, 2)
