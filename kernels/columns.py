@@ -71,7 +71,9 @@ UPDATE_COLUMNS = tl.constexpr(6)
 GROUP_COLUMN = tl.constexpr(0)
 COUNTER_COLUMN = tl.constexpr(1)
 SIZE_COLUMN = tl.constexpr(2)  # elements
-TENSOR_COLUMNS = tl.constexpr(3)
+FIRST_CHUNK_COLUMN = tl.constexpr(3)
+CHUNKS_COLUMN = tl.constexpr(4)  # its chunks follow one another
+TENSOR_COLUMNS = tl.constexpr(5)
 
 # A tensor of an update: addresses.
 WEIGHT = tl.constexpr(0)

@@ -19,7 +19,7 @@ written. A skipped step reads one scalar per program and writes nothing.
 
     chunks        int64 (C, 6): tensor, first element, elements, whether vectors are aligned,
                   segment, elements per unit
-    tensors       int64 (T, 3): group, counter of the first element, elements
+    tensors       int64 (T, 5): group, counter of the first element, elements, first chunk, chunks
     addresses     int64 (T, 8): weight, gradient, up to three states, master, step
     coefficients  float64 (T, 13): written by `advance`, one number per use of a hyper-parameter
 
@@ -45,8 +45,12 @@ AdamW through the same compiler takes 60 instructions per element in fp32, 65 in
 | fp16, stochastic, fp32 m, v | 60        | 2 (2) + 2 (1)                   | 54.5         |
 | bf16, fp32 master, m, v     | 56        | 3 (1) + 3 (1)                   | 28.7         |
 | bf16, remainder, fp32 m, v  | 56        | 2 (3) + 2 (2)                   | 35.0         |
+| with statistics: fp32       | 79        | 4 + 3                           | 47.5         |
+|     bf16, stochastic        | 121       | 4 + 3                           | 79.2         |
+|     remainder               | 80        | 2 (3) + 2 (2)                   | 56.8         |
 
-With limits of units: 90 to 106 registers, so two programs per multiprocessor instead of three.
+With limits of units (90 to 106 registers) or statistics, there are two programs per multiprocessor
+instead of three.
 
 One of the instructions is the second product for multipliers below 2^-100. A branch around it,
 shared with cleaning, was expected to save it, but saved nothing. Coefficients are read before the
@@ -55,13 +59,8 @@ loop: inside it they cost 3.5 instructions per element, since a store might have
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from fastguard.kernels import units
 from fastguard.kernels.columns import (
@@ -79,23 +78,13 @@ from fastguard.kernels.columns import (
     UPDATE_ROW,
     WEIGHT,
 )
-from fastguard.kernels.elements import TRITON_DTYPES, array_at
-from fastguard.kernels.formulas import advance_steps, coefficients_at
-from fastguard.kernels.launch import INTERPRETED, WARP, Launcher, Variant
-from fastguard.kernels.tuning import PLAIN, Tuning, n_programs
+from fastguard.kernels.elements import array_at
+from fastguard.kernels.formulas import coefficients_at
 from fastguard.kernels.units import unit_coef
-from fastguard.kernels.update_chunks import (
-    SLOW_SIZE,
-    THREADS,
-    chunk_at,
-    factors_of,
-    multiplier_at,
-)
-from fastguard.kernels.update_clipping import lower_rates
-from fastguard.kernels.update_elements import MASTERS, REMAINDER, update_elements
-from fastguard.kernels.update_table import Arrays, update_table_of
+from fastguard.kernels.update_chunks import SLOW_SIZE, chunk_at, factors_of, multiplier_at
+from fastguard.kernels.update_elements import REMAINDER, update_elements
+from fastguard.kernels.update_statistics import statistics_of
 
-LONGEST_ROW = 2**16
 UNIT_BYTES = tl.constexpr(units.PLAIN.block_bytes)
 
 
@@ -108,7 +97,7 @@ def is_aligned(address, n, DTYPE: tl.constexpr):
 @triton.jit(
     do_not_specialize=[
         "chunks_ptr", "tensors_ptr", "addresses_ptr", "coefficients_ptr", "multiplier_ptr",
-        "clean_ptr", "found_inf_ptr", "limits_ptr", "clipped_ptr", "n_chunks",
+        "clean_ptr", "found_inf_ptr", "limits_ptr", "clipped_ptr", "partials_ptr", "n_chunks",
     ]
 )  # fmt: skip
 def update_kernel(
@@ -120,7 +109,8 @@ def update_kernel(
     clean_ptr,  # float32 (1,)
     found_inf_ptr,  # float32 (1,)
     limits_ptr,  # float64 (3,): clip_factor, eps, inverse of the loss scale
-    clipped_ptr,  # float64 (n_programs, 4): what was clipped, see `update_arrays`; written
+    clipped_ptr,  # float64 (n_programs, 4): what was clipped, see `update_launch`; written
+    partials_ptr,  # float64 (3, n_chunks): see `update_statistics`, written
     n_chunks,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
@@ -135,7 +125,8 @@ def update_kernel(
     NESTEROV: tl.constexpr,
     REPRODUCIBLE: tl.constexpr,
     SPIKES: tl.constexpr,
-    UNITS: tl.constexpr,  # clips units; without it, the two pointers before are not read
+    UNITS: tl.constexpr,  # clips units; without it, limits and clipped are not read
+    STATISTICS: tl.constexpr,  # without it, partials are not written
     PROPAGATES: tl.constexpr,  # see `units`
     EXACT_BF16: tl.constexpr,  # rounds with integers, since the interpreter truncates
     BLOCK_SIZE: tl.constexpr,
@@ -143,6 +134,8 @@ def update_kernel(
 ):
     ARITHMETIC: tl.constexpr = tl.float64 if PARAM == tl.float64 else tl.float32
     X: tl.constexpr = tl.int16 if MASTER_KIND == REMAINDER else tl.float32
+    LANES: tl.constexpr = BLOCK_SIZE // VEC
+    tl.static_assert(LANES == SLOW_SIZE)
     if UNITS:
         clipped_ptr += 4 * tl.program_id(0)
         tl.store(clipped_ptr, 1.0)
@@ -154,6 +147,9 @@ def update_kernel(
     clean = tl.load(clean_ptr) != 0.0
     done = tl.full((), 0, tl.int32)  # elements of the chunk in earlier units
     n_clipped = tl.full((), 0, tl.int32)
+    # Statistics of earlier units. The compiler removes them, and those below, if they are not used.
+    done_squares, done_changes = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
+    done_bad = tl.full((), 0, tl.int32)
     k = tl.program_id(0)
     while k < n_chunks:
         # Backwards, since the gradients that measure read last are still in L2.
@@ -204,16 +200,21 @@ def update_kernel(
         b_ptr = tl.multiple_of(b_at.to(tl.pointer_type(B)), VEC * B.primitive_bitwidth // 8)
         c_ptr = tl.multiple_of(c_at.to(tl.pointer_type(C)), VEC * C.primitive_bitwidth // 8)
         x_ptr = tl.multiple_of(x_at.to(tl.pointer_type(X)), VEC * X.primitive_bitwidth // 8)
+        squares, changes = tl.zeros((LANES,), tl.float64), tl.zeros((LANES,), tl.float64)
+        bad = tl.zeros((LANES,), tl.int32)
         i = 0
         while i < n_vec:
             at = i + tl.arange(0, BLOCK_SIZE)
-            update_elements(
+            p_old, p_new, p_stored = update_elements(
                 p_ptr, g_ptr, a_ptr, b_ptr, c_ptr, x_ptr,
                 at, at < n_vec, counter, key, clean, scale, factor, threshold, reset,
                 c0, c1, c2, c3, c4, c5, c6, c7,
                 PARAM, A, B, C, ALGORITHM, N_STATES, MASTER_KIND, STOCHASTIC, AMSGRAD, NESTEROV,
                 REPRODUCIBLE, SPIKES, EXACT_BF16, ARITHMETIC,
             )  # fmt: skip
+            if STATISTICS:
+                x, y, z = statistics_of(p_old, p_new, p_stored, at < n_vec, VEC, BLOCK_SIZE)
+                squares, changes, bad = squares + x, changes + y, bad + z
             i += BLOCK_SIZE
         p_ptr = p_at.to(tl.pointer_type(PARAM))
         g_ptr = g_at.to(tl.pointer_type(GRAD))
@@ -224,14 +225,33 @@ def update_kernel(
         i = n_vec
         while i < n:
             at = i + tl.arange(0, SLOW_SIZE)
-            update_elements(
+            p_old, p_new, p_stored = update_elements(
                 p_ptr, g_ptr, a_ptr, b_ptr, c_ptr, x_ptr,
                 at, at < n, counter, key, clean, scale, factor, threshold, reset,
                 c0, c1, c2, c3, c4, c5, c6, c7,
                 PARAM, A, B, C, ALGORITHM, N_STATES, MASTER_KIND, STOCHASTIC, AMSGRAD, NESTEROV,
                 REPRODUCIBLE, SPIKES, EXACT_BF16, ARITHMETIC,
             )  # fmt: skip
+            if STATISTICS:
+                x, y, z = statistics_of(p_old, p_new, p_stored, at < n, 1, SLOW_SIZE)
+                squares, changes, bad = squares + x, changes + y, bad + z
             i += SLOW_SIZE
+        if STATISTICS:
+            all_squares = tl.sum(squares, axis=0)
+            all_changes = tl.sum(changes, axis=0)
+            all_bad = tl.sum(bad, axis=0)
+            if UNITS:
+                all_squares += done_squares
+                all_changes += done_changes
+                all_bad += done_bad
+                ends = done + n >= in_chunk
+                done_squares = tl.where(ends, 0.0, all_squares)
+                done_changes = tl.where(ends, 0.0, all_changes)
+                done_bad = tl.where(ends, 0, all_bad)
+            partial_ptr = partials_ptr + (n_chunks - 1 - k)
+            tl.store(partial_ptr, all_squares)
+            tl.store(partial_ptr + n_chunks, all_changes)
+            tl.store(partial_ptr + 2 * n_chunks, all_bad.to(tl.float64))
         if UNITS:
             done += n
             ends = done >= in_chunk
@@ -241,167 +261,3 @@ def update_kernel(
             k += tl.num_programs(0)
     if UNITS:
         tl.store(clipped_ptr + 1, n_clipped.to(tl.float64))
-
-
-_fused = Launcher(update_kernel, THREADS // WARP, max_registers=80)
-_exact = Launcher(update_kernel, THREADS // WARP, max_registers=80, fuses=False)
-# Two programs per multiprocessor instead of three: with 80 registers, up to 24 of them spill.
-UNIT_TUNING = Tuning(
-    units.PLAIN.block_bytes, num_warps=THREADS // WARP, programs=2, max_registers=128
-)
-_fused_units = Launcher(update_kernel, UNIT_TUNING.num_warps, UNIT_TUNING.max_registers)
-_exact_units = Launcher(
-    update_kernel, UNIT_TUNING.num_warps, UNIT_TUNING.max_registers, fuses=False
-)
-
-
-def update_arrays(
-    arrays: Arrays,
-    hyper: Tensor,
-    multiplier: Tensor,
-    clean: Tensor,
-    found_inf: Tensor,
-    algorithm: int,
-    master: str | None,
-    stochastic: bool,
-    amsgrad: bool,
-    nesterov: bool,
-    reproducible: bool,
-    spike_aware: bool = False,
-    update_clipping: bool = False,
-    limits: Tensor | None = None,
-    propagates: bool = False,
-) -> Tensor | None:
-    """Takes the step of T tensors, or changes nothing if it is skipped, without a sync.
-
-    Args:
-        arrays: The tensors; all but the gradients are written.
-        hyper: float64 `(G, 12)`, contiguous: see `fastguard.optim.contract.HYPER`.
-        multiplier: float64 `(S,)`, contiguous.
-        clean, found_inf: float32 `()`.
-        algorithm: A value of `ALGORITHMS`.
-        master: `"float32"`, `"remainder"` or None.
-        stochastic, amsgrad, nesterov, reproducible, spike_aware, update_clipping: See
-            `fastguard.optim.contract.Update`.
-        limits: float64 `(3,)`: clip_factor, eps and the inverse of the loss scale, for the units in
-            `arrays.rows`; None: units are not clipped.
-        propagates: See `fastguard.stages.reference_units.unit_coefs`.
-
-    Returns:
-        float64 `(P, 4)`: for each program, the smallest coefficient of a unit, the number of
-        clipped units, and the tensor and the index in it of the unit with the smallest coefficient;
-        `(1, 0, 0, 0)` for a skipped step. None without limits or without elements.
-    """
-    weights, device = arrays.weights, hyper.device
-    programs = n_programs(device, PLAIN if limits is None else UNIT_TUNING)
-    table = update_table_of(arrays, programs)
-    layout = table.layout
-    coefficients = torch.empty(
-        len(weights), COEFFICIENT_COLUMNS.value, dtype=torch.float64, device=device
-    )
-    advance_steps(
-        layout.tensors, table.addresses, hyper, found_inf, coefficients, algorithm,
-        len(arrays.steps) > 0, stochastic, spike_aware, update_clipping,
-    )  # fmt: skip
-    if not layout.n_chunks:
-        return None
-    if update_clipping:
-        lower_rates(
-            table, coefficients, multiplier, clean, found_inf, arrays, programs, spike_aware,
-            reproducible,
-        )  # fmt: skip
-    launch = variant_of(
-        device, algorithm, weights[0].dtype, arrays.gradients[0].dtype,
-        tuple(state[0].dtype for state in arrays.states), master, stochastic, amsgrad, nesterov,
-        reproducible, spike_aware, limits is not None, propagates,
-    )  # fmt: skip
-    n = min(programs, layout.n_chunks)
-    clipped = None if limits is None else torch.empty(n, 4, dtype=torch.float64, device=device)
-    of_units = (coefficients, coefficients) if limits is None else (limits, clipped)
-    pointers = (
-        layout.chunks, layout.tensors, table.addresses, coefficients, multiplier, clean, found_inf,
-        *of_units,
-    )  # fmt: skip
-    launch(n, pointers, layout.n_chunks)
-    return clipped
-
-
-@functools.lru_cache(maxsize=256)
-def variant_of(
-    device: torch.device,
-    algorithm: int,
-    parameter: torch.dtype,
-    gradient: torch.dtype,
-    states: tuple[torch.dtype, ...],
-    master: str | None,
-    stochastic: bool,
-    amsgrad: bool,
-    nesterov: bool,
-    reproducible: bool,
-    spike_aware: bool,
-    clips_units: bool,
-    propagates: bool,
-) -> Variant:
-    """Returns the kernel for dtypes and options."""
-    constants = constants_of(
-        algorithm, parameter, gradient, states, master, stochastic, amsgrad, nesterov,
-        reproducible, spike_aware, clips_units, propagates,
-    )  # fmt: skip
-    return launcher_of(reproducible, clips_units).variant(device, **constants)
-
-
-def launcher_of(reproducible: bool, clips_units: bool = False) -> Launcher:
-    """Returns the launcher with or without fused multiply-adds and limits of units."""
-    if clips_units:
-        return _exact_units if reproducible else _fused_units
-    return _exact if reproducible else _fused
-
-
-def vector_size(
-    parameter: torch.dtype,
-    gradient: torch.dtype,
-    states: tuple[torch.dtype, ...],
-    master: str | None,
-) -> int:
-    """Returns the elements per thread and array, which fill 16 bytes in the widest array."""
-    widest = max(dtype.itemsize for dtype in (parameter, gradient, *states))
-    return 16 // max(widest, {None: 0, "float32": 4, "remainder": 2}[master])
-
-
-def constants_of(
-    algorithm: int,
-    parameter: torch.dtype,
-    gradient: torch.dtype,
-    states: tuple[torch.dtype, ...],
-    master: str | None,
-    stochastic: bool,
-    amsgrad: bool,
-    nesterov: bool,
-    reproducible: bool,
-    spike_aware: bool = False,
-    clips_units: bool = False,
-    propagates: bool = False,
-) -> dict[str, Any]:
-    """Returns the constants of the kernel, in order."""
-    a, b, c = (*states, *(3 - len(states)) * (parameter,))
-    vec = vector_size(parameter, gradient, states, master)
-    return {
-        "PARAM": TRITON_DTYPES[parameter],
-        "GRAD": TRITON_DTYPES[gradient],
-        "A": TRITON_DTYPES[a],
-        "B": TRITON_DTYPES[b],
-        "C": TRITON_DTYPES[c],
-        "ALGORITHM": algorithm,
-        "N_STATES": len(states),
-        "MASTER_KIND": MASTERS[master],
-        "STOCHASTIC": stochastic,
-        "AMSGRAD": amsgrad,
-        "NESTEROV": nesterov,
-        "REPRODUCIBLE": reproducible,
-        "SPIKES": spike_aware,
-        "UNITS": clips_units,
-        "PROPAGATES": propagates,
-        "EXACT_BF16": INTERPRETED,
-        "BLOCK_SIZE": THREADS * vec,
-        "VEC": vec,
-    }

@@ -28,7 +28,11 @@ def update_elements(
     REPRODUCIBLE: tl.constexpr, SPIKES: tl.constexpr, EXACT_BF16: tl.constexpr,
     ARITHMETIC: tl.constexpr,
 ):  # fmt: skip
-    """Updates the elements `at` of a tensor."""
+    """Updates the elements `at` of a tensor.
+
+    Returns the old and the new exact weights, in the dtype of the arithmetic, and the weights that
+    were stored.
+    """
     g = as_arithmetic(tl.load(g_ptr + at, mask=mask, other=0.0), ARITHMETIC)
     if MASTER_KIND == FLOAT32_MASTER:
         p = tl.load(x_ptr + at, mask=mask, other=0.0)
@@ -37,6 +41,7 @@ def update_elements(
         p = weight_of_parts(upper, tl.load(x_ptr + at, mask=mask, other=0))
     else:
         p = as_arithmetic(tl.load(p_ptr + at, mask=mask, other=0.0), ARITHMETIC)
+    old = p
     a, b, c = g, g, g
     if N_STATES > 0:
         a = as_arithmetic(tl.load(a_ptr + at, mask=mask, other=0.0), ARITHMETIC)
@@ -64,11 +69,13 @@ def update_elements(
     if N_STATES > 2:
         tl.store(c_ptr + at, stored(c, noise, C, 3, STOCHASTIC, EXACT_BF16), mask=mask)
     if MASTER_KIND == FLOAT32_MASTER:
+        parameter = stored(p, noise, PARAM, 0, False, EXACT_BF16)
         tl.store(x_ptr + at, p, mask=mask)
-        tl.store(p_ptr + at, stored(p, noise, PARAM, 0, False, EXACT_BF16), mask=mask)
     elif MASTER_KIND == REMAINDER:
-        upper, lower = weight_and_remainder(p)
+        parameter, lower = weight_and_remainder(p)
         tl.store(x_ptr + at, lower, mask=mask)
-        tl.store(p_ptr + at, upper, mask=mask)
     else:
-        tl.store(p_ptr + at, stored(p, noise, PARAM, 0, STOCHASTIC, EXACT_BF16), mask=mask)
+        parameter = stored(p, noise, PARAM, 0, STOCHASTIC, EXACT_BF16)
+        p = as_arithmetic(parameter, ARITHMETIC)
+    tl.store(p_ptr + at, parameter, mask=mask)
+    return old, p, parameter

@@ -21,7 +21,9 @@ from fastguard.kernels.chunk_layout import chunk_size
 from fastguard.kernels.chunks import TABLES
 from fastguard.kernels.columns import (
     ADDRESS_COLUMNS,
+    CHUNKS_COLUMN,
     COUNTER_COLUMN,
+    FIRST_CHUNK_COLUMN,
     GROUP_COLUMN,
     MASTER,
     SIZE_COLUMN,
@@ -29,6 +31,7 @@ from fastguard.kernels.columns import (
     STEP_ADDRESS,
     TENSOR_COLUMNS,
     UPDATE_COLUMNS,
+    UPDATE_TENSOR,
 )
 from fastguard.kernels.upload import Upload, upload
 
@@ -174,6 +177,10 @@ def _new_layout(
         if numbers:
             tensors[:, column] = numbers
     tensors[:, SIZE_COLUMN.value] = known[0]
+    ids = np.arange(len(tensors))
+    owners = chunks[:, UPDATE_TENSOR.value]
+    first, end = np.searchsorted(owners, ids, "left"), np.searchsorted(owners, ids, "right")
+    tensors[:, FIRST_CHUNK_COLUMN.value], tensors[:, CHUNKS_COLUMN.value] = first, end - first
     uploaded = upload(np.concatenate([chunks.ravel(), tensors.ravel()]), device)
     memory = uploaded.memory
     layout = UpdateLayout(uploaded, memory[: chunks.size], memory[chunks.size :], len(chunks), key)

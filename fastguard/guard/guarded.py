@@ -8,6 +8,7 @@ implements the interface of `torch.optim.Optimizer` for schedulers, scalers and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -306,7 +307,8 @@ class GuardedOptimizer(SavableOptimizer):
             policy.joint_limit,
             watched,
         )
-        self._stepper.step(buckets, verdict, call, policy.may_change(signals))
+        with nullcontext() if watched is None else watched.during_update():
+            self._stepper.step(buckets, verdict, call, policy.may_change(signals))
         flight.obeyed = True
         if watched is not None:
             watched.after_update()

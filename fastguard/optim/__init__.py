@@ -3,5 +3,6 @@
 from fastguard.optim.adamw import Adam, AdamW
 from fastguard.optim.lion import Lion
 from fastguard.optim.sgd import SGD
+from fastguard.optim.statistics import UpdateStatistics
 
-__all__ = ["SGD", "Adam", "AdamW", "Lion"]
+__all__ = ["SGD", "Adam", "AdamW", "Lion", "UpdateStatistics"]

@@ -74,6 +74,13 @@ STATES: Mapping[str, tuple[str, ...]] = {
 only with `amsgrad`, and `momentum_buffer` only if momentum is not 0.
 """
 
+STATISTICS = ("squares of weights", "squares of changes", "non-finite weights")
+"""The columns of `Update.statistics`. The first two are sums of squares, over finite elements, of
+the exact weights before the step, and of their changes (new minus old, in the dtype of the
+arithmetic). Exact weights are `masters`, with a remainder both halves together, or `parameters`.
+The third is the number of elements of `parameters` that are NaN or infinite after the step.
+"""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Update:
@@ -124,6 +131,8 @@ class Update:
             limited parameter are contiguous and follow one another in memory. Empty without
             `units`.
         positions: T positions among all parameters of the optimizer; empty without `units`.
+        statistics: float64 `(T, 3)`, zeros: receives the `STATISTICS` of each tensor, unless the
+            step is skipped. None: they are not computed.
     """
 
     algorithm: Algorithm
@@ -149,6 +158,7 @@ class Update:
     units: UnitLimits | None = None
     unit_counts: Sequence[int] = ()
     positions: Sequence[int] = ()
+    statistics: Tensor | None = None
 
     @property
     def device(self) -> torch.device:

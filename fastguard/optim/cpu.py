@@ -23,11 +23,11 @@ from torch import Tensor
 from fastguard.gradients.tensor_kinds import lasting
 from fastguard.optim import bits, cpu_clipping, reference
 from fastguard.optim.contract import HYPER, KEY, RESET, STATES, Update
+from fastguard.optim.cpu_fused import HALF, Fused, is_equivalent
+from fastguard.optim.cpu_statistics import PieceStatistics
 from fastguard.optim.cpu_units import load_gradient, unit_factors
 from fastguard.optim.pieces import Piece, fits, pieces
 from fastguard.optim.scratch import Scratch, joined, scatter, split
-
-HALF = (torch.bfloat16, torch.float16)
 
 
 def update(update: Update) -> Tensor | None:
@@ -48,8 +48,8 @@ def update(update: Update) -> Tensor | None:
         group = key.group
         factors = _Factors(key.multiplier, clean, of_units if key.clips_units else ())
         hyper = dict(zip(HYPER, rows[group], strict=True))
-        if _fused_is_equivalent(update, names) and not _rounds_twice(update, factors):
-            fused = _Fused(update, hyper, update.steps and update.steps[members[0]])
+        if is_equivalent(update, names) and not _rounds_twice(update, factors):
+            fused = Fused(update, hyper, update.steps and update.steps[members[0]])
             _directly(update, members, names, fused, factors)
         else:
             _through_float32(update, members, names, hyper, group, factors)
@@ -108,24 +108,7 @@ def _by_coefficients(
 
 def _fused_serves_several_steps(update: Update) -> bool:
     names = [name for name in STATES[update.algorithm] if name in update.states]
-    return update.algorithm in ("adam", "adamw") and _fused_is_equivalent(update, names)
-
-
-def _fused_is_equivalent(update: Update, names: Sequence[str]) -> bool:
-    """Whether torch's fused kernel computes the same directly on the tensors."""
-    dtype = update.parameters[0].dtype
-    if update.algorithm == "sgd" and dtype in HALF:
-        return False  # torch 2.13 combines the wrong halves of vectors: weights off by whole steps
-    if dtype is torch.float16:
-        return False  # torch rounds the second moment before using it, and it underflows
-    return (
-        update.algorithm != "lion"
-        and not (update.reproducible or update.spike_aware or update.update_clipping)
-        and update.master is None
-        and update.rounding == "nearest"
-        and all(update.states[name][0].dtype is dtype for name in names)
-        and (update.grads[0].dtype is dtype or dtype not in HALF)
-    )
+    return update.algorithm in ("adam", "adamw") and is_equivalent(update, names)
 
 
 def _rounds_twice(update: Update, factors: _Factors) -> bool:
@@ -134,58 +117,16 @@ def _rounds_twice(update: Update, factors: _Factors) -> bool:
     return scales and update.parameters[0].dtype in HALF
 
 
-class _Fused:
-    """torch's fused kernel of an algorithm, with the hyper-parameters of one param group."""
-
-    def __init__(self, update: Update, hyper: dict[str, float], step: Any) -> None:
-        self.algorithm, self.amsgrad = update.algorithm, update.amsgrad
-        common: dict[str, Any] = {
-            "lr": hyper["lr"],
-            "weight_decay": hyper["weight_decay"],
-            "maximize": hyper["sign"] < 0.0,
-        }
-        if update.algorithm == "sgd":
-            first = isinstance(step, Tensor) and step.item() == 1.0
-            self.options = common | {
-                "momentum": hyper["momentum"],
-                "dampening": hyper["dampening"],
-                "nesterov": update.nesterov,
-                "is_first_step": first,
-            }
-            return
-        self.call = torch._fused_adamw_ if update.algorithm == "adamw" else torch._fused_adam_
-        self.options = common | {
-            "beta1": hyper["beta1"],
-            "beta2": hyper["beta2"],
-            "eps": hyper["eps"],
-            "amsgrad": update.amsgrad,
-        }
-
-    def __call__(
-        self,
-        parameters: list[Tensor],
-        grads: list[Tensor],
-        states: list[list[Tensor]],
-        steps: list[Tensor],
-    ) -> None:
-        if self.algorithm == "sgd":
-            buffers = states[0] if states else []
-            torch._fused_sgd_(parameters, grads, buffers, **self.options)
-            return
-        largest = states[2] if self.amsgrad else []
-        self.call(parameters, grads, states[0], states[1], largest, steps, **self.options)
-
-
 def _directly(
     update: Update,
     members: list[int],
     names: Sequence[str],
-    fused: _Fused,
+    fused: Fused,
     factors: _Factors,
 ) -> None:
     p = update.parameters[0]
     as_they_are = factors.keep_gradients and update.grads[0].dtype is p.dtype
-    if as_they_are and _all_contiguous(update, names):
+    if as_they_are and update.statistics is None and _all_contiguous(update, names):
         every = len(members) == len(update.parameters)
 
         def selected(of: Sequence[Tensor]) -> list[Tensor]:
@@ -196,13 +137,18 @@ def _directly(
         fused(selected(update.parameters), selected(update.grads), states, steps)
         return
     scratch = Scratch(p.dtype)
+    statistics = PieceStatistics.of(update)
     for piece in pieces(update, members, names, factors.of_units):
         grads = piece.grads
         if not as_they_are:
             line = scratch.line("g", piece.n)
             load_gradient(piece, factors.multiplier, factors.clean, line)
             grads = split(line, grads)
+        if statistics is not None:
+            statistics.before(piece, piece.parameters)
         fused(piece.parameters, grads, piece.states, piece.steps)
+        if statistics is not None:
+            statistics.after(piece, piece.parameters)
         piece.write_back()
 
 
@@ -222,7 +168,7 @@ def _through_float32(
     group: int,
     factors: _Factors,
 ) -> None:
-    scratch = Scratch(update.dtype)
+    scratch, statistics = Scratch(update.dtype), PieceStatistics.of(update)
     step = update.steps[members[0]] if update.steps else None
     one = torch.ones(1, dtype=torch.float64, device="cpu")
     count = one if step is None else step.double().reshape(1)
@@ -240,11 +186,13 @@ def _through_float32(
     fused = _fused(update, hyper, step, exact) if by_torch else None
     for piece in pieces(update, members, names, factors.of_units):
         w = _load_weight(update, piece, scratch)
+        if statistics is not None:
+            statistics.before(piece, [w])
         g = scratch.line("g", piece.n)
         load_gradient(piece, factors.multiplier, factors.clean, g)
         if fused is not None and len(piece.members) > 1 and _are_in_place(update, piece):
             fused(split(w, piece.parameters), split(g, piece.parameters), piece.states, piece.steps)
-            _store_weight(update, piece, w, None)
+            _store_weight(update, piece, w, None, statistics)
             piece.write_back()
             continue
         states = [scratch.widened(f"state {number}", of) for number, of in enumerate(piece.states)]
@@ -263,7 +211,7 @@ def _through_float32(
         noise = _noise(update, piece, key)
         for number, (of, values) in enumerate(zip(piece.states, states, strict=True), 1):
             _store(of, values, noise, number)
-        _store_weight(update, piece, w, noise)
+        _store_weight(update, piece, w, noise, statistics)
         piece.write_back()
 
 
@@ -276,13 +224,13 @@ def _coefficients(update: Update, members: list[int], row: Tensor, count: Tensor
     return reference.coefficients(update, row.expand(n, -1), count.expand(n), elements)
 
 
-def _fused(update: Update, hyper: dict[str, float], step: Any, exact: Tensor) -> _Fused:
+def _fused(update: Update, hyper: dict[str, float], step: Any, exact: Tensor) -> Fused:
     """Returns torch's kernel with the learning rate of these coefficients."""
     if update.spike_aware or update.update_clipping:
         lr = exact[0, 5].item() * (1.0 - hyper["beta1"] ** step.item())
         decay = 1.0 - exact[0, 7].item()
         hyper = hyper | {"lr": lr, "weight_decay": decay / lr if lr else 0.0}
-    return _Fused(update, hyper, step)
+    return Fused(update, hyper, step)
 
 
 def _are_in_place(update: Update, piece: Piece) -> bool:
@@ -315,7 +263,22 @@ def _load_weight(update: Update, piece: Piece, scratch: Scratch) -> Tensor:
     return w
 
 
-def _store_weight(update: Update, piece: Piece, w: Tensor, noise: Tensor | None) -> None:
+def _store_weight(
+    update: Update,
+    piece: Piece,
+    w: Tensor,
+    noise: Tensor | None,
+    statistics: PieceStatistics | None,
+) -> None:
+    """Stores the new weights of a piece, and adds their statistics."""
+    if update.master is None:
+        _store(piece.parameters, w, noise, 0)
+        if statistics is not None:
+            is_stored = piece.parameters[0].dtype is w.dtype
+            statistics.after(piece, [w] if is_stored else piece.parameters)
+        return
+    if statistics is not None:  # before `w` is overwritten
+        statistics.after(piece, [w])
     if update.master == "remainder":
         if not math.isfinite(w.sum().item()):
             high, low = bits.split(w)
@@ -328,10 +291,8 @@ def _store_weight(update: Update, piece: Piece, w: Tensor, noise: Tensor | None)
         as_bits.bitwise_or_(1)
         scatter(piece.parameters, w)
         return
-    if update.master == "float32":
-        _store(piece.masters, w, None, 0)
-        noise = None
-    _store(piece.parameters, w, noise, 0)
+    _store(piece.masters, w, None, 0)
+    _store(piece.parameters, w, None, 0)
 
 
 def _store(of: list[Tensor], values: Tensor, noise: Tensor | None, number: int) -> None:

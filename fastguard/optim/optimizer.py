@@ -12,19 +12,17 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from fastguard.gradients.buckets import name_of
 from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.optim import state_dict as states
 from fastguard.optim.backend import updater_of
-from fastguard.optim.bits import from_remainder
 from fastguard.optim.contract import STATES, Algorithm
 from fastguard.optim.options import OF_ADAMW, OF_TORCH, OWN, check_group, refuse_unknown
 from fastguard.optim.orders import Orders
 from fastguard.optim.sort import check_gradients, updates_of
-from fastguard.ranks.dtensors import local_parts
+from fastguard.optim.statistics import UpdateStatistics
 from fastguard.stages.agc import UnitSummary
 
 
@@ -44,6 +42,7 @@ class FusedOptimizer(Optimizer):
     own_settings: ClassVar[Mapping[str, Any]] = OWN
     _step_supports_amp_scaling = True  # GradScaler sets found_inf and grad_scale
     _orders: Orders | None = None
+    _collected: tuple[UpdateStatistics, ...] = ()
 
     def __init__(self, params: Any, defaults: dict[str, Any], own: dict[str, Any]) -> None:
         known = self.own_settings
@@ -92,12 +91,14 @@ class FusedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for statistics in self._collected:
+            statistics.clear()
         check_gradients(self)
         orders = self._orders or self._orders_of_scaler()
         found_inf = orders.found_inf
         if found_inf.device.type == "cpu" and has_numbers(found_inf) and found_inf.item() != 0.0:
             return loss
-        for update in updates_of(self, orders):
+        for update in updates_of(self, orders, self._collected):
             values = updater_of(update)(update)
             if orders.units is not None and values is not None:
                 summary = UnitSummary(values, update.positions, update.unit_counts)
@@ -120,23 +121,37 @@ class FusedOptimizer(Optimizer):
             getattr(self, "grad_scale", None), getattr(self, "found_inf", None), device
         )
 
-    def exact_weight(self, parameter: Tensor) -> Tensor:
-        """Returns the weight that the update changes: a float32 master, or the parameter itself.
+    @contextmanager
+    def collecting_statistics(
+        self, into: UpdateStatistics | None = None
+    ) -> Iterator[UpdateStatistics]:
+        """Within the block, each step also computes statistics, from the weights that it updates.
+
+        No other result of a step changes by a single bit.
 
         Args:
-            parameter: A parameter of this optimizer.
+            into: Receives the statistics; default: a new `UpdateStatistics`.
 
-        Returns:
-            The master or the parameter, or, for `master="remainder"`, a new float32 tensor. Before
-            the first step there is no master.
+        Yields:
+            Norms of the weights and of their updates, and counts of non-finite weights, of the
+            latest step in the block.
+
+        Example:
+            >>> import torch, fastguard.optim
+            >>> weight = torch.nn.Parameter(torch.full((4,), 2.0))
+            >>> weight.grad = torch.ones(4)
+            >>> optimizer = fastguard.optim.SGD([weight], lr=0.5)
+            >>> with optimizer.collecting_statistics() as statistics:
+            ...     optimizer.step()
+            >>> statistics.weight_norms.tolist(), statistics.update_ratios.tolist()
+            ([4.0], [0.25])
         """
-        state = self.state.get(parameter, {})
-        if "master" in state:
-            return state["master"]
-        if "remainder" not in state:
-            return parameter
-        high, low = local_parts([parameter.detach(), state["remainder"]])
-        return from_remainder(high, low)
+        statistics = UpdateStatistics() if into is None else into
+        self._collected = (*self._collected, statistics)
+        try:
+            yield statistics
+        finally:
+            self._collected = tuple(one for one in self._collected if one is not statistics)
 
     # Overridden by subclasses.
 

@@ -176,7 +176,9 @@ def _update_tensor(update: Update, i: int, coefficients: Tensor) -> None:
     key = coefficients[KEY].long()
     c = coefficients.to(dtype)
     g, values = gradient_and_states(update, i, c)
-    new = formula(update, weight_of(update, i), g, values, c)
+    weight = weight_of(update, i)
+    old = weight if update.statistics is None else weight.clone()
+    new = formula(update, weight, g, values, c)
 
     states = [update.states[n][i] for n in STATES[update.algorithm] if n in update.states]
     skip = update.found_inf != 0.0  # NaN skips
@@ -186,6 +188,20 @@ def _update_tensor(update: Update, i: int, coefficients: Tensor) -> None:
     for number, (state, value) in enumerate(zip(states, new.states, strict=True), 1):
         _store(state, stored(value, state.dtype, noise, number), skip)
     _store_weight(update, i, new.weight, noise, skip)
+    if update.statistics is not None:
+        found = statistics(old, weight_of(update, i), p)
+        update.statistics[i] = torch.where(skip, 0.0, found)
+
+
+def statistics(old: Tensor, new: Tensor, parameter: Tensor) -> Tensor:
+    """Returns `contract.STATISTICS`, float64 `(3,)`.
+
+    Args:
+        old, new: The exact weight before and after the step, in the dtype of the arithmetic.
+        parameter: The parameter after the step.
+    """
+    sums = [torch.where(x.isfinite(), x, 0.0).double().square().sum() for x in (old, new - old)]
+    return torch.stack([*sums, (~parameter.isfinite()).sum().double()])
 
 
 def gradient_and_states(update: Update, i: int, c: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -28,6 +28,15 @@ class Scratch:
         flat = joined(tensors)
         return flat if flat.dtype is self.dtype else self.line(name, flat.numel()).copy_(flat)
 
+    def copied(self, name: str, tensors: list[Tensor]) -> Tensor:
+        """Returns a copy of the elements of tensors as one vector of the dtype."""
+        are_vectors = {t.dim() for t in tensors} == {1}
+        if len(tensors) > 1 and are_vectors and tensors[0].dtype is self.dtype:
+            # takes a third of the time of flattening
+            return torch.cat(tensors, out=self.line(name, sum(map(Tensor.numel, tensors))))
+        flat = joined(tensors)
+        return self.line(name, flat.numel()).copy_(flat)
+
 
 def joined(tensors: list[Tensor]) -> Tensor:
     """Returns the elements of tensors as one vector: a view of a single tensor, else a copy."""

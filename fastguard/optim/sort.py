@@ -13,9 +13,10 @@ from torch import Tensor
 from fastguard.errors.checked_numbers import number_of
 from fastguard.gradients.transfer import moved, numbers_on
 from fastguard.gradients.unit_buckets import n_units
-from fastguard.optim.contract import HYPER, Update
+from fastguard.optim.contract import HYPER, STATISTICS, Update
 from fastguard.optim.options import is_spike_aware, state_dtype_of
 from fastguard.optim.orders import Orders
+from fastguard.optim.statistics import UpdateStatistics
 from fastguard.ranks.dtensors import dtensor_types, local_parts
 
 if TYPE_CHECKING:
@@ -79,8 +80,16 @@ class _Bucket:
     positions: list[int] = field(default_factory=list)
 
 
-def updates_of(optimizer: FusedOptimizer, orders: Orders) -> Iterator[Update]:
-    """Yields the updates of one step; missing state is initialized as in torch."""
+def updates_of(
+    optimizer: FusedOptimizer, orders: Orders, collected: Sequence[UpdateStatistics] = ()
+) -> Iterator[Update]:
+    """Yields the updates of one step; missing state is initialized as in torch.
+
+    Args:
+        optimizer: The optimizer.
+        orders: The verdict.
+        collected: What the statistics of the updates are added to. Default: none are computed.
+    """
     buckets: dict[_Key, _Bucket] = {}
     position = first = 0
     states = optimizer.state
@@ -121,7 +130,13 @@ def updates_of(optimizer: FusedOptimizer, orders: Orders) -> Iterator[Update]:
                 bucket.positions.append(at)
     rows = _hyper_rows(optimizer)
     for key, bucket in buckets.items():
-        yield _update(optimizer, key, bucket, orders, _hyper(rows, key.device))
+        statistics = None
+        if collected:
+            shape = len(bucket.parameters), len(STATISTICS)
+            statistics = torch.zeros(shape, dtype=torch.float64, device=key.device)
+            for one in collected:
+                one.add(bucket.parameters, statistics)
+        yield _update(optimizer, key, bucket, orders, _hyper(rows, key.device), statistics)
 
 
 def _complete(
@@ -149,7 +164,12 @@ MASTER_KEYS = {"float32": "master", "remainder": "remainder"}
 
 
 def _update(
-    optimizer: FusedOptimizer, key: _Key, bucket: _Bucket, orders: Orders, hyper: Tensor
+    optimizer: FusedOptimizer,
+    key: _Key,
+    bucket: _Bucket,
+    orders: Orders,
+    hyper: Tensor,
+    statistics: Tensor | None,
 ) -> Update:
     def local(tensors: list[Tensor]) -> list[Tensor]:
         return local_parts(tensors) if wrapped else tensors
@@ -181,6 +201,7 @@ def _update(
         orders.units,
         bucket.unit_counts,
         bucket.positions,
+        statistics,
     )
 
 

@@ -3,9 +3,10 @@
     advance   launch 1, per tensor: step counts and coefficients
     update    launch 2, over a chunk table: see `fastguard.kernels.update`
 
-Update clipping needs two more between them: see `fastguard.kernels.update_clipping`. With limits of
-units, a few more launches find the most clipped unit. Units of more than `LONGEST_ROW` elements
-need more, since their coefficients are computed before the update.
+Update clipping needs two more between them: see `fastguard.kernels.update_clipping`. Statistics
+need one more after them: see `fastguard.kernels.update_statistics`. With limits of units, a few
+more launches find the most clipped unit. Units of more than `LONGEST_ROW` elements need more, since
+their coefficients are computed before the update.
 
 Nothing syncs with the device, and hyper-parameters are not constants of the kernels. Tensors that
 are not dense, or whose strides differ from the weight's, are copied to buffers and back; after a
@@ -24,7 +25,7 @@ from fastguard.gradients.transfer import moved, numbers_on
 from fastguard.gradients.unit_buckets import unit_buckets
 from fastguard.kernels.chunks import is_dense
 from fastguard.kernels.formulas import ALGORITHMS
-from fastguard.kernels.update import LONGEST_ROW, update_arrays, vector_size
+from fastguard.kernels.update_launch import LONGEST_ROW, update_arrays, vector_size
 from fastguard.kernels.update_table import Arrays
 from fastguard.optim.contract import STATES, Update
 from fastguard.stages.reference_units import summary_of
@@ -68,6 +69,7 @@ def update(update: Update) -> Tensor | None:
         update_clipping=update.update_clipping,
         limits=units.limits,
         propagates=units.propagates,
+        statistics=update.statistics,
     )
     for tensor, buffer in buffers:
         tensor.copy_(buffer)  # unchanged if the step was skipped

@@ -52,6 +52,36 @@ def test_a_gpu_trains_as_a_cpu_does_without_waiting(kind, dtype, options):
         torch.testing.assert_close(a, b, **close)
 
 
+def watched_statistics(kind, dtype, options, device):
+    """The statistics of a step that is taken, and of one that is skipped."""
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(n).to(dtype).to(device)) for n in SIZES]
+    optimizer = kind(parameters, lr=1e-2, reproducible=True, **options)
+    found = []
+    for step in range(3):  # the first one uploads tables
+        for p in parameters:
+            p.grad = torch.randn(p.shape).to(dtype).to(device)
+        optimizer.found_inf = torch.full((), float(step == 2), device=device)
+        torch.cuda.set_sync_debug_mode("error" if step and device == "cuda" else "default")
+        try:
+            with optimizer.collecting_statistics() as statistics:
+                optimizer.step()
+            found.append((statistics.weight_norms, statistics.update_norms))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return found
+
+
+@pytest.mark.parametrize("kind, dtype, options", KINDS)
+def test_the_statistics_of_a_gpu_are_those_of_a_cpu(kind, dtype, options):
+    on_gpu = watched_statistics(kind, dtype, options, "cuda")
+    on_cpu = watched_statistics(kind, dtype, options, "cpu")
+    for ours, theirs in zip(on_gpu[:2], on_cpu[:2], strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a.cpu(), b, rtol=2e-2, atol=0)
+    assert not any(norms.any() for norms in on_gpu[2])  # skipped
+
+
 def test_another_backend_is_not_taken_silently():
     from fastguard.optim import triton
     from fastguard.optim.backend import updater_for

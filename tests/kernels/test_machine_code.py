@@ -61,6 +61,9 @@ MAX_UPDATE_INSTRUCTIONS = {  # per element; torch's own fused AdamW takes 60 (fp
     "adamw fp16 stochastic": 62,
     "sgd nesterov fp32": 20,
     "lion bf16": 26,
+    "adamw fp32 statistics": 54,
+    "adamw bf16 stochastic statistics": 88,
+    "adamw remainder statistics": 64,
 }
 
 
@@ -107,7 +110,7 @@ def test_machine_code(target, capsys):
             ceiling, spills = MAX_LONE_REGISTERS, MAX_LONE_SPILLS
         elif name.startswith("advance adamw"):
             spills = MAX_LONE_SPILLS  # the cosine of an angle beyond 2^20, once per tensor
-        elif name.startswith(("unit", "scale")) or name.endswith("units"):
+        elif name.startswith(("unit", "scale")) or name.endswith(("units", "statistics")):
             ceiling = MAX_UNIT_REGISTERS
         elif any_power:
             ceiling = MAX_ANY_POWER_REGISTERS
@@ -155,6 +158,7 @@ def _check_update(row: dict, case: str) -> None:
     if "per_element" in row:  # not ROCm
         narrow = {"adamw fp32 of bf16 gradients": (1, 0), "adamw master": (1, 1)}
         narrow |= {"adamw remainder": (3, 2), "adamw fp16 stochastic": (2, 1)}
+        narrow |= {"adamw remainder statistics": (3, 2)}
         assert (row["narrow_loads"], row["narrow_stores"]) == narrow.get(case, (0, 0)), row
         assert row["loop_spills"] == 0, row
         assert row["per_element"] <= MAX_UPDATE_INSTRUCTIONS[case], row

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from fastguard.kernels import columns, formulas, update, update_table
+from fastguard.kernels import columns, formulas, update_launch, update_table
 from fastguard.optim import backend as optim_backend
 from fastguard.optim import bits, contract, cpu, reference
 from fastguard.optim import triton as triton_optim
@@ -343,11 +343,11 @@ def test_arrays_with_other_strides():
 
 def test_other_hyper_parameters_use_the_same_kernel():
     one = made()
-    update.variant_of.cache_clear()
+    update_launch.variant_of.cache_clear()
     for lr in (1e-3, 2e-3, 5e-4):
         one.hyper[:, 0] = lr
         triton_optim.update(one)
-    assert update.variant_of.cache_info().currsize == 1
+    assert update_launch.variant_of.cache_info().currsize == 1
 
 
 def test_the_table_is_cached_until_an_address_changes(monkeypatch):

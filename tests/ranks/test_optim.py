@@ -48,3 +48,34 @@ def test_sharded_training_equals_training_of_the_whole_model(two, master):
     for weights in two.run(trained, True, master):
         for mine, theirs in zip(weights, alone, strict=True):
             assert mine == pytest.approx(theirs, rel=1e-2 if master else 1e-5, abs=1e-6)
+
+
+def watched_shards() -> dict[str, list[float]]:
+    """Returns what a rank records of its shard, and what is true of it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    import fastguard.optim
+    from fastguard import GuardedOptimizer
+
+    mesh = init_device_mesh("cpu", (2,))
+    p = torch.nn.Parameter(distribute_tensor(torch.arange(1.0, 9.0), mesh, [Shard(0)]))
+    p.grad = distribute_tensor(torch.ones(8), mesh, [Shard(0)])
+    old = p.detach().to_local().clone()
+    inner = fastguard.optim.AdamW([p], lr=1e-2)
+    opt = GuardedOptimizer(inner, named_parameters=[("w", p)], watch=("update_ratio",))
+    opt.step()
+    [record] = opt.flush()
+    change = (p.detach().to_local() - old).norm()
+    told = record.watch
+    return {
+        "recorded": [told["weight_norm"]["w"], told["update_ratio"]["w"]],
+        "true": [old.norm().item(), (change / old.norm()).item()],
+    }
+
+
+def test_each_rank_records_the_update_of_its_own_shard(two):
+    first, second = two.run(watched_shards)
+    for rank in (first, second):
+        assert rank["recorded"] == pytest.approx(rank["true"], rel=1e-4)
+    assert first["recorded"] != second["recorded"]

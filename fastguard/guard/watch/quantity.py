@@ -10,6 +10,7 @@ and are replaced by their sums over the ranks: 8 bytes per value, no further col
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fastguard.gradients.buckets import GradBuckets, bucketize
 from fastguard.guard.clip_scope import Layout
+from fastguard.optim.optimizer import FusedOptimizer
 from fastguard.ranks.dtensors import local_parts
 from fastguard.ranks.team import Sharing
 from fastguard.stages.contract import Known
@@ -39,8 +41,7 @@ class WatchedGradients:
         scale: The loss scale of this step, `()`; None: there is none.
         local_squared_norm: Returns the squared norm `()` of this rank's gradients before they were
             reduced, including the loss scale; None: not available.
-        exact_weight: Returns the tensor that the optimizer updates for a parameter: its float32
-            master copy, or the parameter itself. None: always the parameter itself.
+        optimizer: The optimizer, if it can compute statistics within its update; else None.
         flat_weights: Returns all parameters in few tensors, with zeros between them, or None; None:
             they are separate tensors.
         due: Names of the quantities that read this step.
@@ -53,7 +54,7 @@ class WatchedGradients:
     inv_scale: Tensor | None = None
     scale: Tensor | None = None
     local_squared_norm: Callable[[], Tensor | None] | None = None
-    exact_weight: Callable[[Tensor], Tensor] | None = None
+    optimizer: FusedOptimizer | None = None
     flat_weights: Callable[[], list[Tensor] | None] | None = None
     due: frozenset[str] = frozenset()
     _by_tensor: GradBuckets | None = None
@@ -120,13 +121,6 @@ class WatchedGradients:
         """Returns these parameters, detached."""
         return [p.detach() for p in local_parts([self.layout.parameters[i] for i in positions])]
 
-    def exact_weights(self, positions: Sequence[int]) -> list[Tensor]:
-        """Returns what the optimizer updates: these parameters, or their float32 master copies."""
-        if self.exact_weight is None:
-            return self.weights(positions)
-        exact = [self.exact_weight(self.layout.parameters[i]) for i in positions]
-        return [w.detach() for w in local_parts(exact)]
-
     @property
     def is_sharded(self) -> bool:
         """Whether other ranks hold other parts of the same tensors."""
@@ -150,12 +144,14 @@ class Reading:
         values: float64 `(n,)`, on the device of the decision.
         results: Returns entries for `StepRecord.watch`, from the values as floats and the decision.
         sums_over_ranks: Whether the values are summed over the ranks.
+        during_update: Entered while the optimizer steps; None: nothing is.
         after_update: Returns new values after the optimizer has stepped; None: they don't change.
     """
 
     values: Tensor
     results: Callable[[list[float], Known], dict[str, Any]]
     sums_over_ranks: bool = False
+    during_update: AbstractContextManager[Any] | None = None
     after_update: Callable[[], Tensor] | None = None
 
 

@@ -13,7 +13,8 @@ by the step number, which a rank may have loaded from another checkpoint.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -158,6 +159,15 @@ class WatchedStep:
         for reading, total in zip(shared, sums, strict=True):
             reading.values = total
 
+    @contextmanager
+    def during_update(self) -> Iterator[None]:
+        """The optimizer steps within this block."""
+        with ExitStack() as stack:
+            for reading in self._readings:
+                if reading.during_update is not None:
+                    stack.enter_context(reading.during_update)
+            yield
+
     def after_update(self) -> None:
         """Updates the values after the optimizer has stepped, or was skipped."""
         for reading in self._readings:
@@ -223,7 +233,7 @@ def read_step(
         signals.inv_scale,
         scale,
         None if run.rank_watch is None else run.rank_watch.take_squared_norm,
-        run.optimizer.exact_weight if isinstance(run.optimizer, FusedOptimizer) else None,
+        run.optimizer if isinstance(run.optimizer, FusedOptimizer) else None,
         run._stepper.weights if isinstance(run._stepper, FlatStep) else None,
     )
     watched = watch.read(step)

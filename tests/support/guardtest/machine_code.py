@@ -303,16 +303,17 @@ def watch_variants():
 
 def update_variants():
     """Yields the variants of the update kernel, of `advance` and of update clipping."""
-    from fastguard.kernels import formulas, update, update_clipping
+    from fastguard.kernels import formulas, update_clipping, update_launch, update_statistics
 
     names = ("chunks_ptr", "tensors_ptr", "addresses_ptr")
     pointers = {**dict.fromkeys(names, "*i64"), "coefficients_ptr": "*fp64"}
     pointers |= {"multiplier_ptr": "*fp64", "clean_ptr": "*fp32", "found_inf_ptr": "*fp32"}
     summed = pointers | {"sums_ptr": "*i64", "n_chunks": "i32"}
-    pointers |= {"limits_ptr": "*fp64", "clipped_ptr": "*fp64", "n_chunks": "i32"}
+    pointers |= {"limits_ptr": "*fp64", "clipped_ptr": "*fp64", "partials_ptr": "*fp64"}
+    pointers |= {"n_chunks": "i32"}
     # name, algorithm, (weight, gradient, states), options that differ from the default
     fp32, bf16 = ("fp32", "fp32", ("fp32", "fp32")), ("bf16", "bf16", ("bf16", "bf16"))
-    mixed = ("bf16", "bf16", ("fp32", "fp32"))
+    mixed, counted = ("bf16", "bf16", ("fp32", "fp32")), {"statistics": True}
     cases = [
         ("adamw fp32", "adamw", fp32, {}),
         ("adamw fp32 reproducible", "adamw", fp32, {"reproducible": True}),
@@ -338,17 +339,22 @@ def update_variants():
         ("adam fp16", "adam", ("fp16", "fp16", ("fp16", "fp16")), {}),
         ("sgd nesterov fp32", "sgd", ("fp32", "fp32", ("fp32",)), {"nesterov": True}),
         ("lion bf16", "lion", ("bf16", "bf16", ("bf16",)), {}),
+        ("adamw fp32 statistics", "adamw", fp32, counted),
+        ("adamw bf16 stochastic statistics", "adamw", bf16, counted | {"stochastic": True}),
+        ("adamw remainder statistics", "adamw", mixed, counted | {"master": "remainder"}),
+        ("adamw fp32 statistics units", "adamw", fp32, counted | {"clips_units": True}),
     ]
     for name, algorithm, (weight, gradient, states), options in cases:
         switches = {
             "master": None, "stochastic": False, "amsgrad": False, "nesterov": False,
             "reproducible": False, "spike_aware": False, "clips_units": False,
-            "propagates": False, **options,
+            "propagates": False, "statistics": False, **options,
         }  # fmt: skip
         dtypes = (_torch_dtype(weight), _torch_dtype(gradient), tuple(map(_torch_dtype, states)))
         number = formulas.ALGORITHMS[algorithm]
-        constants = update.constants_of(number, *dtypes, **switches)
-        launcher = update.launcher_of(switches["reproducible"], switches["clips_units"])
+        constants = update_launch.constants_of(number, *dtypes, **switches)
+        is_large = switches["clips_units"] or switches["statistics"]
+        launcher = update_launch.launcher_of(switches["reproducible"], is_large)
         yield f"update {name}", launcher, pointers, constants
     steps = {"tensors_ptr": "*i64", "addresses_ptr": "*i64", "hyper_ptr": "*fp64"}
     steps |= {"found_inf_ptr": "*fp32", "coefficients_ptr": "*fp64", "n_tensors": "i32"}
@@ -360,13 +366,16 @@ def update_variants():
         yield f"advance {algorithm}", formulas._advance, steps, constants
     for name, dtype, exact in (("fp32", "fp32", False), ("bf16 spikes", "bf16", True)):
         one = _torch_dtype(dtype)
-        vector = update.vector_size(one, one, (one, one), None)
+        vector = update_launch.vector_size(one, one, (one, one), None)
         constants = update_clipping.constants_of(one, one, (one,), vector, exact, exact)
         launcher = update_clipping._exact if exact else update_clipping._fused
         yield f"ratio {name}", launcher, summed, constants
     ends = {"tensors_ptr": "*i64", "sums_ptr": "*i64", "found_inf_ptr": "*fp32"}
     ends |= {"coefficients_ptr": "*fp64", "n_tensors": "i32"}
     yield "rate", update_clipping._rate, ends, {"SIZE": formulas.ADVANCE_SIZE}
+    sums = {"partials_ptr": "*fp64", "tensors_ptr": "*i64", "found_inf_ptr": "*fp32"}
+    sums |= {"out_ptr": "*fp64", "n_chunks": "i32"}
+    yield "combine", update_statistics._combine, sums, {"SIZE": update_statistics.SIZE}
 
 
 def _torch_dtype(name: str):
@@ -381,7 +390,7 @@ def _torch_dtype(name: str):
 
 
 def main(targets: list[str]) -> None:
-    from fastguard.kernels.update import THREADS
+    from fastguard.kernels.update_chunks import THREADS
 
     only = next((t[5:] for t in targets if t.startswith("only=")), "")
     targets = [t for t in targets if not t.startswith("only=")]
@@ -394,6 +403,8 @@ def main(targets: list[str]) -> None:
         for target in wanted:
             if ("group" in name) is not (target in SLOW_FP64):
                 continue
+            if "statistics" in name and target != 90:
+                continue  # one target suffices, since the other parts of the kernel are the same
             threads = THREADS if name.startswith(("update", "ratio")) else None
             kernel = compiled(launcher, signature, constants, target, threads)
             report = read_rocm(kernel) if isinstance(target, str) else read_cuda(kernel)
