@@ -125,10 +125,9 @@ class Run:
             return 0
         if where.epoch is not None:
             begin, end = where.epoch
-            epochs = [line[begin:end] for line in lines]
-            if epochs.count(epochs[0]) < n or whole_epoch(where, lines[0]) != self._epoch:
-                same = (whole_epoch(where, line) == self._epoch for line in lines)
-                n = next((i for i, one in enumerate(same) if not one), n)
+            epochs = [line[begin:end].partition(b".")[0] for line in lines]
+            if epochs.count(self._epoch) < n:
+                n = next(i for i, epoch in enumerate(epochs) if epoch != self._epoch)
         if not n:
             return 0
         self._shape = shape

@@ -19,6 +19,9 @@ from fastguard.commands.scan.suspects import BAR, ENDS
 MIN_BATCH, MAX_BATCH = 1 << 11, 1 << 16
 """Sizes of a batch in bytes: it doubles while batches are read to their ends."""
 
+REFRESHED = (1, 8, 64)
+"""Numbers of new shapes in a batch after which the other lines are looked up again."""
+
 
 class TextReader:
     """Reads lines of text.
@@ -77,7 +80,7 @@ class TextReader:
         findings = self._findings
         lines, starts, numbers = cursor.batch(self._size)
         shapes, generation = self._shapes.all_known(lines), self._shapes.generation
-        i, n, taken = 0, len(lines), 0
+        i, n, taken, misses = 0, len(lines), 0, 0
         while i < n:
             line, shape = lines[i], shapes[i]
             if shape is None or not self._matters(shape):
@@ -100,6 +103,9 @@ class TextReader:
                 if i and self._is_other(cursor, starts[i], line):
                     break
                 shape = self._shapes.of(line)
+                misses += 1
+                if misses in REFRESHED and i + 1 < n:  # the next lines may be of this shape
+                    shapes[i + 1 :] = self._shapes.all_known(lines[i + 1 :])
             end, run = i + 1, findings.run
             if run is not None and shape.bad:
                 while end < n and shapes[end] is shape:
