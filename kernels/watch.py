@@ -19,9 +19,9 @@ in different sectors. 2^18 samples in sectors of 32 bytes are 8 MB, whatever the
 |----------------------------------------------|-----------|-----------------|---------------------|
 | fp32, checksum                               | 40        | 4               | 9.2                 |
 | fp32, nonzero elements                       | 42        | 4               | 19.2                |
-| fp32, both                                   | 51        | 4               | 21.2                |
+| fp32, both                                   | 48        | 4               | 21.2                |
 | bf16, checksum                               | 40        | 4               | 21.5                |
-| bf16, both                                   | 53        | 4               | 69.0                |
+| bf16, both                                   | 53        | 4               | 68.5                |
 | fp64, both                                   | 50        | 4               | 17.2                |
 
 An H100 reads at the speed of its memory with up to about 99 instructions per 16 bytes [der].
