@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from fastguard.commands.scan.lines import Line, text_of
 
-BYTES_PER_UNIT = 64
-"""A unit is about one microsecond on one core, so 1 MiB earns 16 ms of work."""
+BYTES_PER_UNIT = 128
+"""A unit is about one microsecond on one core, so 1 MiB earns 8 ms of work."""
 
 NEW = 96
 """Units for analyzing a line whose shape is not cached; see `units_of`."""

@@ -99,7 +99,7 @@ def test_the_work_per_byte_is_bounded(kind: str, looks: list[str], monkeypatch) 
     found = scan_log(io.BytesIO(log(KINDS[kind], 2 << 20)))
     counted = found.counted
     assert counted.n_lines > 0.5 * found.n_lines > 4_000
-    assert len(looks) < 10_000  # 2 MiB earn 32,768 units, and 4096 rows are read at once
+    assert len(looks) < 10_000  # 2 MiB earn 16,384 units, and 4096 rows are read at once
 
 
 @pytest.mark.parametrize(
