@@ -34,7 +34,7 @@ class Fused:
     """torch's fused kernel of an algorithm, with the hyper-parameters of one param group."""
 
     def __init__(self, update: Update, hyper: dict[str, float], step: Any) -> None:
-        self.algorithm, self.amsgrad = update.algorithm, update.amsgrad
+        self._algorithm, self._amsgrad = update.algorithm, update.amsgrad
         common: dict[str, Any] = {
             "lr": hyper["lr"],
             "weight_decay": hyper["weight_decay"],
@@ -42,15 +42,15 @@ class Fused:
         }
         if update.algorithm == "sgd":
             first = isinstance(step, Tensor) and step.item() == 1.0
-            self.options = common | {
+            self._options = common | {
                 "momentum": hyper["momentum"],
                 "dampening": hyper["dampening"],
                 "nesterov": update.nesterov,
                 "is_first_step": first,
             }
             return
-        self.call = torch._fused_adamw_ if update.algorithm == "adamw" else torch._fused_adam_
-        self.options = common | {
+        self._call = torch._fused_adamw_ if update.algorithm == "adamw" else torch._fused_adam_
+        self._options = common | {
             "beta1": hyper["beta1"],
             "beta2": hyper["beta2"],
             "eps": hyper["eps"],
@@ -64,9 +64,9 @@ class Fused:
         states: list[list[Tensor]],
         steps: list[Tensor],
     ) -> None:
-        if self.algorithm == "sgd":
+        if self._algorithm == "sgd":
             buffers = states[0] if states else []
-            torch._fused_sgd_(parameters, grads, buffers, **self.options)
+            torch._fused_sgd_(parameters, grads, buffers, **self._options)
             return
-        largest = states[2] if self.amsgrad else []
-        self.call(parameters, grads, states[0], states[1], largest, steps, **self.options)
+        largest = states[2] if self._amsgrad else []
+        self._call(parameters, grads, states[0], states[1], largest, steps, **self._options)
