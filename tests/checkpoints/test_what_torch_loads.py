@@ -101,6 +101,21 @@ UNLOADABLE = {
 }
 
 
+@pytest.mark.parametrize("place", ["", "1.w", "cuda:", "cpu cpu"])
+def test_a_storage_is_on_a_device(tmp_path, place):
+    path = archive(tmp_path / "x.pt", GOOD.replace(text("cpu"), text(place)))
+    with pytest.raises(RuntimeError):
+        torch.load(path)
+    with pytest.raises(DamagedFile, match="a storage on an invalid device"):
+        inspect(path)
+
+
+@pytest.mark.parametrize("place", ["cuda:3", "mps", "npu:0", "privateuseone:1"])
+def test_a_storage_may_be_on_a_device_that_is_not_here(tmp_path, place):
+    path = archive(tmp_path / "x.pt", GOOD.replace(text("cpu"), text(place)))
+    assert inspect(path).bad == ()
+
+
 @pytest.mark.parametrize("name", UNLOADABLE)
 def test_what_no_reader_can_load_is_damage(tmp_path, name):
     path = archive(tmp_path / "x.pt", UNLOADABLE[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import pickle
+import re
 from collections.abc import Callable, Mapping
 from typing import IO, Any
 
@@ -22,6 +23,8 @@ from fastguard.checkpoints.reading.inert_values import (
     size_of,
 )
 from fastguard.checkpoints.reading.value_types import check_object
+
+_DEVICE = re.compile(r"[A-Za-z_]\w*(:\d+)?")
 
 # Costs, in the unit of the budget: 3 to 4 ns, or a byte.
 _STEP = 100  # an opcode
@@ -264,7 +267,8 @@ class InertMachine(BoundedReader):
         name, start, n = (None, 0, n_stored) if view is None else view
         if not isinstance(storage_type, StorageType) or not isinstance(key, str | int):
             raise DamagedFile("the file refers to a storage by an invalid name")
-        if not isinstance(location, str | bytes):
+        place = location.decode("latin1") if isinstance(location, bytes) else location
+        if not isinstance(place, str) or _DEVICE.fullmatch(place) is None:
             raise DamagedFile("the file refers to a storage on an invalid device")
         if not isinstance(name, str | int | None):
             raise DamagedFile("the file refers to a part of a storage by an invalid name")
