@@ -15,7 +15,7 @@ SECOND = tl.constexpr(0x85EBCA6B)
 SMALLEST_HALF = tl.constexpr(2.0**-14)  # the smallest normal float16
 ROUNDS_TO_INF = tl.constexpr(65520.0)  # the smallest number that float16 rounds to infinity
 LARGEST_HALF = tl.constexpr(65504.0)
-CANONICAL_NAN = tl.constexpr(0x7FC00000)  # that of a GPU, 0x7FFFFFFF, would carry into the sign
+CANONICAL_NAN = tl.constexpr(0x7FC00000)  # the NaN of a GPU, 0x7FFFFFFF, would carry into the sign
 
 
 @triton.jit

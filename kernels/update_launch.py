@@ -31,8 +31,8 @@ LONGEST_ROW = 2**16
 
 _fused = Launcher(update_kernel, THREADS // WARP, max_registers=80)
 _exact = Launcher(update_kernel, THREADS // WARP, max_registers=80, fuses=False)
-# For units and statistics, two programs per multiprocessor instead of three: with 80 registers, up
-# to 24 of them spill.
+# With units or statistics, two programs per multiprocessor instead of three, which would leave 80
+# registers per thread: up to 24 registers would spill.
 LARGE_TUNING = Tuning(
     units.PLAIN.block_bytes, num_warps=THREADS // WARP, programs=2, max_registers=128
 )

@@ -53,8 +53,8 @@ from fastguard.kernels.launch import Launcher, Variant
 from fastguard.kernels.tuning import PLAIN, n_programs
 
 EXPONENTS = 257
-ZEROS = tl.constexpr(256)  # the place of zeros, after the exponent fields
-SAMPLES = 128  # per program and turn
+ZEROS = tl.constexpr(256)  # index of the number of zeros, after the exponent fields
+SAMPLES = 128  # samples per program and loop iteration
 INTEGERS = {2: tl.int16, 4: tl.int32, 8: tl.int64}
 
 

@@ -101,7 +101,7 @@ def _read_file(path: Path, sha256: str) -> dict[str, Any]:
 
 
 def _version(file: BinaryIO) -> tuple[int, int, int]:
-    """Returns what a write changes. A program can set the second number back, but not the last."""
+    """Returns size, modification time and change time; a program cannot set the last one back."""
     found = os.fstat(file.fileno())
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 

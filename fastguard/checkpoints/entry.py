@@ -166,7 +166,7 @@ def plain_json(value: object) -> Any:
     the same list a billion times.
 
     Raises:
-        TypeError, ValueError: The value is not JSON-serialisable, or is too deep or too large.
+        TypeError, ValueError: The value is not JSON-serializable, or is too deep or too large.
     """
     left = 1_000_000  # values
 

@@ -139,18 +139,18 @@ class Finding:
 
 
 class Family(str):
-    """The name of a family of checks, which makes its findings; see `Finding` for the arguments."""
+    """The name of a family of checks; its methods create findings, see `Finding` for arguments."""
 
     def error(self, kind: str, seen: str, **more: Any) -> Finding:
-        """Returns a finding: the run cannot learn, or will be destroyed."""
+        """Returns an error: the run cannot learn, or will fail."""
         return Finding(str(self), kind, "error", seen, **more)
 
     def warning(self, kind: str, seen: str, **more: Any) -> Finding:
-        """Returns a finding: the run will learn worse than it could."""
+        """Returns a warning: the run will learn worse than it could."""
         return Finding(str(self), kind, "warning", seen, **more)
 
     def note(self, kind: str, seen: str, **more: Any) -> Finding:
-        """Returns a finding that is worth knowing."""
+        """Returns a note: worth knowing, but no fault."""
         return Finding(str(self), kind, "note", seen, **more)
 
 

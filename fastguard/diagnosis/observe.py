@@ -113,7 +113,7 @@ class Failure:
 
     @property
     def has_own_finding(self) -> bool:
-        """Whether another finding describes the arguments that caused it."""
+        """Whether another finding describes the arguments that caused this error."""
         return isinstance(self.error, IndexOutOfRange | NoProbability)
 
     def __str__(self) -> str:

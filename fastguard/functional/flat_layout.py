@@ -136,8 +136,8 @@ def fits(view: Tensor, like: Tensor, dtype: torch.dtype) -> bool:
 def is_movable(grad: Tensor) -> bool:
     """Whether a gradient can move into its slot.
 
-    One that is part of another buffer cannot. Nor can one with a graph (`create_graph=True`), which
-    optimizers such as AdaHessian differentiate in their step.
+    A part of another buffer cannot move; nor can a gradient with a graph (`create_graph=True`),
+    which optimizers such as AdaHessian differentiate in their step.
     """
     _refuse_odd(grad)
     return not grad.requires_grad and not is_part_of_buffer(grad)

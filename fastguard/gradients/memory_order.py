@@ -1,4 +1,4 @@
-"""Views of tensors in the order of their memory, such as of channels_last ones."""
+"""Views of tensors with dimensions in memory order, for example of channels_last tensors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def in_memory_order(t: Tensor) -> Tensor:
-    """Returns a view with dimensions of descending strides; contiguous if memory has no gaps."""
+    """Returns a view with descending strides; contiguous if the memory has no gaps."""
     return t.permute(sorted(range(t.dim()), key=t.stride, reverse=True))
 
 

@@ -129,10 +129,10 @@ def has_memory(value: Tensor) -> bool:
 
 
 def comes_from_outside(error: Exception) -> bool:
-    """Whether the cause of an error in a copy is not the copied object.
+    """Whether something other than the copied object caused an error in a copy.
 
-    There is no memory left, for which a CPU has no exception of its own; or a signal handler
-    raised, as for a time limit.
+    Either memory ran out, for which torch has no exception class on a CPU, or a signal handler
+    raised an exception, such as one for a time limit.
     """
     if isinstance(error, MemoryError | torch.OutOfMemoryError | OSError):
         return True

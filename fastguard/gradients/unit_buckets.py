@@ -76,7 +76,7 @@ def unit_buckets(
         norm_type: The norm that will be computed; must be 2 for complex gradients. Default: 2.
 
     Raises:
-        TypeError: A tensor is a DTensor, a weight wraps others beside a plain gradient, or
+        TypeError: A tensor is a DTensor, a weight with a plain gradient wraps other tensors, or
             `bucketize` does not accept a gradient.
     """
     are_plain = PLAIN_TYPES.issuperset(map(type, weights))

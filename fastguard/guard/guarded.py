@@ -146,7 +146,7 @@ class GuardedOptimizer(SavableOptimizer):
     _step_supports_amp_scaling = True  # GradScaler.step then calls step even after an overflow
     rank_watch: RankWatch | None = None
     _n_agreed = 0  # number of segments when the arguments of all ranks were compared; 0: not yet
-    _may_have_losses = False  # whether a loss is known to need no group
+    _may_have_losses = False  # whether losses are known to be allowed without a `group`
 
     @keywords_only
     def __init__(

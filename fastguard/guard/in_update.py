@@ -52,7 +52,7 @@ class InUpdate(ReadFirst):
             self._inner(call)
 
     def _orders(self, verdict: Verdict) -> Orders:
-        # Not the segments of the buckets: flat ones leave out parameters without a slot.
+        # The segments of flat buckets would leave out parameters without a slot.
         segments = self._gradients.layout.segments if verdict.multiplier.numel() > 1 else None
         return Orders(verdict.multiplier, verdict.found_inf, verdict.clean, segments, verdict.units)
 

@@ -234,13 +234,13 @@ class InnerStep:
                 ) from None
             self._before.restore()
             raise ClosureNeeded from None
-        # Some need their closure only in some steps, so a step without it tells nothing.
+        # Some optimizers need it only in some steps, so one step without it proves nothing.
         self._evaluates_first |= evaluated
         self._before = None
 
     def _step(self, call: StepCall, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         optimizer = self.optimizer
-        if self._is_torchs and not is_hooked(optimizer):  # so it sets the grad mode itself
+        if self._is_torchs and not is_hooked(optimizer):  # its step sets the grad mode itself
             call.returned.append(optimizer.step(*args, **kwargs))
             return
         with torch.set_grad_enabled(self._with_grad):

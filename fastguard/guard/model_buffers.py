@@ -217,7 +217,7 @@ class ModelBuffers:
 
     def _follow_changes(self, *, taken_back: bool) -> None:
         """Adapts to buffers that were replaced, moved, resized, or allocated since."""
-        # Expanded tensors cannot be written to, so they still have the values of the last look.
+        # Expanded tensors cannot be written to, so they still have the values last seen.
         kept = {p: p.buffer for p in self._places if p.had_values and not p.can_change}
         kept |= dict(self._odd)
         for batch in self._batches:

@@ -20,7 +20,7 @@ class GroupedOptimizer(ReportingOptimizer):
             param_group: As in torch, plus `max_norm` and `clip_value`.
 
         Raises:
-            TypeError, ValueError: It cannot be guarded; it was not added.
+            TypeError, ValueError: The group cannot be guarded; it was not added.
         """
         named = named_parameters_of(param_group)
         limits([*self.param_groups, param_group], self.clip_scope, self.max_norm)

@@ -1,7 +1,8 @@
 """A copy of an optimizer with placeholders instead of tensors, whose step can be traced.
 
-After the step it says what the step has changed: tensors, whose writes can be masked; numbers that
-count in Python, which must become tensors first; or anything else, which cannot be masked.
+After the step, the copy reports what has changed: tensors, whose writes can be masked; Python
+numbers such as step counters, which must become tensors first; or anything else, which cannot be
+masked.
 """
 
 from __future__ import annotations

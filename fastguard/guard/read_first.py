@@ -29,7 +29,7 @@ def skips_step(verdict: Verdict) -> bool:
 class ReadFirst:
     """Reads the verdict, then steps or skips: free on a CPU, one read of a scalar on a GPU.
 
-    Also the base class of the steppers that do so only in some steps.
+    Also the base class of steppers that read the verdict first only in some steps.
 
     Args:
         optimizer: The wrapped optimizer.

@@ -99,7 +99,7 @@ def requested_stepper(
 ) -> Stepper:
     """Returns the stepper that the class of the optimizer or the arguments of the guard require.
 
-    If they require none, `stepper_for`, which may return another one when settings change.
+    If they require none, `stepper_for` chooses one, and may choose another when settings change.
     """
     if flat_parameters:
         return FlatStep(optimizer, gradients)

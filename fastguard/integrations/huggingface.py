@@ -94,7 +94,7 @@ class GuardCallback(TrainerCallback):
             "skipped_steps": self.optimizer.skipped_steps,
             "clip_coef": self.optimizer.last.clip_coef.amin().item(),
         }
-        logs.update(seen)  # type: ignore[union-attr]  # for the callbacks after this one
+        logs.update(seen)  # type: ignore[union-attr]  # passes them to the callbacks after this one
         state.log_history[-1].update(seen)
 
 

@@ -177,7 +177,7 @@ class BatchSpan:
         self._now: tuple[int | None, int] | None = None  # epoch and batch
         self._added: list[tuple[int | None, int]] = []  # first and last batch of the next step
         self._stepped: tuple[int | None, int] | None = None  # current batch at the last step
-        self._tag: dict[str, Any] = {}  # of the step in progress
+        self._tag: dict[str, Any] = {}  # tag of the step in progress
 
     @property
     def has_stepped(self) -> bool:
@@ -197,8 +197,9 @@ class BatchSpan:
         """Adds the current batch to those of the next step, before its backward pass.
 
         Args:
-            to: The optimizer of the step. If it has no gradients, earlier batches did not
-                contribute, or were cleared. Default: None: they count.
+            to: The optimizer of the step. If its parameters have no gradients, earlier batches do
+                not count: they did not contribute, or their gradients were cleared. Default:
+                None: earlier batches count.
         """
         if to is not None and not has_gradients(to):
             self._added.clear()

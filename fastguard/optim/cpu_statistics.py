@@ -116,7 +116,7 @@ class PieceStatistics:
 
     def _sums_of_squares(self, v: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         """Returns the sum of squares of each tensor of a vector, float64 `(k,)`."""
-        if sizes.max() < ALONE and len(v) > LONG * len(sizes):  # half the time of the other way
+        if sizes.max() < ALONE and len(v) > LONG * len(sizes):  # half the time of the sums below
             ends = accumulate(sizes.tolist(), initial=0)
             return np.array([(part := v[i:j]).dot(part) for i, j in pairwise(ends)], np.float64)
         into = self._scratch.line("squares", len(v)).numpy()
@@ -142,7 +142,7 @@ def _sum_of_squares(v: np.ndarray) -> float:
 
 def _in_float64(v: np.ndarray) -> float:
     """Returns the sum of squares of the finite elements, in float64."""
-    if not v.any():  # as when nothing changes
+    if not v.any():  # for example, if no weight changed
         return 0.0
     wide = np.where(np.isfinite(v), v, 0.0).astype(np.float64)
     return float(wide.dot(wide))

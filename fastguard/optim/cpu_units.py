@@ -35,8 +35,8 @@ def unit_factors(
 
     Returns:
         T tensors `(k, n, 1)` in the dtype of the arithmetic: k factors, 1 or 2, for each of the n
-        units of a tensor; None for a tensor without a clipped unit. And what was clipped, see
-        `reference.update`.
+        units of a tensor; None for a tensor without a clipped unit. Then, the description of what
+        was clipped, see `reference.update`.
     """
     units, counts = update.units, update.unit_counts
     if units is None or not any(counts):

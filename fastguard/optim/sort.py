@@ -88,7 +88,7 @@ def updates_of(
     Args:
         optimizer: The optimizer.
         orders: The verdict.
-        collected: What the statistics of the updates are added to. Default: none are computed.
+        collected: Receives the statistics of the updates. Default: None: none are computed.
     """
     buckets: dict[_Key, _Bucket] = {}
     position = first = 0

@@ -155,7 +155,7 @@ class _Units:
             nothing = torch.zeros_like(long[:1])
             nothing[:, 0] = 1.0
             rows = torch.cat([rows, torch.where(self._found_inf != 0.0, nothing, long)])
-        least = rows[:, 0].argmin()  # that of a NaN, if any is NaN
+        least = rows[:, 0].argmin()  # the row with NaN, if there is one
         values = rows.index_select(0, least.reshape(1))[0]
         values[1] = rows[:, 1].sum()
         return values

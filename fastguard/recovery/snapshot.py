@@ -51,7 +51,7 @@ class Snapshot:
         self.position: Any = None
         self._states: dict[str, Any] = {}
         self._copied: dict[torch.device, torch.cuda.Event] = {}
-        self._gpu_stats: GradStats | None = None  # of the tensors on a GPU
+        self._gpu_stats: GradStats | None = None  # statistics of the tensors on a GPU
         # Copies of host tensors that are known to be finite.
         self._finite: frozenset[Tensor] = frozenset()
 

@@ -110,7 +110,7 @@ class InMemory:
 
     def take(self, objects: Mapping[str, Any], moment: Moment, position: Any) -> bool:
         """Saves the state of the objects; see `SnapshotStorage.take`."""
-        others = [*self._slots][1:]  # than the oldest: is one of them known to be finite?
+        others = [*self._slots][1:]  # all but the oldest
         safe = self._keep == 1 or any(slot.checked and not self._bad(slot) for slot in others)
         if len(self._slots) < self._keep:
             slot = _Slot()

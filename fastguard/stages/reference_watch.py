@@ -9,7 +9,7 @@ from fastguard.gradients.buckets import GradBucket
 from fastguard.gradients.memory_order import flat
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-ZEROS = 256  # the place of zeros, after the exponent fields
+ZEROS = 256  # index of the number of zeros, after the exponent fields
 
 
 def read_bits(bucket: GradBucket, n_segments: int, nonzero: bool, checksum: bool) -> Tensor:

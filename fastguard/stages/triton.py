@@ -244,7 +244,7 @@ def read_bits(bucket: GradBucket, n_segments: int, nonzero: bool, checksum: bool
 
 def count_exponents(bucket: GradBucket, stride: int, inv_scale: Tensor | None = None) -> Tensor:
     """Counts exponents: see `fastguard.stages.reference_watch.count_exponents`."""
-    # The table of `measure` if it has run: any number of segments will do.
+    # Reuses the table of `measure` if it exists; the number of segments does not matter here.
     n_segments = next(iter(bucket.memo.tables), 0) or max(bucket.segment_ids) + 1
     table = table_of(bucket, n_segments, n_programs(bucket.device))
     _copy_in(table, bucket)

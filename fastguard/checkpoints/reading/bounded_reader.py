@@ -15,9 +15,9 @@ from fastguard.checkpoints.reading.inert_values import LongBytes, LongText
 
 BUDGET = 400_000_000
 """Approximate bytes of memory that the pickles of one file may take; work counts as bytes too, one
-per 3 to 4 ns. They get 80 bytes more per byte of their size, up to three times the budget in total,
+per 3 to 4 ns. The allowance grows by 80 bytes per byte of pickle, up to three times this number,
 which is enough for 100,000 tensors."""
-_SHORT_COST, _LINE_COST = 100, 100  # of reading any text or bytes, or a line
+_SHORT_COST, _LINE_COST = 100, 100  # cost of reading a text or bytes object, or a line
 SHORT, LONG, KEPT = 4096, 16 << 20, 64 << 20
 """Text and bytes (such as the data of numpy arrays) of up to 4 kB are kept in memory. Longer ones
 are left in the file if they are over 16 MB, or if more than 64 MB would be kept in total."""
@@ -31,7 +31,7 @@ class BoundedReader:
     Args:
         file: Open for reading, at the start of the pickle.
         origin: Byte offset of `file` within the whole file, if it is a part of one.
-        spent: What earlier pickles in the same file took of the budget.
+        spent: The part of the budget that earlier pickles in the same file used.
     """
 
     def __init__(self, file: IO[bytes], origin: int = 0, spent: int = 0) -> None:
@@ -45,7 +45,7 @@ class BoundedReader:
 
     @property
     def spent(self) -> int:
-        """Returns what this pickle and the earlier ones took of the budget."""
+        """Returns the part of the budget that this pickle and earlier ones used."""
         return self._allowed - self._budget
 
     def charge(self, n_bytes: int) -> None:

@@ -35,7 +35,7 @@ _ITEM = 150  # a key and a value
 _REPLACED = 700  # a value that another one replaces
 _NAME, _NEW_NAME = 200, 1500
 _CALL = 900  # a call or a new object, and its result
-_VALUE = 3000  # a call that is not one of torch's, whose function is checked
+_VALUE = 3000  # a call of a function by name, which must be checked
 _PARTIAL = 30_000  # a call of an object, which may be a chain of partials
 _STORAGE = 1200
 
@@ -47,7 +47,7 @@ class InertMachine(BoundedReader):
         file: Open for reading, at the start of the pickle; left positioned after its end.
         origin: Byte offset of `file` within the whole file, if it is a part of one.
         spent: See `BoundedReader`.
-        has_views: Whether it refers to storages as torch before 1.6 did, which stored views too.
+        has_views: Whether the pickle is in the format of torch before 1.6, which also stored views.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class InertMachine(BoundedReader):
         """Returns the tree that the pickle describes.
 
         Args:
-            handlers: A function of this machine by opcode.
+            handlers: For each opcode, the function that executes it on this machine.
         """
         read, n_steps = self.file.read, 0
         while code := read(1):
@@ -157,7 +157,7 @@ class InertMachine(BoundedReader):
         self.push_python2(codecs.escape_decode(raw[1:-1])[0])  # type: ignore[attr-defined]
 
     def push_python2(self, raw: bytes) -> None:
-        """Pushes text of Python 2: UTF-8, as for torch; otherwise Latin-1, for `encoding=`."""
+        """Pushes Python 2 text: UTF-8, the default of torch; other text is read as Latin-1."""
         try:
             self.push(raw.decode())
         except UnicodeDecodeError:

@@ -55,7 +55,7 @@ def _ignored(_machine: InertMachine, _number: Any) -> None:
 
 
 def _refused(name: str, handler: Handler) -> Handler:
-    """Returns a handler that also notes that `weights_only=True` has no such opcode."""
+    """Returns a handler that also records that `weights_only=True` refuses the opcode."""
 
     def noting(machine: InertMachine) -> object:
         machine.refused[f"opcode {name}"] = None

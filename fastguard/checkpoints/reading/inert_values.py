@@ -102,7 +102,7 @@ class InertDict(dict[Any, Any]):
 
 
 class InertSet(list[Any]):
-    """A set from the file; a list, since its items may be stand-ins."""
+    """A set from the file, kept as a list because stand-ins for its items may not be hashable."""
 
 
 class InertFrozenSet(tuple[Any, ...]):
@@ -131,7 +131,7 @@ def _is_unhashable_part(part: Any) -> bool:
 
 
 class InertText(str):
-    """Text in place of a path, device or layout, which does not equal its text as a dict key."""
+    """Stands for a path, device or layout; as a dict key it does not equal the same plain text."""
 
 
 class OpaqueKey:
@@ -221,8 +221,8 @@ def _is_short(part: Any) -> bool:
 def add_items(target: dict[Any, Any], items: list[Any]) -> int:
     """Adds alternating keys and values to a dict; returns the number of values replaced.
 
-    A value that another one replaces stays in the dict under an opaque key. Two keys that are equal
-    here may differ for torch, and a value that is not read could hide a NaN.
+    A replaced value stays in the dict under an opaque key, because keys that are equal here may
+    differ for torch, and an unread value could hide a NaN.
     """
     if len(items) % 2:
         raise ValueError("a key without a value")
@@ -244,5 +244,5 @@ def size_of(value: Any) -> int:
     if isinstance(value, str | bytes | bytearray):
         return 3 * len(value)
     if isinstance(value, list | tuple | dict):
-        return 24 * len(value)  # 8 bytes each, and the time to look at each
+        return 24 * len(value)  # 8 bytes per item, plus the time to check it
     return value.bit_length() // 8 if isinstance(value, int) else 0

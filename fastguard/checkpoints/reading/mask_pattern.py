@@ -56,7 +56,7 @@ def is_two_valued(file: BinaryIO, span: Span) -> bool:
 
 
 def _without_repetitions(span: Span) -> Span:
-    """Returns one of the equal parts of an expanded tensor, as of a mask for a batch."""
+    """Returns one of the equal parts of an expanded tensor, such as a mask repeated for a batch."""
     size = tuple(1 if d == 0 else n for n, d in zip(span.size, span.stride, strict=True))
     return replace(span, size=size, dense=is_dense(size, span.stride))
 

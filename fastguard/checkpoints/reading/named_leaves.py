@@ -14,7 +14,7 @@ _LONGEST_KEY = 200  # characters; longer keys are cut
 _LONGEST_PATH = 1000
 _DEEPEST = 500  # nested containers
 _MAX_LEAVES = 3_000_000  # 2 seconds; a container counts as several
-_CONTAINER = 3  # its time, compared with that of a leaf
+_CONTAINER = 3  # a container takes as long as this many leaves
 _PLAIN = frozenset({type(None), bool, int, str, bytes})  # cannot be NaN
 
 

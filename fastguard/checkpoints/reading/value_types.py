@@ -147,7 +147,7 @@ def _is_iterator(value: Name | StandIn) -> bool:
 
 
 def check_object(kind: Name) -> None:
-    """Raises an UnsafeFile if an object of this class cannot be left unread."""
+    """Raises an UnsafeFile for objects that must be read but cannot be, such as tensors."""
     if _TENSORS.fullmatch(kind.qualified_name):
         raise _refused(kind)
 

@@ -84,7 +84,7 @@ def _name(path: str, own: Identity, theirs: list[Identity | None]) -> str | None
 
 def _identity(tensor: Tensor) -> Identity:
     if is_shard(tensor):
-        mesh = ranks_of(tensor.device_mesh)  # type: ignore[attr-defined]  # type: ignore[attr-defined]
+        mesh = ranks_of(tensor.device_mesh)  # type: ignore[attr-defined]
         return "mesh", hashlib.sha256(repr((mesh, tuple(tensor.shape))).encode()).hexdigest()
     if tensor.layout is not torch.strided or tensor.is_quantized:
         return "own", ""

@@ -29,7 +29,7 @@ KEYS: dict[str, type | tuple[type, ...]] = {
     "versions": dict,
     "ceilings": dict,  # see machine.Ceilings
     "rows": list,  # see runner.Row
-    "fits": list,  # of growth curves: contender, series, slope, unit
+    "fits": list,  # growth curves: contender, series, slope, unit
     "memory": list,  # contender, grad_bytes, working_bytes
     "accuracy": list,  # case, dtype, magnitude, contender, norm_error
     "syncs": (int, type(None)),  # host waits in one guarded step on a GPU

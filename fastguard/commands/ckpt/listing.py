@@ -123,7 +123,7 @@ def _list_files(paths: Sequence[Path], answer: Answer) -> int:
 def _time(seconds: float) -> str:
     try:
         return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}"
-    except (ValueError, OverflowError, OSError):  # file systems may report any time
+    except (ValueError, OverflowError, OSError):  # file systems may report a time out of range
         return "-"
 
 

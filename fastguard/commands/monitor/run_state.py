@@ -23,7 +23,7 @@ INCIDENTS = 100
 """Maximum number of incidents kept for listing; the others are counted."""
 
 INCIDENT = b'"reason": "'
-"""Substring of the line of a step with a reason from `JsonLinesSink`; otherwise it is null."""
+"""`JsonLinesSink` writes this in the line of a step with a reason; other lines contain null."""
 
 _NO_COUNTS = b'"nan": 0, "posinf": 0, "neginf": 0,'
 
@@ -155,7 +155,7 @@ class RunState:
 
 
 def _may_be_incident(line: bytes) -> bool:
-    """Whether a line has a reason, or a value that is not finite, which `JsonLinesSink` quotes."""
+    """Whether a line has a reason or a non-finite value, which `JsonLinesSink` writes in quotes."""
     if INCIDENT in line or b'"total_norm": "' in line or _NO_COUNTS not in line:
         return True
     start = line.find(b'"losses": {')
@@ -163,7 +163,7 @@ def _may_be_incident(line: bytes) -> bool:
 
 
 def is_incident(record: StepRecord) -> bool:
-    """Whether a step is an incident, or has a value that is not finite, as for `fastguard report`.
+    """Whether a step is an incident or has a non-finite value, by the rule of `fastguard report`.
 
     With `nonfinite="propagate"` such a step is applied, without a reason.
     """

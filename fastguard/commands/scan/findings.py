@@ -33,7 +33,7 @@ STEPS = 10
 """Maximum number of steps kept per stretch."""
 
 TAIL = 1 << 16
-"""Of lines that are only counted, only this many trailing bytes are searched for the place."""
+"""Number of trailing bytes that are searched for a place in lines that are only counted."""
 
 
 class Findings:

@@ -25,7 +25,7 @@ WALKED = 1 << 16
 MAX_COLUMNS = 64
 
 LONGEST, TRIED = 1 << 14, 16
-"""Maximum size of an object in bytes, and of the number of braces at which it may begin."""
+"""Maximum size of an object in bytes, and maximum number of braces tried as its beginning."""
 
 _BAR = re.compile(r"[|│┃║]")
 _NUMBER = r"[+-]?(?:\d[\d.,:]*(?:e[+-]?\d+)?[%sKMG]?|\.\d+|nan|inf(?:inity)?|-+|n/?a)"

@@ -60,7 +60,7 @@ MEANT = 12
 
 
 class Shape(NamedTuple):
-    """What lines of one shape say.
+    """The parsed content of lines of one shape.
 
     Attributes:
         suspect: Whether they contain NaN or Inf, as a value or as a word.
@@ -78,7 +78,7 @@ class Shape(NamedTuple):
 
 
 class _Cache:
-    """The results of lines by their shape, and by their digits that have a meaning."""
+    """Cached results of lines, by shape and by the digits that have a meaning."""
 
     def __init__(self) -> None:
         self.known: dict[bytes, Shape | tuple[Span, ...]] = {}

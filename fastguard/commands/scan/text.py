@@ -17,10 +17,10 @@ from fastguard.commands.scan.shapes import Shape, Shapes
 from fastguard.commands.scan.suspects import BAR, ENDS
 
 MIN_BATCH, MAX_BATCH = 1 << 11, 1 << 16
-"""Sizes of a batch in bytes: it doubles while batches are read to their ends."""
+"""First and largest size of a batch in bytes; the size doubles when a batch is read to its end."""
 
 REFRESHED = (1, 8, 64)
-"""Numbers of new shapes in a batch after which the other lines are looked up again."""
+"""After this many new shapes in a batch, its remaining lines are looked up again."""
 
 
 class TextReader:

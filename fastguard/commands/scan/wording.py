@@ -1,8 +1,8 @@
 """Reduces lines to their wording, so that lines which differ in words without meaning share one.
 
-"alexnet block loss nan" and "resnet stem loss nan" say the same of two names. Words that no pattern
-of the scan contains are replaced by placeholders, numbered in order. The parsed result is that of
-the wording; `Wording.name` and `Wording.span` translate it back to the words of the line.
+"alexnet block loss nan" and "resnet stem loss nan" differ only in names. Words that no pattern of
+the scan contains are replaced by placeholders, numbered in order. The wording is parsed instead of
+the line; `Wording.name` and `Wording.span` translate the result back to the words of the line.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _GRAMMAR = (
 )
 _WORD = re.compile(rb"([A-Z]?[a-z]{2,}|[A-Z]{3,}(?![A-Za-z]))")
 _LONG = 12
-"""Longer words are kept, since some patterns accept only so many characters."""
+"""Longer words are kept, since some patterns limit the length of a word."""
 
 _NOT_LITERAL = re.compile(r"\\.|\(\?P<\w+>|\[[^\]]*\]")
 _LITERAL = re.compile(r"([a-z]+)(\??)")
 _ANYWHERE = re.compile(r"nan|inf|finit|loss|norm|acc|ppl|mse|mae|err")
-"""Patterns match these even within a word."""
+"""Some patterns match these even within a word."""
 
 # Names are recognized by these endings, so a placeholder keeps them.
 _ENDINGS = ("ing", "ed", "")
@@ -52,7 +52,7 @@ _INDEX = {number: i for i, number in enumerate(_NUMBERS)}
 
 
 def _texts(value: object) -> Iterator[str]:
-    """The patterns and words in a value of a module."""
+    """Yields the patterns and words in a constant of a module."""
     if isinstance(value, re.Pattern):
         yield value.pattern if isinstance(value.pattern, str) else value.pattern.decode()
     elif isinstance(value, str):
@@ -72,7 +72,7 @@ _LITERALS = frozenset(
     for literal in (whole, whole.removesuffix(whole[-1] * len(optional)))
 )
 _STEMS = tuple(one for one in _LITERALS if len(one) > 2 and one not in _ENDINGS)
-"""Patterns continue some literals, as in "skipp(?:ed|ing)" and "param\\w*"."""
+"""Some literals are only the start of a word, as in "skipp(?:ed|ing)" and "param\\w*"."""
 
 _FIRST, _LAST = {stem[:3] for stem in _STEMS}, {stem[-3:] for stem in _STEMS}
 

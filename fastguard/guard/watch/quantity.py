@@ -42,8 +42,8 @@ class WatchedGradients:
         local_squared_norm: Returns the squared norm `()` of this rank's gradients before they were
             reduced, including the loss scale; None: not available.
         optimizer: The optimizer, if it can compute statistics within its update; else None.
-        flat_weights: Returns all parameters in few tensors, with zeros between them, or None; None:
-            they are separate tensors.
+        flat_weights: Returns all parameters in few tensors, with zeros between them, or None if
+            that is impossible in this step. None: the parameters are separate tensors.
         due: Names of the quantities that read this step.
     """
 

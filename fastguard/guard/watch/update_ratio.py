@@ -4,9 +4,9 @@ A ratio of about 1e-3 is typical of healthy training. The optimizers of `fastgua
 all three within their update, from their float32 master weights if they keep some, since a 16-bit
 weight does not change in most steps and then jumps. For other optimizers, the weights are copied.
 
-I/O in a watched step: none beyond that of the update; otherwise a copy of the weights (kept in
-memory until the end of the step), then two reads of the new weights and one of the copy. For
-sharded parameters, the values are those of this rank's part.
+I/O in a watched step: none beyond the update with `fastguard.optim`. With other optimizers, a copy
+of the weights (kept until the end of the step), then two reads of the new weights and one of the
+copy. For sharded parameters, the values are those of this rank's part.
 """
 
 from __future__ import annotations

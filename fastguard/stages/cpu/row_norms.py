@@ -113,7 +113,7 @@ def as_rows(x: Tensor, n: int) -> Tensor:
 
 
 def _plain(x: Tensor) -> Tensor:
-    """.numpy() refuses tensors that require grad, and negative views: their memory differs."""
+    """Returns a tensor that `.numpy()` accepts: it refuses negative views, and `requires_grad`."""
     return x.detach().resolve_neg()
 
 

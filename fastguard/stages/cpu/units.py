@@ -33,7 +33,7 @@ from fastguard.stages.cpu.vectors import flattened
 from fastguard.stages.formulas import SMALLEST_FACTOR, factor_dtype
 
 SMALL = 2**14  # up to this number of elements, a tensor is read together with others
-SHORT = 2**11  # up to this number of elements, a tensor with one unit is read with other such ones
+SHORT = 2**11  # tensors of one unit, up to this number of elements, are read together
 PART = 2**20  # bytes of gradients in a part, unless a single tensor is larger
 LARGEST_PART = 2**24  # bytes of gradients in a part; larger tensors are divided
 SMALLEST_LIMIT = 1e-15  # below, small norms are computed again
@@ -142,7 +142,7 @@ def clip_units(
                 continue
             n_clipped += _scale(part, coefs, least)
             if not (least >= smallest or math.isnan(smallest)):  # True for a first NaN
-                smallest, at = least, part.place(int(coefs.argmin()))  # that of a NaN, if any
+                smallest, at = least, part.place(int(coefs.argmin()))  # the index of a NaN, if any
     return torch.tensor([smallest, n_clipped, 0, at], dtype=torch.float64, device="cpu")
 
 
@@ -206,7 +206,7 @@ class _Rule:
             coefs = np.divide(np.maximum(limits, self.eps, out=limits), norms, dtype=np.float64)
             coefs *= self.clip_factor / self.scale
             smallest = coefs.min().item()
-            # False for NaN, and for 0, since a norm may be infinite. 0 as a norm gives infinity.
+            # NaN fails this test; so does 0, whose norm may have overflowed. A norm of 0 gives Inf.
             if smallest > 0.0 and (coefs.max() < math.inf or limits.max() < math.inf):
                 return np.minimum(coefs, 1.0, out=coefs), min(smallest, 1.0)
         coefs = self._exact_coefs(part)
