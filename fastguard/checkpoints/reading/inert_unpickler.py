@@ -138,9 +138,10 @@ _HANDLERS: dict[bytes, Handler] = {
     pickle.BINPERSID: lambda m: m.persistent(m.stack.pop()),
 }
 del M
+_NAMES = {code.code.encode("latin1"): code.name for code in pickletools.opcodes}
 for _code, _handler in _HANDLERS.items():
     if _code not in OPCODES:
-        _HANDLERS[_code] = _refused(pickletools.code2op[_code.decode("latin1")].name, _handler)
+        _HANDLERS[_code] = _refused(_NAMES[_code], _handler)
 
 
 @dataclass(frozen=True, slots=True)
