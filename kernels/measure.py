@@ -20,7 +20,7 @@ per vector and 16 for the blocks of a chunk.
 
 | dtype      | GROUP | converted in 16 B | max. error of the norm     | for                    |
 |------------|-------|-------------------|----------------------------|------------------------|
-| fp64, fp32 | 1     | 0, 4              | that of float64 arithmetic | any card               |
+| fp64, fp32 | 1     | 0, 4              | as in float64 arithmetic   | any card               |
 | fp16, bf16 | 2     | 4                 | 0.5 u = 3.0e-8             | any card               |
 | fp32       | 4     | 1                 | 11 * 2^-34 = 6.4e-10       | fp64 at 1/32 or slower |
 | fp16, bf16 | 8     | 1                 | less                       | fp64 at 1/32 or slower |

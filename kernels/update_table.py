@@ -1,9 +1,9 @@
 """The table of an update: chunks of tensors, and the addresses of their arrays; see `update`.
 
 As in `chunks`, the layout depends on sizes and alignment, and is cached. Addresses are uploaded
-whenever they change, as those of gradients may in each step. Arrays are cut at vector boundaries,
-so that all chunks of an aligned tensor are aligned. Tensors with limited units are cut between
-units, or within a long one.
+whenever they change; the addresses of gradients may change in each step. Arrays are cut at vector
+boundaries, so that all chunks of an aligned tensor are aligned. Tensors with limited units are cut
+between units, or within a long one.
 """
 
 from __future__ import annotations

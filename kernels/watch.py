@@ -5,7 +5,7 @@
 
 I/O: `bits_kernel` reads N bytes once, for either result or both; `exponents_kernel` reads every
 `stride`-th element of each tensor. Both write with integer atomics, whose order does not matter, so
-the results are the same bits in every run, and those of `fastguard.stages.reference_watch`. Both
+every run gives the same bits, which equal the results of `fastguard.stages.reference_watch`. Both
 walk the chunk table of `measure`, and run only in the steps that are watched.
 
 Numerics: integers only, so dtypes of the same size share a kernel. An element is read as a signed

@@ -37,7 +37,7 @@ class IndexCheck:
 
 
 def is_index(path: Path) -> bool:
-    """Whether the name is that of an index: `model.safetensors.index.json`, `...bin.index.json`."""
+    """Whether a file is named as an index: `model.safetensors.index.json`, `...bin.index.json`."""
     return _NAME.fullmatch(path.name) is not None
 
 

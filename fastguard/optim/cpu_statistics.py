@@ -5,7 +5,7 @@ memory that stays in the cache. Squares are computed in float32, and added in fl
 (long tensors) or in float64 (short ones); the relative error of a sum is below 1e-6. Where the
 range of float32 does not suffice, and for NaN and infinity, a sum is computed again in float64.
 
-I/O: none beyond that of the update.
+I/O: none beyond the update itself.
 """
 
 from __future__ import annotations

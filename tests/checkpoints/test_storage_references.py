@@ -175,7 +175,7 @@ def test_a_version_that_torch_refuses(tmp_path):
     path = legacy(tmp_path / "x.pt", [tensor(Storage("0", 1, None), 0, 1)], {"0": [1]}, 1002)
     with pytest.raises(RuntimeError, match="Invalid protocol version"):
         loaded(path)
-    with pytest.raises(DamagedFile, match="its version is not that of"):
+    with pytest.raises(DamagedFile, match="it does not have the version of"):
         inspect(path)
 
 

@@ -232,7 +232,7 @@ def _read_legacy(file: IO[bytes], size: int) -> Contents:
         raise DamagedFile("neither a torch checkpoint nor, by its name, a safetensors file")
     version = read_pickle(file, spent=magic.spent)
     if version.tree != _LEGACY_VERSION:
-        raise DamagedFile("damaged: its version is not that of torch's format before 1.6")
+        raise DamagedFile("damaged: it does not have the version of torch's format before 1.6")
     machine = read_pickle(file, spent=version.spent)  # its byte order and type sizes
     found = read_pickle(file, spent=machine.spent, has_views=True)
     listed = read_pickle(file, spent=found.spent)
@@ -333,7 +333,7 @@ def _contents(
 
 
 def _check_storage(ref: StorageRef, places: Mapping[str, tuple[int, int]]) -> None:
-    """Checks that the size of a storage is that of its record; torch refuses a longer one too."""
+    """Checks that a storage and its record have the same size; torch refuses a longer one too."""
     if ref.key in places:
         start, end = places[ref.key]
         itemsize = (ref.dtype or torch.uint8).itemsize

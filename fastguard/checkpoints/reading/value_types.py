@@ -130,7 +130,7 @@ def _makes_a_value(qualified: str, arguments: tuple[Any, ...]) -> bool:
 
 
 def _is_class(name: str) -> bool:
-    """Whether a name is that of a class, by convention; exceptions are `dtype` and `datetime`."""
+    """Whether a name is a class name by convention; exceptions are `dtype` and `datetime`."""
     return name.lstrip("_")[:1].isupper()
 
 

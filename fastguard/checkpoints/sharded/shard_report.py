@@ -122,7 +122,7 @@ def _file_of(folder: Path, place: Any) -> str:
 def listing(files: OpenFiles, peers: Peers) -> str:
     """Returns the SHA-256 of the output of `sha256sum * .metadata` in a folder.
 
-    Afterwards, `files` on every rank opens only the hashed files.
+    Afterward, `files` on every rank opens only the hashed files.
     """
     names = peers.first(lambda: _names(files.folder))
 

@@ -80,7 +80,7 @@ def _entries(names: list[str], numbers: list[float]) -> dict[str, Any]:
 
     Args:
         names: Names of T tensors.
-        numbers: The norms of their weights, those of their updates, and the counts, `(3 T,)`.
+        numbers: The norms of their weights, the norms of their updates, and the counts, `(3 T,)`.
     """
     n = len(names)
     norms, updates, bad = (numbers[k * n : (k + 1) * n] for k in range(3))
