@@ -53,6 +53,7 @@ class BoundedReader:
         self._budget -= n_bytes
 
     def read_bytes(self, n: int) -> bytes:
+        """Reads `n` bytes."""
         if n < 0:
             raise ValueError("negative length")
         # Text uses up to four bytes per character, plus the stored form.
@@ -78,6 +79,7 @@ class BoundedReader:
         return at
 
     def read_line(self) -> bytes:
+        """Reads a line."""
         raw = self.file.readline(_LINE)
         if not raw.endswith(b"\n"):
             raise DamagedFile("its pickle has a line without end")
@@ -85,6 +87,7 @@ class BoundedReader:
         return raw[:-1]
 
     def read_digits(self) -> bytes:
+        """Reads a line with a number."""
         raw = self.read_line()
         if len(raw) > _DIGITS:
             raise DamagedFile(f"its pickle has a number of {len(raw):,} digits")
@@ -101,6 +104,7 @@ class BoundedReader:
         return True
 
     def read_text(self, n: int) -> str | LongText:
+        """Reads UTF-8 text of `n` bytes."""
         if n <= SHORT or self._is_kept(n):
             return self.read_bytes(n).decode("utf-8", "surrogatepass")
         at, n_characters = self._check_left(n), 0
@@ -111,6 +115,7 @@ class BoundedReader:
         return LongText(self._origin + at, n, n_characters)
 
     def read_raw(self, n: int) -> bytes | LongBytes:
+        """Reads `n` bytes, or leaves them in the file."""
         if self._is_kept(n):
             return self.read_bytes(n)
         at = self._check_left(n)

@@ -98,25 +98,30 @@ class InertMachine(BoundedReader):
     # The stack.
 
     def push(self, value: Any) -> None:
+        """Pushes a value."""
         self.stack.append(value)
 
     def mark(self) -> None:
+        """Begins a new stack above the current one."""
         self.charge(_OBJECT)
         self._below.append(self.stack)
         self.stack = []
 
     def since_mark(self) -> list[Any]:
+        """Returns the values pushed since the last mark, and removes them and the mark."""
         items = self.stack
         self.stack = self._below.pop()
         return items
 
     def pop(self) -> None:
+        """Removes the value on top, or the mark."""
         if self.stack:
             self.stack.pop()
         else:
             self.since_mark()
 
     def push_tuple(self, n: int) -> None:
+        """Replaces the `n` values on top by a tuple of them."""
         self.charge(_TUPLE)
         items = tuple(self.stack[-n:]) if n else ()
         if len(items) < n:
@@ -125,15 +130,18 @@ class InertMachine(BoundedReader):
         self.push(items)
 
     def made(self, value: Any) -> None:
+        """Pushes a new list or dict."""
         self.charge(_OBJECT)
         self.push(value)
 
     # The memo.
 
     def push_memo(self, index: int) -> None:
+        """Pushes the value with this index in the memo."""
         self.push(self.memo[index])
 
     def memoize(self, index: int) -> None:
+        """Stores the value on top in the memo."""
         if index < 0:
             raise ValueError("negative index")
         self.charge(_MEMO)
@@ -142,15 +150,18 @@ class InertMachine(BoundedReader):
     # Numbers and text.
 
     def push_int(self) -> None:
+        """Reads an integer or a bool in decimal digits."""
         raw = self.read_digits()
         self.push({b"00": False, b"01": True}.get(raw, None) if len(raw) == 2 else None)
         if self.stack[-1] is None:
             self.stack[-1] = int(raw, 0)
 
     def push_long(self, n: int) -> None:
+        """Reads an integer of `n` bytes."""
         self.push(int.from_bytes(self.read_bytes(n), "little", signed=True))
 
     def push_quoted(self) -> None:
+        """Reads quoted text of Python 2."""
         raw = self.read_line().strip()
         if len(raw) < 2 or raw[:1] != raw[-1:] or raw[:1] not in (b"'", b'"'):
             raise ValueError("text without quotes")
@@ -167,6 +178,7 @@ class InertMachine(BoundedReader):
     # Containers.
 
     def append(self, items: list[Any], *, to_set: bool = False) -> None:
+        """Adds items to the list or set on top."""
         target = self.stack[-1]
         if isinstance(target, list) and isinstance(target, InertSet) == to_set:
             target.extend(hashable(items) if to_set else items)
@@ -177,6 +189,7 @@ class InertMachine(BoundedReader):
             raise TypeError(f"items for a {type(target).__name__}")
 
     def set_items(self, items: list[Any]) -> None:
+        """Adds alternating keys and values to the dict on top."""
         target = self.stack[-1]
         if isinstance(target, dict):
             self._add_items(target, items)
@@ -186,6 +199,7 @@ class InertMachine(BoundedReader):
             raise TypeError(f"keys for a {type(target).__name__}")
 
     def dict_of(self, items: list[Any]) -> dict[Any, Any]:
+        """Returns a new dict of alternating keys and values."""
         self.charge(_OBJECT)
         found: dict[Any, Any] = {}
         self._add_items(found, items)
@@ -195,16 +209,19 @@ class InertMachine(BoundedReader):
         self.charge(_STEP + _ITEM * len(items) // 2 + _REPLACED * add_items(target, items))
 
     def append_one(self) -> None:
+        """Adds the value on top to the list below it."""
         item = self.stack.pop()
         self.append([item])
 
     def set_one(self) -> None:
+        """Adds the key and value on top to the dict below them."""
         value, key = self.stack.pop(), self.stack.pop()
         self.set_items([key, value])
 
     # Names, calls, objects.
 
     def push_global(self, module: Any, name: Any) -> None:
+        """Pushes the placeholder for a name."""
         if not isinstance(module, str) or not isinstance(name, str):
             raise TypeError("a name that is not text")
         key = module, name
@@ -215,6 +232,7 @@ class InertMachine(BoundedReader):
         self.push(self._names[key])
 
     def reduce(self) -> None:
+        """Replaces a function and its arguments by a placeholder for the result."""
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(arguments, tuple):
             raise TypeError("arguments that are not a tuple")
@@ -228,6 +246,7 @@ class InertMachine(BoundedReader):
         self.push(call(function, arguments))
 
     def new_object(self, arguments: Any, keywords: Any = None) -> None:
+        """Replaces a class by a placeholder for an object of it."""
         kind = self.stack.pop()
         if not isinstance(kind, Name):
             raise TypeError(f"an object of {type(kind).__name__}")
@@ -237,11 +256,13 @@ class InertMachine(BoundedReader):
         self.push(StandIn(kind.qualified_name, *parts))
 
     def instance(self, function: Any, arguments: list[Any]) -> None:
+        """Pushes the placeholder for a call."""
         self.push(function)
         self.push(tuple(arguments))
         self.reduce()
 
     def build(self) -> None:
+        """Gives the state on top to the value below it."""
         state = self.stack.pop()
         target = self.stack[-1]
         self.charge(size_of(state))
@@ -255,6 +276,7 @@ class InertMachine(BoundedReader):
             give_state(target, state, self.charge)
 
     def persistent(self, pid: Any) -> None:
+        """Pushes a reference to a storage."""
         kind = pid[0] if isinstance(pid, tuple) and pid else None
         if kind == "module":  # source code of a module, in files of torch 0.x
             return self.push(pid[1])
