@@ -82,6 +82,7 @@ class Gradients:
         if with_parameters:
             self.check_movable()
         self.flat = self._flattened(self.layout) if flat or with_parameters else None
+        self._know_groups()
 
     def refresh(self) -> bool:
         """Updates the layout if the parameters have changed; checking takes 0.001 µs per tensor.
