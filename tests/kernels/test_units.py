@@ -8,7 +8,7 @@ import torch
 
 from fastguard.gradients.buckets import BucketMemo
 from fastguard.gradients.unit_buckets import unit_buckets
-from fastguard.stages import reference
+from fastguard.stages import reference_units as reference
 from fastguard.stages import triton as triton_stages
 from guardtest.agc import assert_clipped, expected, parameters
 from guardtest.tolerances import INTERPRETER_BF16_RTOL
@@ -65,6 +65,23 @@ def test_scaling_matches_the_reference(dtype):
     rtol, atol = (INTERPRETER_BF16_RTOL, 1e-37) if truncates else (0, 0)
     for p, other in zip(ps, others, strict=True):
         torch.testing.assert_close(p.grad, other.grad, rtol=rtol, atol=atol, equal_nan=True)
+
+
+@pytest.mark.parametrize("skips", [None, False, True])
+def test_clip_units_matches_the_reference(skips):
+    ps, others = parameters(), parameters()
+    before = [p.grad.clone() for p in ps]
+    (units,), (other_units,) = units_of(ps), units_of(others)
+    skipped = None if skips is None else torch.tensor(skips)
+    with torch.no_grad():
+        given = (LIMITS, 2.0, True, None, skipped)
+        values = triton_stages.clip_units(units, *given)
+        wanted = reference.clip_units(other_units, *given)
+    torch.testing.assert_close(values, wanted, rtol=1e-12, atol=0)
+    assert (values[1] == 0) == bool(skips)
+    for p, other, old in zip(ps, others, before, strict=True):
+        torch.testing.assert_close(p.grad, other.grad)
+        assert not skips or torch.equal(p.grad, old)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
