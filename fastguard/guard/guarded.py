@@ -306,6 +306,7 @@ class GuardedOptimizer(SavableOptimizer):
             tag,
             policy.joint_limit,
             watched,
+            self._gradients.layout.names,
         )
         with nullcontext() if watched is None else watched.during_update():
             self._stepper.step(buckets, verdict, call, policy.may_change(signals))

@@ -60,6 +60,8 @@ class Outcome:
         tag: The caller's tag, to find the batch again.
         limit: Limit of the whole model's norm, as in `Policy.joint_limit`.
         watched: The quantities measured in the step; None: the step is not watched.
+        names: Name of each parameter of the optimizer, by position; None: those of the stats, which
+            flat buckets number differently, since they leave out frozen parameters.
         time: When the host decided or enqueued the step, in Unix seconds.
         key: A unique object that identifies the step.
     """
@@ -73,8 +75,13 @@ class Outcome:
     tag: Any = None
     limit: float | Tensor = math.inf
     watched: Watched | None = None
+    names: Sequence[str] | None = None
     time: float = field(default_factory=time.time, init=False, compare=False)
     key: object = field(default_factory=object, init=False, compare=False, repr=False)
+
+    def name_of_parameter(self, position: int) -> str:
+        """Returns the name of the parameter of the optimizer at a position."""
+        return self.stats.name(position) if self.names is None else self.names[position]
 
     @property
     def width(self) -> int:

@@ -115,7 +115,7 @@ def _clipped_units(outcome: Outcome) -> tuple[int, int, tuple[str, int] | None]:
     if not summaries:
         return 0, 0, None
     numbers = [x for summary in summaries for x in summary.values.tolist()]
-    return _named(ClippedUnits.of(summaries, numbers), outcome.stats.name)
+    return _named(ClippedUnits.of(summaries, numbers), outcome.name_of_parameter)
 
 
 def _named(
@@ -146,6 +146,7 @@ class Pending:
     key: object
     arrival: Arrival
     name_of: Callable[[int], str]
+    name_of_parameter: Callable[[int], str]
     loss_names: Sequence[str]
     signal_names: tuple[str, ...]
     lr: float | None
@@ -164,6 +165,7 @@ class Pending:
             outcome.key,
             arrival,
             outcome.stats.name,
+            outcome.name_of_parameter,
             outcome.signals.loss_names,
             outcome.signal_names,
             lr,
@@ -192,7 +194,7 @@ class Pending:
             row.n_culprits,
             row.ranks,
             row.limit if self.limit is None else self.limit,
-            _named(row.clipped_units, self.name_of),
+            _named(row.clipped_units, self.name_of_parameter),
             self.watched,
             self.time,
         )

@@ -292,3 +292,22 @@ def test_lbfgs_warns_that_it_has_no_effect(caplog):
     opt.step(closure)
     assert "max_norm=AGC(" in caplog.text and "has no effect" in caplog.text
     assert opt.records()[0].clip_coef == 1.0
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, fastguard.optim.SGD])
+def test_the_most_clipped_unit_is_named_with_flat_buckets_and_a_frozen_parameter(make):
+    named = {name: torch.nn.Parameter(torch.ones(2, 3)) for name in ("frozen", "calm", "wild")}
+    named["frozen"].requires_grad_(False)
+    opt = GuardedOptimizer(
+        make(list(named.values()), lr=0.1),
+        max_norm=AGC(),
+        clip_scope="unit",
+        flat_buckets=True,
+        named_parameters=named.items(),
+    )
+    named["calm"].grad.fill_(1e-4)
+    named["wild"].grad.fill_(1e-4)
+    named["wild"].grad[1] = 10.0
+    opt.step()
+    (record,) = opt.records()
+    assert (record.clipped_units, record.most_clipped_unit) == (1, ("wild", 1))
