@@ -71,6 +71,9 @@ def test_a_record_as_json_has_every_field():
         "culprit_ranks": 1,
         "culprit_rank": 3,
         "limit": "Infinity",
+        "clipped_units": 0,
+        "limited_units": 0,
+        "most_clipped_unit": None,
         "watch": {"tensor_norms": {"head.weight": "Infinity"}, "replica_drift": {"weights": [2]}},
         "time": 1.7e9,
     }
