@@ -160,7 +160,7 @@ class Case:
         self._opt = fastguard.GuardedOptimizer(self._inner, max_norm=1.0, **settings)
         # Rows of steps without an incident, since no kernel writes them.
         self._opt._recorder._ring = ring = Ring(CPU, CULPRITS_END)
-        ring._rows.zero_()
+        torch._foreach_zero_(ring._rows)
         self._seconds()  # creates the state of the optimizer
         self._torchs_step = self._inner.step
 

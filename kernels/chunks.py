@@ -56,6 +56,13 @@ class Run(Protocol):
     def segment(self) -> int: ...
 
 
+class Form(Protocol):
+    """The layout of a list of gradients; see `fastguard.gradients.layout_guards.Form`."""
+
+    @property
+    def contiguous(self) -> bool: ...
+
+
 class Memo(Protocol):
     """A cache with the lifetime of the bucket."""
 
@@ -80,7 +87,7 @@ class Bucket(Protocol):
     @property
     def memo(self) -> Memo: ...
     @property
-    def form(self) -> object | None: ...
+    def form(self) -> Form | None: ...
     @property
     def segment(self) -> int | None: ...
     @property
@@ -253,7 +260,7 @@ def cut(
     if bucket.runs is None:
         segments = np.zeros(len(places.base), dtype=np.int64)
         some = places.elements > 0  # all tensors of a stretch belong to the same segment
-        segments[places.stretch[some]] = _int64(bucket.segment_ids)[some]
+        segments[places.stretch[some]] = _segments(bucket)[some]
     else:
         segments = _int64([r.segment for r in bucket.runs])
     ids = _int64(bucket.tensor_ids)
@@ -277,7 +284,7 @@ def places_of(
         base = _int64([r.flat.data_ptr() for r in bucket.runs])
         length = _int64([r.flat.numel() for r in bucket.runs])
         return places_in_runs(address, n, base, length, item), ()
-    copies = _copies(bucket.grads, address, n, item)
+    copies = _copies(bucket, address, n, item)
     tensors = bucket.grads
     if copies:
         standing = dict(copies)
@@ -287,7 +294,14 @@ def places_of(
     def buffers() -> np.ndarray:
         return address - _int64(list(map(Tensor.storage_offset, tensors))) * item
 
-    return places_of_tensors(address, n, _int64(bucket.segment_ids), buffers, item), copies
+    return places_of_tensors(address, n, _segments(bucket), buffers, item), copies
+
+
+def _segments(bucket: Bucket) -> np.ndarray:
+    common = bucket.segment
+    if common is None:
+        return _int64(bucket.segment_ids)
+    return np.full(len(bucket.grads), common, dtype=np.int64)
 
 
 def _int64(numbers: Sequence[int]) -> np.ndarray:
@@ -295,10 +309,14 @@ def _int64(numbers: Sequence[int]) -> np.ndarray:
 
 
 def _copies(
-    grads: list[Tensor], address: np.ndarray, n: np.ndarray, item: int
+    bucket: Bucket, address: np.ndarray, n: np.ndarray, item: int
 ) -> tuple[tuple[int, Tensor], ...]:
     """Creates a contiguous buffer for each gradient that does not cover its own block of memory."""
-    dense = np.array(list(map(Tensor.is_contiguous, grads)), dtype=bool)
+    grads = bucket.grads
+    if bucket.form is not None and bucket.form.contiguous:
+        dense = np.ones(len(grads), dtype=bool)
+    else:
+        dense = np.array(list(map(Tensor.is_contiguous, grads)), dtype=bool)
     for i in np.flatnonzero(~dense).tolist():
         dense[i] = is_dense(grads[i])
     copied = set(np.flatnonzero(~dense & (n > 0)).tolist())

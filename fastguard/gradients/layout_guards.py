@@ -38,9 +38,10 @@ class Form:
     Attributes:
         groups: The gradients by device and dtype, in order of first appearance.
         sizes: Number of elements of each gradient; empty unless the form can be recognized again.
+        contiguous: Whether all gradients are known to be contiguous.
     """
 
-    __slots__ = ("_guards", "_n", "groups", "sizes")
+    __slots__ = ("_guards", "_n", "contiguous", "groups", "sizes")
 
     def __init__(self, grads: list[Tensor], groups: tuple[Group, ...], keep: bool = True) -> None:
         self.groups: tuple[Group, ...] = groups
@@ -48,6 +49,7 @@ class Form:
         long_and_plain = keep and self._n >= MIN_TENSORS and set(map(type, grads)) == {Tensor}
         self._guards: Any = tensor_guards(grads) if long_and_plain else None
         self.sizes: tuple[int, ...] = tuple(map(Tensor.numel, grads)) if self.known_again else ()
+        self.contiguous: bool = self.known_again and all(map(Tensor.is_contiguous, grads))
 
     @property
     def known_again(self) -> bool:

@@ -254,3 +254,23 @@ def test_moved_gradients_have_the_same_sums():
         triton_stages.measure_bucket(bucketize(g).buckets[0], 1, 3, 2.0)[0] for g in (here, there)
     ]
     assert torch.equal(*summaries)
+
+
+@pytest.mark.parametrize("gaps", [False, True], ids=["contiguous", "gaps"])
+def test_the_form_of_a_known_list_says_whether_all_are_contiguous(gaps, monkeypatch):
+    """Then the strides of its gradients are not read again: 0.06 µs per tensor."""
+
+    def asked(_):
+        raise AssertionError("a gradient of a known layout was asked for its strides")
+
+    def gradients():
+        last = torch.ones(3, 8)[:, ::2] if gaps else torch.ones(3, 4)
+        return [*(torch.ones(3, n) for n in range(1, 6)), last]
+
+    bucketize(gradients())
+    bucket = bucketize(gradients()).buckets[0]
+    assert bucket.form is not None and bucket.form.contiguous is not gaps
+    if not gaps:
+        monkeypatch.setattr(torch.Tensor, "is_contiguous", asked)
+    copies = host_table(bucket, 1, 3)[-1]
+    assert [i for i, _ in copies] == ([5] if gaps else [])
