@@ -285,8 +285,8 @@ def _record(fields: Any) -> StepRecord:
     if record.culprit_rank is not None:
         _count("culprit_rank", record.culprit_rank)
     if not isinstance(record.action, str) or not isinstance(record.reason, str | None):
-        what = f"action {shown(record.action)} or reason {shown(record.reason)}"
-        raise ValueError(f"{what} is not a name")
+        what = f"action {shown(record.action)} and reason {shown(record.reason)}"
+        raise ValueError(f"{what}: expected text (or null as reason)")
     return record
 
 
@@ -300,5 +300,5 @@ def _numbers(value: Any) -> Any:
 def _count(name: str, value: Any) -> int:
     # Above 2^53, a float64 and thus many JSON parsers cannot represent every integer.
     if type(value) is not int or not 0 <= value < 1 << 53:
-        raise ValueError(f"{name} is {shown(value)}, not a count")
+        raise ValueError(f"{name} is {shown(value)}; expected an integer from 0 to 2^53 - 1")
     return value

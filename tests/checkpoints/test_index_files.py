@@ -130,8 +130,8 @@ def test_names_in_it_are_printed_as_text(index, capsys):
 
 @pytest.mark.parametrize("whole", ["folder", "index"])
 @pytest.mark.parametrize("kind", ["folder", "text", "itself"])
-def test_a_file_that_cannot_be_read_is_no_file_that_holds_a_tensor(index, capsys, whole, kind):
-    """Not even if its name is not that of a checkpoint, so that nothing else reports it."""
+def test_an_unreadable_file_counts_as_missing_for_its_tensor(index, capsys, whole, kind):
+    """Also if the name of the file is not one of a checkpoint, so that only the index names it."""
     name = index.name if kind == "itself" else "part"
     change(index, tail=name)
     if kind == "folder":

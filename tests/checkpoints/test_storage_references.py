@@ -92,7 +92,7 @@ def test_views_of_one_name_have_one_place(tmp_path):
     }
     path = legacy(tmp_path / "x.pt", tree, {"0": [1, 2, NAN, 4, 5]})
     assert loaded(path)["b"].isnan().all()
-    with pytest.raises(DamagedFile, match="a part of storage 0 has two meanings"):
+    with pytest.raises(DamagedFile, match="a part of storage 0 is defined in two ways"):
         inspect(path)
 
 
@@ -104,7 +104,7 @@ def test_a_view_is_not_named_like_a_storage(tmp_path, turned):
     }
     tree = dict(reversed(parts.items())) if turned else parts
     path = legacy(tmp_path / "x.pt", tree, {"0": [1, 2], "1": [3, NAN]})
-    with pytest.raises(DamagedFile, match=r"a part of storage . has two meanings"):
+    with pytest.raises(DamagedFile, match=r"a part of storage . is defined in two ways"):
         inspect(path)
 
 
@@ -122,7 +122,7 @@ def test_a_use_that_the_file_drops_counts_too(tmp_path):
     )
     path = archive(tmp_path / "x.pt", tree, **{"data/0": struct.pack("<2f", NAN, 1.0)})
     assert loaded(path)["w"].isnan().any()
-    with pytest.raises(DamagedFile, match="storage 0 has two types or sizes"):
+    with pytest.raises(DamagedFile, match="storage 0 is used with two types or sizes"):
         inspect(path)
 
 
@@ -133,7 +133,7 @@ def test_a_dropped_view_counts_too(tmp_path):
     path = legacy(tmp_path / "x.pt", [], {"0": [1, 2, NAN, 4, 5]})
     path.write_bytes(path.read_bytes().replace(pickled([]), tree, 1))
     assert loaded(path)["w"].isnan().any()
-    with pytest.raises(DamagedFile, match="a part of storage 0 has two meanings"):
+    with pytest.raises(DamagedFile, match="a part of storage 0 is defined in two ways"):
         inspect(path)
 
 

@@ -125,7 +125,7 @@ class InertMachine(BoundedReader):
         self.charge(_TUPLE)
         items = tuple(self.stack[-n:]) if n else ()
         if len(items) < n:
-            raise IndexError("stack")
+            raise IndexError("an opcode needs more values than the stack contains")
         del self.stack[len(self.stack) - n :]
         self.push(items)
 
@@ -143,7 +143,7 @@ class InertMachine(BoundedReader):
     def memoize(self, index: int) -> None:
         """Stores the value on top in the memo."""
         if index < 0:
-            raise ValueError("negative index")
+            raise ValueError("negative index in the memo")
         self.charge(_MEMO)
         self.memo[index] = self.stack[-1]
 
@@ -164,7 +164,7 @@ class InertMachine(BoundedReader):
         """Reads quoted text of Python 2."""
         raw = self.read_line().strip()
         if len(raw) < 2 or raw[:1] != raw[-1:] or raw[:1] not in (b"'", b'"'):
-            raise ValueError("text without quotes")
+            raise ValueError("quoted text lacks a quote")
         self.push_python2(codecs.escape_decode(raw[1:-1])[0])  # type: ignore[attr-defined]
 
     def push_python2(self, raw: bytes) -> None:
@@ -186,7 +186,7 @@ class InertMachine(BoundedReader):
             self.charge(_OBJECT)
             target.parts.append(items)
         else:
-            raise TypeError(f"items for a {type(target).__name__}")
+            raise TypeError(f"items are added to a value of type {type(target).__name__}")
 
     def set_items(self, items: list[Any]) -> None:
         """Adds alternating keys and values to the dict on top."""
@@ -196,7 +196,7 @@ class InertMachine(BoundedReader):
         elif isinstance(target, StandIn):
             target.parts.append(self.dict_of(items))
         else:
-            raise TypeError(f"keys for a {type(target).__name__}")
+            raise TypeError(f"keys are added to a value of type {type(target).__name__}")
 
     def dict_of(self, items: list[Any]) -> dict[Any, Any]:
         """Returns a new dict of alternating keys and values."""
@@ -223,7 +223,7 @@ class InertMachine(BoundedReader):
     def push_global(self, module: Any, name: Any) -> None:
         """Pushes the placeholder for a name."""
         if not isinstance(module, str) or not isinstance(name, str):
-            raise TypeError("a name that is not text")
+            raise TypeError("the name of a class or function is not text")
         key = module, name
         self.charge(_NAME)
         if key not in self._names:
@@ -235,7 +235,7 @@ class InertMachine(BoundedReader):
         """Replaces a function and its arguments by a placeholder for the result."""
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(arguments, tuple):
-            raise TypeError("arguments that are not a tuple")
+            raise TypeError("the arguments of a call are not a tuple")
         self.charge(_CALL + _STEP * len(arguments))
         if not isinstance(function, Call):
             self.charge(_VALUE if isinstance(function, Name) else _PARTIAL)
@@ -249,7 +249,7 @@ class InertMachine(BoundedReader):
         """Replaces a class by a placeholder for an object of it."""
         kind = self.stack.pop()
         if not isinstance(kind, Name):
-            raise TypeError(f"an object of {type(kind).__name__}")
+            raise TypeError(f"the class of an object is a value of type {type(kind).__name__}")
         check_object(kind)
         self.charge(_CALL)
         parts = [part for part in (arguments, keywords) if part]
@@ -310,7 +310,7 @@ class InertMachine(BoundedReader):
         self.charge(_STORAGE)
         first = self.storages.setdefault(ref.key, ref)
         if first.dtype != ref.dtype or first.n_stored != ref.n_stored:
-            raise DamagedFile(f"damaged: storage {ref.key:.80} has two types or sizes")
+            raise DamagedFile(f"damaged: storage {ref.key:.80} is used with two types or sizes")
         of_view = ref if ref.view is None else self.storages.setdefault(ref.view, ref)
         if first.view == ref.key or of_view != ref:
-            raise DamagedFile(f"damaged: a part of storage {ref.key:.80} has two meanings")
+            raise DamagedFile(f"damaged: a part of storage {ref.key:.80} is defined in two ways")
