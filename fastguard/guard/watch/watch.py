@@ -298,7 +298,9 @@ def checked_names(names: object) -> tuple[str, ...]:
     given = list(names)
     for name in given:
         if not isinstance(name, str):
-            raise TypeError(f"watch holds {shown(name)}, which is not a name; {_REMEDY}")
+            raise TypeError(
+                f"watch holds {shown(name)}; expected the name of a quantity; {_REMEDY}"
+            )
         if name not in QUANTITIES:
             raise ValueError(
                 f"watch holds {shown(name)}, which is unknown{nearest(name, QUANTITIES)}"

@@ -22,7 +22,7 @@ def guard(optimizer: Any = None, **options: Any) -> GuardedOptimizer:
         ({"watch": ("tensor_norm",)}, ValueError, r"'tensor_norm', .*did you mean 'tensor_norms'"),
         ({"watch": "tensor_norms"}, TypeError, r"watch='tensor_norms' must be a tuple of names"),
         ({"watch": None}, TypeError, r"watch=None must be a tuple of names"),
-        ({"watch": (3,)}, TypeError, r"watch holds 3, which is not a name"),
+        ({"watch": (3,)}, TypeError, r"watch holds 3; expected the name of a quantity"),
         ({"watch": ("underflow", "underflow")}, ValueError, r"'underflow' 2 times; pass it once"),
         ({"watch_every": 0}, ValueError, r"watch_every=0 must be None or an integer >= 1"),
         ({"watch_every": 2.5}, ValueError, r"watch_every=2.5 must be None or an integer >= 1"),
