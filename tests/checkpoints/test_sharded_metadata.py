@@ -6,30 +6,13 @@ import sys
 
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 
 from fastguard import CheckpointStore
 from fastguard.checkpoints import DamagedFile, UnsafeFile
 from fastguard.checkpoints.sharded.metadata import read_metadata
 from fastguard.checkpoints.sharded.shard_report import report_on
 from fastguard.ranks.lockstep import Peers
-from guardtest.gloo_groups import group_of_one
-
-
-@pytest.fixture(scope="module")
-def mesh():
-    with group_of_one():
-        yield init_device_mesh("cpu", (1,))
-
-
-def build(mesh, seed=0):
-    torch.manual_seed(seed)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
-    for layer in model:
-        for name, p in list(layer.named_parameters(recurse=False)):
-            setattr(layer, name, torch.nn.Parameter(distribute_tensor(p.data, mesh, [Shard(0)])))
-    return model, torch.optim.AdamW(model.parameters(), lr=0.1, foreach=False)
+from guardtest.sharded_models import build
 
 
 class Bomb:
