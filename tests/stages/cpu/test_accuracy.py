@@ -142,7 +142,7 @@ def test_the_stated_limits_of_the_audit(monkeypatch):
     below = around_the_drawn(60, 2048)
     assert sum(g.numel() for g in below) < l2_sums.EXACT_BELOW
     assert_norm_is_true(*below)
-    assert "200 tensors of 9,999 elements for which it is 1.2e-6" in stated
+    assert "200 tensors of 9,999 elements with an error of 1.2e-6" in stated
     grads = around_the_drawn(200, 9999)
     true = math.sqrt(math.fsum(g[0].item() ** 2 * g.numel() for g in grads))
     assert abs(norm_of(grads) / true - 1.0) < 1.25e-6
