@@ -66,7 +66,8 @@ SHARDED_ESTIMATES = Feature(
 TENSOR_PLATEAU = Feature(
     "ReduceLROnPlateau with a tensor as learning rate",
     (2, 10),
-    "ReduceLROnPlateau replaces the tensor by a number, and a captured CUDA graph keeps the old value",
+    "ReduceLROnPlateau replaces the tensor by a number, and a captured CUDA graph keeps the old"
+    " value",
 )
 STRICT_LAMBDAS = Feature(
     "LambdaLR that refuses a param group added later",
