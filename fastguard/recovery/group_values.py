@@ -112,15 +112,31 @@ class GroupValues:
             if now not in (self._written[i], self._to_write[i]):
                 self.scheduled[i] = self._written[i] = now
 
-    def keep_changed(self, groups: Sequence[Group], values: list[float | None]) -> None:
-        """Sets to None the entries of `values` whose groups other code has changed.
+    def rescale_changed(
+        self, groups: Sequence[Group], floors: Sequence[float], *, wait: bool = False
+    ) -> None:
+        """Changes the scheduled values by the ratio by which other code has changed the groups'.
 
-        Groups with a tensor learning rate are not checked, since that would wait for a GPU.
+        So a second scheduler, such as `ReduceLROnPlateau`, acts on the schedule although it has
+        read values with warm-up and back-off. A ratio above 1 raises no scheduled value above the
+        value written, since that may be meant as it is.
+
+        Args:
+            groups: The param groups.
+            floors: The lower bound of each group; a value clamped to it has no meaningful ratio.
+            wait: Whether to read tensors on a GPU too, which waits for it. Default: False.
         """
-        for i, group in enumerate(groups[: len(values)]):
-            own = (self._written[i], self._to_write[i])
-            if not isinstance(group["lr"], Tensor) and self._setting.read(group, i) not in own:
-                values[i] = None
+        for i, group in enumerate(groups):
+            if not wait and isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
+                continue
+            now, written = self._setting.read(group, i), self._written[i]
+            if now in (written, self._to_write[i]):
+                continue
+            before = self.scheduled[i]
+            scheduled = now
+            if written is not None and now is not None and written > floors[i]:
+                scheduled = min(before * (now / written), max(before, now))
+            self.scheduled[i], self._written[i] = scheduled, now
 
 
 def are_captured(groups: Sequence[Group]) -> bool:

@@ -53,6 +53,10 @@ class GuardedLR(LRScheduler):
     With a fused optimizer on a GPU, whose steps do not sync, it acts on the verdict of step k in
     step k + 1, on all ranks alike. Tensor learning rates are updated in place.
 
+    Other code, such as a second scheduler, may change the learning rates as well: the schedule
+    changes by the same ratio. For code that sets them without regard to their current values, use
+    `in_force`.
+
     A param group added later keeps its own learning rate and uses the last entry of a per-group
     `floor` or warm-up. Assign to `lr.floor[i]` to change its floor.
 
@@ -167,6 +171,7 @@ class GuardedLR(LRScheduler):
         """
         self._is_trainers_turn = False
         has_new_steps = self._catch_up()
+        self._adopt_changed(wait=True)
         given = bool(args or kwargs)
         advances = given if self._needs_metric else self._is_due
         try:
@@ -280,16 +285,20 @@ class GuardedLR(LRScheduler):
         self.held_at_floor = state_dict["held_at_floor"]  # last, since `_show` may count again
 
     def _follow(self) -> None:
-        """Applies warm-up and back-off before each optimizer step, without a call of `step`.
-
-        Values that other code has written since are left unchanged.
-        """
+        """Applies warm-up and back-off before each optimizer step, without a call of `step`."""
         is_new = len(self.optimizer.param_groups) != len(self._lr.scheduled)
         due = self._inbox or is_new or self._is_behind
         if self._is_trainers_turn or not due or are_captured(self._groups):
             return
         self._catch_up()
-        self._set(unless_changed=True)
+        self._adopt_changed()
+        self._set()
+
+    def _adopt_changed(self, *, wait: bool = False) -> None:
+        """Changes the schedule as other code has changed the values in the groups."""
+        self._lr.rescale_changed(self._groups, self._floor, wait=wait)
+        if self._start_momentum:
+            self._momentum.adopt_changed(self._groups)
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -372,7 +381,7 @@ class GuardedLR(LRScheduler):
         else:
             self._set()
 
-    def _set(self, *, unless_changed: bool = False) -> None:
+    def _set(self) -> None:
         clamped = False
         warmup = self.warmup
         share = 1.0 if warmup is None else min(1.0, self.applied_steps / warmup.steps)
@@ -388,9 +397,6 @@ class GuardedLR(LRScheduler):
         if self._start_momentum:
             pairs = zip(self._start_momentum, self._momentum.scheduled, strict=True)
             momenta = [b if b is None else a + (b - a) * share for a, b in pairs]
-        if unless_changed:
-            self._lr.keep_changed(self._groups, rates)
-            self._momentum.keep_changed(self._groups, momenta)
         self._lr.write(self._groups, rates)
         self._momentum.write(self._groups, momenta)
         self._is_behind = False

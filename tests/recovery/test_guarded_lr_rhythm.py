@@ -204,7 +204,7 @@ def test_a_state_between_calls_of_step_is_complete() -> None:
         assert head + run(opt, lr, range(stop, 12)) == whole, stop
 
 
-def test_a_manual_warmup_between_calls_of_step_is_not_overwritten() -> None:
+def test_a_manual_warmup_between_calls_of_step_acts_as_on_the_bare_schedule() -> None:
     opt = guarded(momentum=0.9)
     lr = GuardedLR(StepLR(opt, 1, gamma=0.5), floor=0.01)
     for i in range(4):
@@ -212,7 +212,69 @@ def test_a_manual_warmup_between_calls_of_step_is_not_overwritten() -> None:
         opt.step()
     lr.step()
     opt.step()
-    assert lr_in_force(opt) == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.5])
+    assert lr_in_force(opt) == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.4])
+
+
+BY_BATCH: dict[str, Callable] = {
+    "cosine": lambda o: CosineAnnealingLR(o, 20),
+    "exponential": lambda o: ExponentialLR(o, 0.9),
+    "step": lambda o: StepLR(o, 3, gamma=0.5),
+    "lambda": lambda o: LambdaLR(o, lambda n: 0.9**n),
+    "cycle": lambda o: OneCycleLR(o, max_lr=1.0, total_steps=20, cycle_momentum=False),
+}
+
+
+@pytest.mark.parametrize("name", BY_BATCH)
+def test_a_second_scheduler_beside_the_wrapped_one_acts_as_in_torch(name: str) -> None:
+    plain, opt = guarded(), guarded()
+    bare, beside_bare = BY_BATCH[name](plain), plateau(plain)
+    lr, beside = GuardedLR(BY_BATCH[name](opt), backoff=0.5, floor=1e-9), plateau(opt)
+    for _ in range(EPOCHS):
+        for _ in range(BATCHES):
+            plain.step()
+            opt.step()
+            bare.step()
+            lr.step()
+        beside_bare.step(1.0)
+        beside.step(1.0)
+    assert lr_in_force(opt) == pytest.approx(lr_in_force(plain))
+
+
+def test_a_second_scheduler_acts_during_a_warm_up_without_a_call_of_step() -> None:
+    opt = guarded()
+    lr, beside = GuardedLR(opt, warmup=WARMUP), plateau(opt)
+    for _ in range(EPOCHS):
+        for _ in range(BATCHES):
+            opt.step()
+        beside.step(1.0)
+    assert lr_in_force(opt) == pytest.approx(warmed(alone(plateau, (1.0,))))
+    assert lr.held_at_floor == 0
+
+
+def test_a_second_scheduler_and_a_backoff_multiply() -> None:
+    opt = guarded()
+    lr, beside = GuardedLR(opt, backoff=0.5, recovery=3), plateau(opt)
+    for i in range(12):
+        opt.step(loss=BAD if i in (1, 7) else GOOD)
+        if i % 4 == 3:
+            beside.step(1.0)
+    expected = [1.0, 1.0, 0.5, 0.5, 0.5, 1.0, 1.0, 1.0, 0.05, 0.05, 0.05, 0.1]
+    assert lr_in_force(opt) == pytest.approx(expected)
+    assert lr.get_last_lr() == pytest.approx([0.01])
+
+
+def test_a_rate_written_under_a_backoff_does_not_raise_the_schedule_beyond_it() -> None:
+    opt = guarded()
+    lr = GuardedLR(opt, backoff=0.5, recovery=2)
+    opt.step(loss=BAD)
+    opt.step()
+    opt.param_groups[0]["lr"] = 0.7  # 0.5 is in force
+    for _ in range(3):
+        opt.step()
+    assert lr_in_force(opt) == [1.0, 0.5, 0.5, 1.0, 1.0]
+    opt.param_groups[0]["lr"] = 3.0
+    opt.step()
+    assert lr.get_last_lr() == [3.0]
 
 
 def test_a_trainer_that_writes_momentum_finds_it_again() -> None:
