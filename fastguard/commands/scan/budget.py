@@ -12,6 +12,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import numpy as np
+
 from fastguard.commands.scan.lines import Line, text_of
 
 BYTES_PER_UNIT = 128
@@ -44,7 +46,7 @@ VALUE = 2
 JUDGED = 12
 """Units for a loss or norm that is compared with a threshold individually."""
 
-FIRST = 500_000
+FIRST = 150_000
 
 RESERVED = 64 * NEW
 """Units per block that are reserved for the first finding; see `Budget.reserve`."""
@@ -52,12 +54,14 @@ RESERVED = 64 * NEW
 EXCERPT = 200
 """Maximum number of characters kept of a line."""
 
-# Matches slightly more than spellings.TOKEN. A match extends to the end of its line, so that the
-# number of matches is the number of lines.
-NONFINITE = re.compile(
-    rb"(?:(?:nan|inf)(?<![a-z0-9_]...)(?:inity|inite)?|1\.#[a-z]+|non[ -]?finite|not a number)"
-    rb"(?![a-z0-9_])[^\n]*+"
+_WORDS = (
+    *(b"nan", b"inf", b"infinity", b"infinite", b"1.#inf", b"1.#ind", b"1.#qnan", b"1.#snan"),
+    *(b"nonfinite", b"non-finite", b"non finite", b"not a number"),
 )
+"""Match slightly more than spellings.TOKEN."""
+
+_IN_WORD = np.zeros(256, bool)
+_IN_WORD[[*b"abcdefghijklmnopqrstuvwxyz0123456789_"]] = True
 _BLANK = re.compile(rb"\n[ \t\f\v\r]*+(?=\n|\Z)")
 _NAN = rb"[+-]?(?:nan|inf(?:inity)?|1\.#[a-z]+)(?![a-z0-9_/])"
 VALUES = (  # separate patterns, since `re` searches faster for fixed first characters
@@ -94,13 +98,35 @@ class Counted:
         self.last_line = last_line
         self.n_lines += n
         lower = lines.lower()
-        self.n_nonfinite += len(NONFINITE.findall(lower))
-        if self.first is None and (found := NONFINITE.search(lower)) is not None:
-            begin = lines.rfind(b"\n", 0, found.start()) + 1
-            line = lines[max(begin, found.start() - EXCERPT // 2) : found.end()][:EXCERPT]
+        words = words_at(lower)
+        self.n_nonfinite += n_lines_of(lower, words)
+        if self.first is None and words.size:
+            at = int(words[0])
+            begin = lines.rfind(b"\n", 0, at) + 1
+            line = lines[max(begin, at - EXCERPT // 2) :][:EXCERPT].partition(b"\n")[0]
             at = number + lines.count(b"\n", 0, begin)
             self.first = Line(at, " ".join(text_of(line).split()))
         return n
+
+
+def words_at(lower: bytes) -> np.ndarray:
+    """The offsets of words for NaN and Inf in lower-case text, in ascending order."""
+    text = np.frombuffer(b"\n%b\n" % lower, np.uint8)
+    found = [np.zeros(0, np.int64)]
+    for word in filter(lower.__contains__, _WORDS):
+        n = len(word)
+        same = text[1:-n] == word[0]
+        for i in range(1, n):
+            same &= text[1 + i : len(text) - n + i] == word[i]
+        at = np.flatnonzero(same)
+        found.append(at[~(_IN_WORD[text[at]] | _IN_WORD[text[at + n + 1]])])
+    return np.sort(np.concatenate(found))
+
+
+def n_lines_of(text: bytes, offsets: np.ndarray) -> int:
+    """The number of different lines at these offsets, which are in ascending order."""
+    ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n"))
+    return len(np.unique(np.searchsorted(ends, offsets)))
 
 
 def units_of(line: bytes) -> int:

@@ -5,7 +5,7 @@ Lightning and tqdm, free-form printed lines, and structured logs: trainer_state.
 CSV and TSV with a header, TensorBoard event files. LOG is a file, optionally gzipped, or - for
 standard input. Words like "info" or "nano" are not matches, and "no nan found" is only noted.
 
-The time is bounded, to about half a second and 50 ms per MB: if the wording around NaN and Inf
+The time is bounded, to about 0.2 s and 50 ms per MB: if the wording around NaN and Inf
 never repeats, only the first few thousand lines are analyzed. The others are searched for the words
 and counted, and the output reports how many. With --full every line is analyzed.
 

@@ -8,7 +8,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from fastguard.commands.scan import json_lines
-from fastguard.commands.scan.budget import NONFINITE, VALUES
+from fastguard.commands.scan.budget import VALUES, words_at
 from fastguard.commands.scan.lines import Block
 from fastguard.commands.scan.suspects import Suspects
 
@@ -57,6 +57,7 @@ class Cursor:
         self.without_header: int = 0
         self._number, self._counted = block.number, 0
         self._suspects: Suspects | None = None
+        self._last_word = -1
         self._values: dict[re.Pattern[bytes], int] = {}
 
     @property
@@ -118,7 +119,9 @@ class Cursor:
 
     def value(self) -> int:
         """The offset of the next line that seems to hold a named NaN or Inf, or of the end."""
-        if NONFINITE.search(self._searched.lower, self.at) is None:
+        if self._last_word < 0:
+            self._last_word = int(max(words_at(self._searched.lower), default=0))
+        if self._last_word < self.at:
             return self.size
         for pattern in VALUES:
             if self._values.get(pattern, -1) < self.at:

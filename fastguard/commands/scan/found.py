@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from fastguard.commands.scan.budget import Counted
@@ -131,18 +131,32 @@ class Run:
         if not n:
             return 0
         self._shape = shape
+        self._add(numbers[n - 1], n, lines.__getitem__)
+        return n
+
+    def extend_alike(self, number: int, lines: bytes, stride: int) -> None:
+        """Adds lines that differ from the last one only in digits without a meaning.
+
+        Args:
+            number: Line number of the last of them.
+            lines: The lines, with line feeds.
+            stride: Length of each.
+        """
+        n = len(lines) // stride
+        self._add(number, n, lambda i: lines[i * stride : (i + 1) * stride - 1])
+
+    def _add(self, number: int, n: int, line: Callable[[int], bytes]) -> None:
+        where = self._shape.where
         self.n += n
-        self.bad[shape.bad] += n
-        self.number, self.last = numbers[n - 1], (where, lines[n - 1])
+        self.bad[self._shape.bad] += n
+        self.number, self.last = number, (where, line(n - 1))
         if where.batch is None:
             self.furthest = self.last
-            return n
-        begin, end = where.batch
-        batches = [line[begin:end] for line in lines[:n]]
+            return
+        batches = [line(i)[slice(*where.batch)] for i in range(n)]
         if int(most := max(batches)) >= self._most:
             at = n - 1 - batches[::-1].index(most)
-            self._most, self.furthest = int(most), (where, lines[at])
-        return n
+            self._most, self.furthest = int(most), (where, line(at))
 
     def _continues(self, shape: Shape) -> bool:
         """Whether lines of another shape may belong to the run."""

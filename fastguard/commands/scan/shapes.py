@@ -19,7 +19,7 @@ from fastguard.commands.scan.lightning import Lightning
 from fastguard.commands.scan.lines import text_of
 from fastguard.commands.scan.places import names_settings, where_in, without_launcher
 from fastguard.commands.scan.plain import Plain, may_measure
-from fastguard.commands.scan.reading import Span, Where
+from fastguard.commands.scan.reading import Span, Where, whole_epoch
 from fastguard.commands.scan.spellings import may_have
 from fastguard.commands.scan.ultralytics import Ultralytics
 from fastguard.commands.scan.values import Value, nonfinite_values
@@ -51,6 +51,9 @@ _MARKS = ("%", "it/s", "gpu_mem", "epoch'", 'epoch"')
 
 KEPT = 4096
 """Maximum number of cached shapes."""
+
+ALIKE = 16
+"""Minimum number of lines that are compared with one of the same shape together."""
 
 LONG = 600
 """Lines of at least this many bytes are cached when their shape occurs for the second time."""
@@ -244,6 +247,26 @@ def _digits_with_a_meaning(line: bytes) -> tuple[Span, ...]:
     ]
     counts = [match.span(match.lastindex or 0) for match in _OF_COUNTS.finditer(line, 0, LONG)]
     return (*names, *counts)
+
+
+def alike(lines: bytes, at: int, line: bytes, where: Where) -> int:
+    """The end of the lines from `at` on that differ from a line only in digits without a meaning.
+
+    The digits of the epoch, of names and of counts have a meaning.
+    """
+    shape = line.translate(SHAPE) + b"\n"
+    stride, n, factor = len(shape), ALIKE, 2
+    fixed = _digits_with_a_meaning(line) if lines.startswith(line[:1], at) else ()
+    if where.epoch is not None:
+        fixed = (*fixed, (where.epoch[0], where.epoch[0] + len(whole_epoch(where, line))))
+    while n >= ALIKE:  # twice as many lines each time, then half as many
+        text = lines[at : at + n * stride]
+        same = len(text) == n * stride and text.translate(SHAPE) == shape * n
+        if same and all(text[i::stride].count(line[i]) == n for a, b in fixed for i in range(a, b)):
+            at, n = at + n * stride, factor * n
+        else:
+            n, factor = n // 2, 1
+    return at
 
 
 def shortened(line: bytes) -> tuple[bytes, int]:

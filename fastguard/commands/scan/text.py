@@ -10,10 +10,11 @@ from fastguard.commands.scan.bare import bare_lines
 from fastguard.commands.scan.budget import IN_RUN, KNOWN, Budget, n_lines
 from fastguard.commands.scan.cursor import Cursor
 from fastguard.commands.scan.findings import Findings
+from fastguard.commands.scan.found import Run
 from fastguard.commands.scan.huggingface import bare_bar
 from fastguard.commands.scan.insets import may_be_inset
 from fastguard.commands.scan.lines import text_of
-from fastguard.commands.scan.shapes import Shape, Shapes
+from fastguard.commands.scan.shapes import Shape, Shapes, alike
 from fastguard.commands.scan.suspects import BAR, ENDS
 
 MIN_BATCH, MAX_BATCH = 1 << 11, 1 << 16
@@ -61,6 +62,10 @@ class TextReader:
             self._findings.take_bare(bare, cursor.number_at(max(cursor.at, bare.last)))
             cursor.at = bare.end
             return
+        if self._findings.run is not None:
+            self._take_alike(cursor, self._findings.run)
+            if cursor.done:
+                return
         whole = self._take_batch(cursor)
         self._size = min(2 * self._size, MAX_BATCH) if whole else MIN_BATCH
 
@@ -74,6 +79,15 @@ class TextReader:
                 findings.take_step(step)
                 return
         findings.text(number, line, shape or self._shapes.of(line))
+
+    def _take_alike(self, cursor: Cursor, run: Run) -> None:
+        """Reads the next lines, if they differ from the last bad one only in digits."""
+        where, line = run.last
+        if (end := alike(cursor.lines, cursor.at, line, where)) > cursor.at:
+            stride = len(line) + 1
+            run.extend_alike(cursor.number_at(end - stride), cursor.lines[cursor.at : end], stride)
+            self._findings.found.n_lines += (end - cursor.at) // stride
+            cursor.at = end
 
     def _take_batch(self, cursor: Cursor) -> bool:
         """Reads the next lines; returns whether the batch was read to its end."""

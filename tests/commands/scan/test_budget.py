@@ -14,9 +14,10 @@ import pytest
 
 from fastguard.commands.cli import main
 from fastguard.commands.scan import budget, json_lines
-from fastguard.commands.scan.budget import NONFINITE, n_lines
+from fastguard.commands.scan.budget import Counted, n_lines, words_at
 from fastguard.commands.scan.findings import Findings
 from fastguard.commands.scan.json_lines import JsonLines
+from fastguard.commands.scan.lines import Line
 from fastguard.commands.scan.scanner import scan_log
 from fastguard.commands.scan.shapes import Shapes
 from fastguard.commands.scan.table import Table
@@ -154,6 +155,13 @@ def test_ordinary_logs_of_any_size_are_fully_analysed(monkeypatch) -> None:
         assert found.n_bad == (found.n_lines - 1 if "nan" in form else 0)
 
 
+@pytest.mark.parametrize("line", ["nan", "loss nan", "loss: inf", "tensor(nan)"])
+def test_short_lines_that_repeat_are_fully_analyzed(line: str, monkeypatch) -> None:
+    monkeypatch.setattr(budget, "FIRST", 20_000)
+    found = scan_log(io.BytesIO(f"{line}\n".encode() * 300_000))
+    assert found.n_bad == 300_000 and not found.counted.n_lines
+
+
 def test_analysis_resumes_once_lines_repeat(monkeypatch) -> None:
     monkeypatch.setattr(budget, "FIRST", 2000)
     odd = log(KINDS["names"], 2 << 20)
@@ -237,5 +245,19 @@ def test_line_count_excludes_blank_lines() -> None:
         ("loss_nan_count", False),
     ],
 )
-def test_bulk_search_pattern(line: str, has: bool) -> None:
-    assert (NONFINITE.search(line.lower().encode()) is not None) == has
+def test_lines_that_are_only_counted(line: str, has: bool) -> None:
+    counted = Counted()
+    counted.add(3, f"start\n{line}\n{line} {line}\nend".encode(), 6)
+    assert counted.n_nonfinite == 2 * has
+    assert counted.first == (Line(4, line) if has else None)
+
+
+def test_words_are_found_at_both_ends_of_a_text() -> None:
+    for text, at in {
+        b"nan": [0],
+        b"inf nan": [0, 4],
+        b"nano": [],
+        b"": [],
+        b"xnan\ninf": [5],
+    }.items():
+        assert words_at(text).tolist() == at

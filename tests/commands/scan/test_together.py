@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-from fastguard.commands.scan import bare, findings, json_lines, objects
+from fastguard.commands.scan import bare, findings, json_lines, objects, shapes
 from fastguard.commands.scan.json_lines import JsonLines
 from fastguard.commands.scan.output import as_dict
 from fastguard.commands.scan.scanner import scan_log
@@ -79,13 +79,34 @@ def numbers(rng: random.Random) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("lines_of", [table, json_objects, numbers])
+def repeated(rng: random.Random) -> list[str]:
+    forms = [
+        "loss nan",
+        "epoch {e} batch {b}/900 loss: nan",
+        "epoch {e}.{b} loss{d}: nan",
+        "step {b} nan gradients: {d}",
+        "step {b} loss 0.{b}",
+        "  {e}/100  2.1G  nan  0.{b}  {d}  640: 37% ----- {b}/900",
+    ]
+    lines = []
+    for _ in range(rng.randint(1, 8)):
+        form, e, b, d = (rng.choice(forms), rng.randint(1, 9), rng.randint(100, 700), 1)
+        for _ in range(rng.choice([3, 16, 17, 70, 150])):
+            lines.append(form.format(e=e, b=b, d=d))
+            b += 1
+            e += rng.random() < 0.02
+            d = rng.randint(0, 2) if rng.random() < 0.05 else d
+    return lines
+
+
+@pytest.mark.parametrize("lines_of", [table, json_objects, numbers, repeated])
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"], ids=["lf", "crlf", "cr"])
 def test_bulk_and_individual_reading_agree(lines_of, end: str, monkeypatch) -> None:
     logs = [end.join([*lines_of(random.Random(seed)), ""]).encode() for seed in range(80)]
     together = [as_dict("", scan_log(io.BytesIO(log))) for log in logs]
     monkeypatch.setattr(objects, "MIN_OBJECTS", 10**9)
     monkeypatch.setattr(bare, "MIN_LINES", 10**9)
+    monkeypatch.setattr(shapes, "ALIKE", 10**9)
     monkeypatch.setattr(Table, "_pattern", lambda self: None)
     for log, found in zip(logs, together, strict=True):
         alone = as_dict("", scan_log(io.BytesIO(log)))
