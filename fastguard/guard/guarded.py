@@ -248,12 +248,16 @@ class GuardedOptimizer(SavableOptimizer):
         call = self._signature.call(given, kwargs, loss=loss, tag=tag)
         try:
             return self._take(call, loss, tag)
-        except ClosureNeeded:
-            check_whole_step(self.optimizer, self.group)
-            check_watchable(self.watch, True, self.optimizer)
+        except ClosureNeeded as needed:
+            try:
+                check_whole_step(self.optimizer, self.group)
+                check_watchable(self.watch, True, self.optimizer)
+            except Exception:
+                needed.undo()
+                raise
             self._conclude()
             self._observed.keep()
-            self._stepper, self._limits = WholeStep(self.optimizer), ()
+            self._stepper, self._limits = WholeStep(self.optimizer, needed.taken), ()
             log.info("%s", self.describe())
             with without_global_pre_hooks(self.optimizer):  # they ran in the first attempt
                 return self._take(call, loss, tag)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastguard.guard.optimizer_copy import OptimizerCopy
+from fastguard.guard.own_backward import OwnBackward, TakenStep
 from fastguard.guard.step_hooks import has_post_hooks, is_hooked, noting_completion
 
 CLOSURES = ("closure", "fn", "func")
@@ -168,7 +169,20 @@ def _can_be_closure(value: Any) -> bool:
 
 
 class ClosureNeeded(Exception):
-    """The optimizer evaluates its closure itself; its step has been undone."""
+    """The optimizer evaluates the model itself.
+
+    Args:
+        taken: The step, if it has been taken; None: it has been undone.
+    """
+
+    def __init__(self, taken: TakenStep | None = None) -> None:
+        super().__init__()
+        self.taken = taken
+
+    def undo(self) -> None:
+        """Undoes a step that has been taken."""
+        if self.taken is not None:
+            self.taken.before.restore()
 
 
 class _EvaluatedElsewhere(Exception):
@@ -180,7 +194,8 @@ class InnerStep:
 
     Nearly all optimizers evaluate their closure once, before they change anything; they get a
     closure that returns the known loss. The others are detected in their first step with a closure,
-    which is undone from a copy.
+    which is undone from a copy. Optimizers that compute gradients without a closure are detected in
+    their first step.
 
     Args:
         optimizer: The wrapped optimizer.
@@ -189,6 +204,7 @@ class InnerStep:
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
         self._is_torchs = self._evaluates_first = steps_as_torch(optimizer)
+        self._may_call_backward = not self._is_torchs
         self._before: OptimizerCopy | None = None
         self._with_grad = True  # whether the caller of `step` has gradients enabled
 
@@ -209,12 +225,15 @@ class InnerStep:
 
         Raises:
             ClosureNeeded: The optimizer evaluates its closure again, with arguments, or with other
-                weights.
+                weights; or it computes gradients without a closure.
             TypeError: It does so only after a step in which it did not, or its state cannot be
                 copied, so the step cannot be undone.
         """
         if call.closure is None or call.place is None:
-            self._step(call, call.args, call.kwargs)
+            if self._may_call_backward:
+                self._observed_step(call)
+            else:
+                self._step(call, call.args, call.kwargs)
             return
         evaluated = False
 
@@ -228,15 +247,32 @@ class InnerStep:
             self._step(call, *call.with_closure(noted))
         except _EvaluatedElsewhere:
             if self._before is None:
-                raise TypeError(
-                    f"{type(self.optimizer).__name__}.step evaluates its closure after changing "
-                    "the weights, which cannot be undone without a copy; fastguard cannot guard it"
-                ) from None
+                raise self._refusal("evaluates its closure") from None
             self._before.restore()
             raise ClosureNeeded from None
         # Some optimizers need it only in some steps, so one step without it proves nothing.
         self._evaluates_first |= evaluated
         self._before = None
+
+    def _observed_step(self, call: StepCall) -> None:
+        """Calls `step` for the first time, and checks whether it computes gradients itself."""
+        with OwnBackward(self.optimizer) as own:
+            self._step(call, call.args, call.kwargs)
+        if not own.found:
+            self._may_call_backward = False
+            return
+        if own.before is None:
+            call.returned.clear()  # not counted, since the guard has not seen its gradients
+            raise self._refusal("computes gradients")
+        taken = TakenStep(own.before, call, call.returned[-1])
+        call.returned.clear()
+        raise ClosureNeeded(taken)
+
+    def _refusal(self, what: str) -> TypeError:
+        return TypeError(
+            f"{type(self.optimizer).__name__}.step {what} after changing the weights, which cannot "
+            "be undone without a copy; fastguard cannot guard it"
+        )
 
     def _step(self, call: StepCall, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         optimizer = self.optimizer

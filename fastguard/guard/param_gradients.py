@@ -20,6 +20,7 @@ from fastguard.gradients.buckets import GradBuckets, bucketize
 from fastguard.gradients.tensor_kinds import WRAPPED
 from fastguard.guard.clip_scope import ClipScope, Layout, lay_out
 from fastguard.guard.flat_checks import check_apart, check_flat_parameters
+from fastguard.guard.own_backward import holds_a_model
 from fastguard.ranks.groups import Group, check_same_tensors
 from fastguard.ranks.plain_shards import check_plain_shards
 from fastguard.ranks.team import Team, team_of
@@ -250,7 +251,8 @@ class Gradients:
                     "model.to_empty(device=...) and load the weights before creating the optimizer"
                 )
         self._seen = True
-        if with_grad or self.team is not None:  # other ranks may hold all gradients
+        # Other ranks may hold all gradients, or the optimizer may compute them in its step.
+        if with_grad or self.team is not None or holds_a_model(self.optimizer):
             return
         if any(p.is_meta for p in self.layout.parameters):
             log.warning(

@@ -1,7 +1,7 @@
 """`WholeStep`: for optimizers that must evaluate their closure themselves, such as LBFGS and SAM.
 
-These optimizers, and schedule-free ones with a closure, change the weights before or between
-evaluations, so no decision is possible before the step. The guard lets them step, checks the
+These optimizers, schedule-free ones with a closure, and those that hold their model (GSAM), change
+the weights before or between evaluations, so no decision is possible before the step. The guard lets them step, checks the
 gradients and the loss of the last evaluation, and restores weights and state if these are bad. A
 non-finite loss ends the step immediately, because a line search would fail on it with an
 IndexError. Costs one copy of weights and state per step.
@@ -24,6 +24,7 @@ from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.guard.clip_scope import Limit
 from fastguard.guard.inner_step import StepCall
 from fastguard.guard.optimizer_copy import OptimizerCopy
+from fastguard.guard.own_backward import TakenStep
 from fastguard.guard.read_first import skips_step
 from fastguard.guard.step_hooks import run_global_post_hooks
 from fastguard.records.losses import named_losses
@@ -37,13 +38,20 @@ class _NonFiniteLoss(Exception):
 
 
 class WholeStep:
-    """Steps first, decides afterward, and undoes the step if it was bad."""
+    """Steps first, decides afterward, and undoes the step if it was bad.
+
+    Args:
+        optimizer: The wrapped optimizer.
+        taken: Its first step, if it has computed gradients without a closure; it then needs none.
+    """
 
     reads_first = True
     skips = "after reading the verdict"
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, taken: TakenStep | None = None) -> None:
         self.optimizer = optimizer
+        self._needs_closure = taken is None
+        self._taken = taken
         self._before: OptimizerCopy | None = None
         self._warned = False  # whether the warning that limits have no effect was given
 
@@ -95,10 +103,16 @@ class WholeStep:
             loss, which is the last one in that case.
 
         Raises:
-            TypeError: There is no closure.
+            TypeError: There is no closure, but the optimizer needs one.
         """
+        taken, self._taken = self._taken, None
+        if taken is not None:
+            if taken.call is call:
+                self._before = taken.before
+                return taken.result, loss
+            taken.before.restore()  # an interrupt has ended its call
         closure = call.closure
-        if closure is None:
+        if closure is None and self._needs_closure:
             raise TypeError(
                 f"{type(self.optimizer).__name__}.step needs a closure that evaluates the model; "
                 "pass step(closure)"
@@ -106,6 +120,8 @@ class WholeStep:
         parameters = chain.from_iterable(g["params"] for g in self.optimizer.param_groups)
         # Lazy parameters get their values in the first evaluation.
         self._before = None if any(map(is_lazy, parameters)) else OptimizerCopy.of(self.optimizer)
+        if closure is None:
+            return self.optimizer.step(*call.args, **call.kwargs), loss
         losses: list[Any] = []
 
         def remember(*args: Any, **kwargs: Any) -> Any:
