@@ -1,10 +1,10 @@
 """`WholeStep`: for optimizers that must evaluate their closure themselves, such as LBFGS and SAM.
 
 These optimizers, schedule-free ones with a closure, and those that hold their model (GSAM), change
-the weights before or between evaluations, so no decision is possible before the step. The guard lets them step, checks the
-gradients and the loss of the last evaluation, and restores weights and state if these are bad. A
-non-finite loss ends the step immediately, because a line search would fail on it with an
-IndexError. Costs one copy of weights and state per step.
+the weights before or between evaluations, so no decision is possible before the step. The guard
+lets them step, checks the gradients and the loss of the last evaluation, and restores weights and
+state if these are bad. A non-finite loss ends the step immediately, because a line search would
+fail on it with an IndexError. Costs one copy of weights and state per step.
 """
 
 from __future__ import annotations
