@@ -199,7 +199,8 @@ class StepRecord:
             yield f"on rank {self.culprit_rank};"
         elif self.culprit_ranks:
             yield f"on {self.culprit_ranks} ranks;"
-        yield from _drifted(self.watch.get(REPLICA_DRIFT, {}))
+        for phrase in replica_drifts(self.watch):
+            yield f"{phrase};"
         bad = [f"{k}={v}" for k, v in self.losses.items() if not math.isfinite(v)]
         if len(bad) > n_losses:
             bad[int(n_losses) :] = [f"{len(bad) - int(n_losses)} more losses"]
@@ -210,17 +211,18 @@ class StepRecord:
             yield f"{signal}={value:.4g} > {self.thresholds.get(signal, math.nan):.4g};"
 
 
-def _drifted(suspects: object) -> list[str]:
+def replica_drifts(watch: object) -> list[str]:
     """Returns phrases that say which replicas differ, and in what; ignores malformed values."""
-    said = []
+    phrases = []
+    suspects = watch.get(REPLICA_DRIFT) if isinstance(watch, dict) else None
     for what, ranks in suspects.items() if isinstance(suspects, dict) else ():
         if not isinstance(ranks, list):
             continue
         if len(ranks) == 1:
-            said.append(f"the {what} of rank {ranks[0]} differ from the other ranks;")
+            phrases.append(f"the {what} of rank {ranks[0]} differ from the other ranks")
         elif ranks:
-            said.append(f"the {what} of {len(ranks)} ranks differ;")
-    return said
+            phrases.append(f"the {what} of {len(ranks)} ranks differ")
+    return phrases
 
 
 FIELDS = tuple(f.name for f in fields(StepRecord))

@@ -14,6 +14,7 @@ import numpy as np
 
 from fastguard.commands.report.columns import LR
 from fastguard.commands.report.summary import Summary
+from fastguard.records.step_record import REPLICA_DRIFT
 
 _MIN_SHARE = 0.5
 _FIND = "fastguard.explain_nonfinite names the operation."
@@ -65,6 +66,11 @@ def _candidates(summary: Summary, norm_rises: bool) -> Iterator[tuple[int, str]]
     yield kinds["overflow"], text
     text = f"the backward pass: NaN in the gradients of a finite loss. {_FIND}"
     yield kinds["backward"], text
+    text = (
+        "replicas that must be equal differ: a flipped bit, a missing broadcast of the weights, or "
+        "different random seeds."
+    )
+    yield kinds[REPLICA_DRIFT], text
     yield from _spikes(summary, norm_rises)
 
 

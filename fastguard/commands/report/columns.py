@@ -18,7 +18,7 @@ import numpy as np
 
 from fastguard.errors import MAX_NAME_LENGTH, NAMED_CULPRITS, Culprit
 from fastguard.errors.plain_text import printable
-from fastguard.records.step_record import LOSS_SCALE
+from fastguard.records.step_record import LOSS_SCALE, replica_drifts
 from fastguard.records.strict_json import shortened
 
 MAX_NAMES = 32
@@ -66,6 +66,7 @@ class BadStep:
         tag: As in `StepRecord`, shortened.
         culprit_ranks: As in `StepRecord`; 0 if the record is from a single process.
         culprit_rank: As in `StepRecord`.
+        drifts: Phrases that say which replicas differ.
     """
 
     row: int = field(compare=False)
@@ -81,6 +82,7 @@ class BadStep:
     tag: Any
     culprit_ranks: int = 0
     culprit_rank: int | None = None
+    drifts: tuple[str, ...] = ()
 
     @property
     def is_incident(self) -> bool:
@@ -228,6 +230,7 @@ class ColumnReader:
             tag=shortened(record.get("tag"), room=_MAX_TAG_LENGTH),
             culprit_ranks=int(record.get("culprit_ranks") or 0),
             culprit_rank=None if rank is None else int(rank),
+            drifts=tuple(map(_name, replica_drifts(record.get("watch"))[:MAX_NAMES])),
         )
 
 

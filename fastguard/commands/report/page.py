@@ -193,6 +193,7 @@ def _where(row: Row) -> str:
         places.append(f"on rank {first.culprit_rank}")
     elif first.culprit_ranks:
         places.append(f"on {first.culprit_ranks} ranks")
+    places.extend(first.drifts)
     if first.spikes:
         places.append(", ".join(first.spikes))
         if "grad_norm" in first.spikes:

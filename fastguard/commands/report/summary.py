@@ -102,8 +102,16 @@ class Summary:
 
     @property
     def survived(self) -> bool:
-        """Whether a good step follows the last incident."""
-        return not self.table.is_open(self.records)
+        """Whether a good step follows the last incident, and no replicas differ any longer.
+
+        Steps that did not compare the replicas are no evidence that they are equal.
+        """
+        return not self.ends_in_incident and not self.watched.drifting
+
+    @property
+    def ends_in_incident(self) -> bool:
+        """Whether the last step was bad."""
+        return self.table.is_open(self.records)
 
 
 def summarize(

@@ -63,6 +63,8 @@ def _headline(summary: Summary) -> str:
     if not n:
         return f"No incident in {steps}."
     incidents = f"{plural(n, 'incident')} in {steps}"
+    if summary.watched.drifting:
+        return f"{incidents}; the replicas differed when they were last compared."
     if not summary.survived:
         return f"{incidents}; the last one was not over when the records ended."
     return f"{incidents}, {'survived' if n == 1 else 'all survived'}."
@@ -70,7 +72,7 @@ def _headline(summary: Summary) -> str:
 
 def _ending(summary: Summary) -> Iterator[str]:
     last = summary.table.last
-    if summary.survived or last is None:
+    if not summary.ends_in_incident or last is None:
         return
     if last.steps == 1:
         yield f"The last step, {last.first_step:,}, was bad ({_reasons(last)})."

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from fastguard.commands.report.layer_history import LayerHistory
 from fastguard.errors.plain_text import printable
 from fastguard.records.layers import layer_norms, layer_ratios
+from fastguard.records.step_record import REPLICA_DRIFT, replica_drifts
 
 LARGE, SMALL = 1e-2, 1e-5
 """Bounds of |update| / |weight|, averaged over a run; about 1e-3 is healthy."""
 
 _MAX_NAMED = 3
 _MAX_FORMATS = 16
+_MAX_DRIFTS = 64
 _FEW = 3  # minimum number of watched steps for an average
 _UNDERFLOW = 0.01
 _LARGEST = 1e300
@@ -30,12 +33,18 @@ class Watched:
         noise: The last noise scale and its step, or None.
         underflow: The largest share of gradients below the smallest normal number of a format, and
             its step, by format.
+        drifts: Number of steps by phrase that says which replicas differ.
+        drifted_first: The first step in which replicas differed.
+        drifting: Whether they differed in the last step that compared them.
     """
 
     norms: LayerHistory = field(default_factory=LayerHistory)
     ratios: LayerHistory = field(default_factory=LayerHistory)
     noise: tuple[float, int] | None = None
     underflow: dict[str, tuple[float, int]] = field(default_factory=dict)
+    drifts: Counter[str] = field(default_factory=Counter)
+    drifted_first: int = 0
+    drifting: bool = False
 
     def add(self, step: int, watch: object) -> None:
         """Adds the `watch` of one record; values of an unexpected type are ignored."""
@@ -43,6 +52,8 @@ class Watched:
             return
         self.norms.add(step, layer_norms(watch))
         self.ratios.add(step, layer_ratios(watch))
+        if REPLICA_DRIFT in watch:
+            self._compare(step, watch)
         noise = watch.get("noise_scale")
         if isinstance(noise, (int, float)) and abs(noise) < _LARGEST:
             self.noise = float(noise), step
@@ -53,12 +64,32 @@ class Watched:
                 if name in self.underflow or len(self.underflow) < _MAX_FORMATS:
                     self.underflow[name] = max(self.underflow.get(name, (0.0, step)), (share, step))
 
+    def _compare(self, step: int, watch: Mapping[str, object]) -> None:
+        phrases = replica_drifts(watch)
+        if phrases and not self.drifts:
+            self.drifted_first = step
+        self.drifting = bool(phrases)
+        for phrase in phrases:
+            phrase = printable(phrase, 80)
+            if phrase in self.drifts or len(self.drifts) < _MAX_DRIFTS:
+                self.drifts[phrase] += 1
+
     def findings(self) -> Iterator[str]:
         """Yields one sentence per finding."""
+        yield from self._drift()
         yield from self._growth()
         yield from self._ratios()
         yield from self._batch()
         yield from self._underflow()
+
+    def _drift(self) -> Iterator[str]:
+        for phrase, n in self.drifts.most_common(1):
+            steps = "step" if n == 1 else "steps"
+            now = "" if self.drifting else ", but not in the last step that compared the replicas"
+            yield (
+                f"{phrase[0].upper()}{phrase[1:]} in {n:,} watched {steps}{now}. Restore a "
+                f"checkpoint from before step {self.drifted_first:,}."
+            )
 
     def _growth(self) -> Iterator[str]:
         growths = self.norms.growths()

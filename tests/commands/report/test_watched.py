@@ -102,6 +102,48 @@ def test_noise_scale_and_underflow_are_reported():
     assert "20.0% in float16 (step 101)" in lost and "bfloat16" not in lost
 
 
+def drift(step, weights):
+    record = StepRecord(
+        step,
+        1.0,
+        1.0,
+        "applied",
+        reason="replica_drift" if weights else None,
+        watch={"replica_drift": {"gradients": [], "weights": weights}},
+    )
+    return record.as_dict()
+
+
+def test_the_rank_that_differs_is_named():
+    records = [record(s) if s % 10 else drift(s, [2] if s > 500 else []) for s in range(1, 600)]
+    summary = summarize([Block(records, 0, 0)])
+    verdict = judge(summary)
+    assert verdict.headline == (
+        "9 incidents in 599 steps; the replicas differed when they were last compared."
+    )
+    assert not verdict.survived
+    cause, found = verdict.findings
+    assert cause.startswith("Likely cause (9 of 9 incidents): replicas that must be equal differ")
+    assert found == (
+        "The weights of rank 2 differ from the other ranks in 9 watched steps. Restore a "
+        "checkpoint from before step 510."
+    )
+    assert {row.first.drifts for row in summary.table.rows} == {
+        ("the weights of rank 2 differ from the other ranks",)
+    }
+
+
+def test_replicas_that_are_equal_again_have_survived():
+    steps = {510: [0, 1], 520: [0, 1], 530: []}
+    records = [drift(s, steps[s]) if s in steps else record(s) for s in range(1, 600)]
+    verdict = judge(summarize([Block(records, 0, 0)]))
+    assert verdict.survived
+    assert (
+        "The weights of 2 ranks differ in 2 watched steps, but not in the last step that compared "
+        "the replicas. Restore a checkpoint from before step 510."
+    ) in verdict.findings
+
+
 HOSTILE = [
     5, "text", [1], {"tensor_norms": 5}, {"tensor_norms": {"a": "NaN", "b": None, "c": [1]}},
     {"tensor_norms": {"a.w": -1.0, "b.w": 0, "c.w": True, "d.w": 1e308, "d.b": 1e308}},
@@ -119,6 +161,12 @@ def test_odd_values_are_ignored(watch):
         from fastguard.commands.report.figure import draw
 
         draw(summarize([Block([row] * 20, 0, 0)]))
+
+
+@pytest.mark.parametrize("watch", HOSTILE, ids=str)
+def test_odd_values_do_not_hide_an_incident(watch):
+    row = record(1) | {"watch": watch, "reason": "replica_drift"}
+    assert judge(summarize([Block([row], 0, 0)])).headline.startswith("1 incident in 1 step")
 
 
 def test_names_are_printed_on_one_line():
