@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from copy import deepcopy
 from functools import cached_property
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fastguard.gradients.buckets import FLOATING
 from fastguard.gradients.tensor_parts import (
@@ -85,7 +87,12 @@ class HostCopier:
             old = into.tensors if isinstance(into, Parts) else {}
             return parts.of({n: self.copied(t, old.get(n)) for n, t in parts.tensors.items()})
         is_plain = has_plain_type(value) or value.layout is not torch.strided
-        return self._copied_plain(value, into) if is_plain else cloned(value)
+        if not is_plain:
+            return cloned(value)
+        if value.is_leaf and (value.requires_grad or type(value) is Parameter):
+            old = into.tensors.get("") if isinstance(into, Parts) else None
+            return Parts({"": self._copied_plain(value, old)}, _trained(value))
+        return self._copied_plain(value, into)
 
     def _copied_plain(self, value: Tensor, into: Any) -> Tensor:
         # Sparse and nested tensors get no buffer, since their number of elements may vary.
@@ -142,6 +149,33 @@ class HostCopier:
             events[device] = torch.cuda.Event()
             events[device].record(stream)
         return events
+
+
+def _trained(value: Tensor) -> Callable[[dict[str, Any]], Tensor]:
+    """Returns what makes a trained tensor or a `Parameter` like `value` from copied values."""
+    requires_grad, is_parameter = value.requires_grad, type(value) is Parameter
+
+    def whole(tensors: dict[str, Any]) -> Tensor:
+        made = tensors[""]
+        return Parameter(made, requires_grad) if is_parameter else made.requires_grad_()
+
+    return whole
+
+
+def check_copyable(value: Any, path: str) -> None:
+    """Raises a TypeError that names the first value in a nested state that cannot be copied.
+
+    Plain tensors and numbers, which can always be copied, are not touched.
+    """
+    copier = HostCopier(None, 0.0)
+    for name, leaf in leaves(value, path):
+        if isinstance(leaf, Tensor) and has_plain_type(leaf) and not leaf.is_meta:
+            continue
+        if not isinstance(leaf, int | float | str | NoneType):
+            try:
+                copier.copied(leaf, None)
+            except CannotCopy as error:
+                raise TypeError(f"{name} is {error}") from error
 
 
 def _addresses(optimizer: torch.optim.Optimizer | None) -> frozenset[int]:

@@ -17,7 +17,8 @@ from fastguard.guard.own_backward import OwnBackward, TakenStep
 from fastguard.guard.step_hooks import has_post_hooks, is_hooked, noting_completion
 
 CLOSURES = ("closure", "fn", "func")
-"""Parts of parameter names that denote a closure."""
+"""Parts of parameter names that denote a closure, the surest first. A value of the others may also
+be a function that needs arguments, such as `loss_fn`, which is not a closure."""
 
 
 @dataclass(slots=True)
@@ -86,7 +87,7 @@ class StepSignature(NamedTuple):
             p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
         ]
         takes_any = not positional and inspect.Parameter.VAR_POSITIONAL in kinds
-        closure = next(filter(_names_closure, named), None)
+        closure = next((name for part in CLOSURES for name in named if part in name), None)
         if closure is None and (takes_any or inspect.Parameter.VAR_KEYWORD in kinds):
             closure = "closure"
         place = positional.index(closure) if closure in positional else None
@@ -114,6 +115,8 @@ class StepSignature(NamedTuple):
         if not args and not kwargs:
             return StepCall()
         for name in {"closure", self.closure}.intersection(kwargs):
+            if not self._may_be_closure(kwargs[name]):
+                return StepCall(None, args, kwargs)
             return self._with_named(args, dict(kwargs), str(name))
         place = self.place
         if self.closure is None:
@@ -127,10 +130,15 @@ class StepSignature(NamedTuple):
         closure, rest = args[place], args[place + 1 :]
         if closure is None:  # passed on: the wrapped step may require the argument
             return StepCall(None, args if self.place is not None else (), kwargs)
-        if self.takes_any and not callable(closure):
+        if (self.takes_any and not callable(closure)) or not self._may_be_closure(closure):
             return StepCall(None, args, kwargs)
         args = (*args[:place], None, *rest) if rest else args[:place]
         return StepCall(checked_closure(closure), args, kwargs, self.place)
+
+    def _may_be_closure(self, value: Any) -> bool:
+        """Whether a value of the closure parameter is not clearly a function of another kind."""
+        is_sure = self.closure is None or "closure" in self.closure
+        return is_sure or not callable(value) or _can_be_closure(value)
 
     def _with_named(self, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> StepCall:
         """Returns the call for a closure passed by keyword, whose name in `step` may differ."""
@@ -351,7 +359,3 @@ def checked_closure(closure: object) -> Any:
             "of this step, pass opt.step(loss=loss)"
         )
     return closure
-
-
-def _names_closure(name: str) -> bool:
-    return any(part in name for part in CLOSURES)

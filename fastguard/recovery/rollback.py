@@ -152,6 +152,7 @@ class Rollback:
         self.max_attempts = max_attempts
         self.attempts: int = 0
         self._problem_until = 0
+        self._is_state_checked = False
         self._inbox = optimizer.subscribe()
         # (number of steps taken at the call of `step`, position)
         self._positions: deque[tuple[int, Any]] = deque()
@@ -204,6 +205,7 @@ class Rollback:
         Raises:
             TrainingDivergedError: `max_attempts` rollbacks did not solve the problem, or no
                 snapshot is finite.
+            TypeError, ValueError: In the first step: the optimizer has state that cannot be copied.
         """
         if self._sizes != (sizes := group_sizes(self.optimizer)):
             self._sizes = sizes  # parameters were added: earlier snapshots can no longer be loaded
@@ -218,7 +220,16 @@ class Rollback:
             return self.trigger(reason)
         if self._incidents.is_due:
             self.snapshot(position)
+        elif not self._is_state_checked:
+            self._check_state()
         return None
+
+    def _check_state(self) -> None:
+        """Raises an error in the first step for optimizer state that no snapshot could hold."""
+        state = [*self.optimizer.state.values()]
+        if state and not self._has_nothing_to_copy():
+            self._storage.check(state, "optimizer.state")
+            self._is_state_checked = True
 
     def snapshot(self, position: Any = None) -> None:
         """Saves the current state, and drops the oldest snapshot beyond `keep`.

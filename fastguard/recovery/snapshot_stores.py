@@ -13,7 +13,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from fastguard.checkpoints import CheckpointError, CheckpointStore
+from fastguard.checkpoints.object_states import plain
 from fastguard.errors.logger import log
+from fastguard.gradients.host_copies import check_copyable
 from fastguard.guard.guarded import GuardedOptimizer
 from fastguard.guard.weak_hooks import hook_weakly
 from fastguard.ranks.lockstep import Peers
@@ -45,6 +47,10 @@ class SnapshotStorage(Protocol):
 
     def moments(self) -> list[Moment]:
         """Returns the moments of the restorable snapshots, oldest first."""
+        ...
+
+    def check(self, state: Any, path: str) -> None:
+        """Raises a TypeError or ValueError that names the first value that cannot be saved."""
         ...
 
     def take(self, objects: Mapping[str, Any], moment: Moment, position: Any) -> bool:
@@ -107,6 +113,10 @@ class InMemory:
     def moments(self) -> list[Moment]:
         """Returns the moments of the restorable snapshots, oldest first."""
         return [slot.moment for slot in self._slots if slot.step is not None]
+
+    def check(self, state: Any, path: str) -> None:
+        """Checks that a state can be saved; see `SnapshotStorage.check`."""
+        check_copyable(state, path)
 
     def take(self, objects: Mapping[str, Any], moment: Moment, position: Any) -> bool:
         """Saves the state of the objects; see `SnapshotStorage.take`."""
@@ -182,6 +192,10 @@ class InStore:
     def moments(self) -> list[Moment]:
         """Returns the moments of the restorable snapshots, oldest first."""
         return [self._moment(entry.step) for entry in self._store.list() if entry.clean]
+
+    def check(self, state: Any, path: str) -> None:
+        """Checks that a state can be saved; see `SnapshotStorage.check`."""
+        plain(state, path)
 
     def take(self, objects: Mapping[str, Any], moment: Moment, position: Any) -> bool:
         """Saves the state of the objects; see `SnapshotStorage.take`."""

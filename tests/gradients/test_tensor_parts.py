@@ -181,22 +181,44 @@ def test_attributes_of_a_subclass_are_restored():
     assert type(loaded) is Labeled and loaded.label == ["a"] and loaded.tolist() == [1.0, 1.0]
 
 
+class Closed(Tensor):
+    """A tensor without memory and without operations."""
+
+    @staticmethod
+    def __new__(cls, shape):
+        return Tensor._make_wrapper_subclass(cls, shape)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(f"no {func}")
+
+
 def test_a_tensor_that_cannot_be_copied_is_named():
-    class Closed(Tensor):
-        @staticmethod
-        def __new__(cls, shape):
-            return Tensor._make_wrapper_subclass(cls, shape)
-
-        @classmethod
-        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-            raise NotImplementedError(f"no {func}")
-
     opt = train(made(), range(1))
     opt.state[parameters_of(opt)[0]]["momentum"] = Closed((3, 4))
     with pytest.raises(TypeError, match=r"optimizer\.state\.0\.momentum is a Closed"):
         Rollback(opt, {})
     with pytest.raises(CannotCopy, match="__tensor_flatten__"):
         cloned(opt.state[parameters_of(opt)[0]]["momentum"])
+
+
+def test_state_that_cannot_be_copied_is_named_in_the_first_step(tmp_path):
+    class Closing(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step()
+            for p in self.param_groups[0]["params"]:
+                self.state[p]["odd"] = Closed((3, 4))
+
+    for store in (None, CheckpointStore(tmp_path)):
+        p = torch.nn.Parameter(torch.ones(3))
+        opt = GuardedOptimizer(Closing([p], lr=0.1))
+        rollback = Rollback(opt, {}, every=100, store=store)
+        opt.step(loss=float("nan"))
+        rollback.step()
+        p.grad = torch.ones(3)
+        opt.step()
+        with pytest.raises(TypeError, match=r"optimizer\.state\.0\.odd is a Closed"):
+            rollback.step()
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,40 @@ def test_a_callable_that_needs_arguments_is_not_a_closure(given):
     assert opt.optimizer.seen == (given, None) and opt.applied_steps == 2
 
 
+class Callback(torch.optim.SGD):
+    def step(self, callback_fn=None, closure=None):
+        super().step(closure)
+        return callback_fn() if callback_fn else None
+
+
+class LossFunction(torch.optim.SGD):
+    """Computes gradients itself."""
+
+    def step(self, loss_fn, x):
+        self.zero_grad()
+        with torch.enable_grad():
+            loss = loss_fn(self.param_groups[0]["params"][0] * x)
+        loss.backward()
+        super().step()
+        return loss.item()
+
+
+def test_a_function_that_is_not_the_closure_is_passed_on():
+    opt = GuardedOptimizer(Callback([one_parameter()], lr=0.1))
+    assert opt.step(lambda: "called") == "called"
+    assert opt.step(callback_fn=lambda: "called", closure=lambda: 3.0) == "called"
+    assert opt.step(lambda: "called", lambda: 4.0) == "called"
+    assert [r.losses for r in opt.records()] == [{}, {"loss": 3.0}, {"loss": 4.0}]
+    p = one_parameter()
+    opt = GuardedOptimizer(LossFunction([p], lr=0.1))
+    for loss_fn, x in ((torch.sum, 1.0), (lambda y: y.sum(), NAN)):
+        before = p.tolist()
+        opt.step(loss_fn, x)
+        assert (p.tolist() == before) == math.isnan(x)
+    assert (opt.applied_steps, opt.skipped_steps) == (1, 1)
+    assert opt.step(x=2.0, loss_fn=lambda y: y.sum()) == pytest.approx(3.6)
+
+
 class Required(torch.optim.SGD):
     def step(self, closure):
         assert closure is None

@@ -89,6 +89,25 @@ def test_a_restored_state_has_its_original_type() -> None:
     assert repr(restored(taken(SPARSE))) == repr(SPARSE)
 
 
+def test_trained_state_and_parameters_stay_what_they_are() -> None:
+    value = {
+        "trained": torch.ones(2, requires_grad=True),
+        "weight": torch.nn.Parameter(torch.ones(3)),
+        "frozen": torch.nn.Parameter(torch.ones(3), requires_grad=False),
+    }
+    slot = Snapshot()
+    for _ in range(2):  # the second copy reuses the buffers of the first
+        slot.take({"x": Holder(value)}, 1, None)
+    assert slot.nonfinite() == []
+    with torch.no_grad():
+        value["trained"].mul_(3)
+    for name, after in restored(slot).items():
+        before = value[name]
+        assert type(after) is type(before) and after is not before, name
+        assert after.requires_grad == before.requires_grad and after.is_leaf, name
+        assert torch.equal(after, torch.ones_like(after)), name
+
+
 @pytest.mark.filterwarnings("ignore:Sparse CSR")
 def test_a_compressed_sparse_tensor_is_checked_too() -> None:
     assert taken(torch.tensor([[0.0, NAN]]).to_sparse_csr()).nonfinite() == ["x.value"]
