@@ -123,7 +123,12 @@ def _by_segment(bucket: GradBucket) -> Iterator[Part]:
         else:
             yield Part(bucket.segment, positions, runs[bucket.segment])
         return
-    for segment, positions in by_number(zip(bucket.segment_ids, count())).items():
+    segments = bucket.segment_ids
+    if runs is None and len(set(segments)) == len(segments):  # one per tensor: half the time
+        for i, (segment, grad) in enumerate(zip(segments, bucket.grads, strict=True)):
+            yield Part(segment, (i,), (grad,))
+        return
+    for segment, positions in by_number(zip(segments, count())).items():
         tensors = [bucket.grads[i] for i in positions] if runs is None else runs[segment]
         yield Part(segment, positions, tensors)
 
