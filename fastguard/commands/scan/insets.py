@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from fastguard.commands.scan.columns import is_place
 from fastguard.commands.scan.lines import text_of
 from fastguard.commands.scan.names import PLACES
-from fastguard.commands.scan.vocabulary import is_metric
+from fastguard.commands.scan.vocabulary import is_metric, is_undefined
 
 WALKED = 1 << 16
 """Number of bytes above a row that are searched for its header."""
@@ -122,6 +122,8 @@ def _are_names(names: list[str]) -> bool:
         return False
     if any(name.lower() in PLACES and not is_place(name) for name in names):
         return False  # a sentence
+    if any(map(is_undefined, names)):
+        return True
     return any(map(is_place, names)) or sum(map(is_metric, names)) > 1
 
 

@@ -20,7 +20,8 @@ CLAUSE = re.compile(r"[,;，；、|｜│┃║\[\]{}<>!?]|\.\s|[:=：＝]|\s-{1
 _BESIDE = re.compile(r"\s(?:before|after|pre|post)[ -]?clip(?:ping)?$", re.IGNORECASE)
 _MARKUP = re.compile(r"<([^<>]*)>$")
 _INDEX = re.compile(  # loss[3]: nan, loss [epoch 3/10] -> nan
-    r"(?:\s?\[[\w,. ]{0,20}(?:/[\w ]{1,10})?\]|\]|(?<=\w)\{[^{}]{0,80}\})+$"
+    r"(?:\s?\[[\w,. ]{0,20}(?:/[\w ]{1,10})?\]|\]|(?<=\w)\{[^{}]{0,80}\}"
+    r"|\s?【[^】]{0,40}】|\s?[(（](?=[^()（）]{0,60}[\d ])[^()（）]{0,60}[)）])+$"
 )
 _FILE = re.compile(r".*\.(?:ckpt|pt|pth|bin|safetensors|h5|pkl|npz|py)", re.IGNORECASE)
 PLACES = frozenset(
@@ -40,10 +41,14 @@ _WORDS = re.compile(r"[^\s\"`*\]]+")
 
 def name_in(stem: str, *, separated: bool) -> str | None:
     """The name at the end of a text: the nearest metric in its last clause, or its last word."""
-    clause = _last_clause(stem)
-    words = [bare for word in _WORDS.findall(clause) if (bare := word.strip("'"))]
+    stem, begin = _last_clause(stem)
+    words = [bare for word in _WORDS.findall(stem[begin:]) if (bare := word.strip("'"))]
     if not words:
         return None
+    if separated and begin and LETTER.search(stem[begin:]) and all(map(_is_place, words)):
+        before = stem[:begin].rstrip(",;| ")  # val loss, epoch 3: nan
+        name = None if before[-1:].isdigit() else name_in(before, separated=True)
+        return name if name and is_metric(name) else None
     at = next(
         (i for i in reversed(range(len(words))) if _is_name(words[i]) and is_metric(words[i])), -1
     )
@@ -55,8 +60,10 @@ def name_in(stem: str, *, separated: bool) -> str | None:
         end = at
     elif separated and rest[0].lower() in PLACES and any(map(_DIGIT.match, rest)):
         end = at  # "after 3 epochs of warmup"
-    elif separated and len(rest) <= 6 and _DIGIT.match(rest[-1].strip("()#")):
+    elif separated and len(rest) <= 9 and _DIGIT.match(rest[-1].strip("()#")):
         end = at  # a place in unknown words or another language
+    elif not words[-1].isascii() and len(rest) <= 6:
+        end = at  # a place and a verb in another language
     elif len(rest) <= 2 and all(word.isalpha() or _is_parenthesis(word) for word in rest):
         end = len(words) - 1
     elif separated and _is_name(words[-1]):
@@ -80,8 +87,11 @@ def _balanced(name: str) -> str:
     return name.partition("(")[0].strip() or name.strip("()")
 
 
-def _last_clause(stem: str) -> str:
-    """The text after the last clause mark; a closed parenthesis belongs to the clause."""
+def _last_clause(stem: str) -> tuple[str, int]:
+    """The text without indices at its end, and where its last clause begins.
+
+    A closed parenthesis belongs to the clause.
+    """
     stem = _INDEX.sub("", stem.rstrip(" \t\"'`*"))
     stem = _BESIDE.sub("", _MARKUP.sub(r"\1", stem))
     begin = max((token.end() for token in TOKEN.finditer(stem)), default=0)
@@ -90,12 +100,12 @@ def _last_clause(stem: str) -> str:
         if mark[0] == "(" and ")" in stem[mark.end() :] and depth:
             continue
         begin = max(begin, mark.end())
-    return stem[begin:].rstrip(".…")
+    return stem.rstrip(".…"), begin
 
 
 def _is_name(word: str) -> bool:
     word = word.strip("()")
-    if not word or word[0].isdigit() or word.lower() == "finite":
+    if not word or word[0].isdigit() or word.lower() == "finite" or "//" in word:
         return False
     return LETTER.search(word) is not None or _SYMBOL.search(word) is not None
 

@@ -25,6 +25,8 @@ _STEP = re.compile(
 )
 _STEPS = ("step", "it", "update")
 _TUTORIAL = re.compile(rf"\s*\[({INT}),\s*({INT})\]")  # [epoch, batch], of PyTorch's tutorials
+_PAIR = re.compile(rf"\[\s*({INT})/({INT})\]\s{{0,3}}\[\s*({INT})/({INT})\]")  # [3/25][12/1583]
+_ESPNET = re.compile(rf"(?<![-\w.])({INT})epoch:\w{{1,20}}:({INT})-{INT}batch:")
 _COUNT = re.compile(
     rf"\[\s*({INT})\s*/\s*({INT})\b[^\]]{{0,40}}\]"  # [15/41]
     rf"|(?:^|[\s|:])({INT})/({INT}|\?)\s{{1,9}}[\[━╸]"  # 15/41 [, of tqdm and Keras
@@ -83,6 +85,10 @@ def where_in(text: str) -> Where:
     text = _without_settings(text)
     if pair := _TUTORIAL.match(text):
         return Where(epoch=pair.span(1), batch=pair.span(2))
+    if pair := _PAIR.search(text):
+        return Where(*(pair.span(group) for group in (1, 2, 3, 4)))
+    if espnet := _ESPNET.search(text):
+        return Where(epoch=espnet.span(1), batch=espnet.span(2))
     lower = text.lower()
     epoch = _now(_EPOCH, text) if "ep" in lower else None
     batch = _now(_BATCH, text) if "batch" in lower else None

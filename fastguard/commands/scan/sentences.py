@@ -58,8 +58,9 @@ _ADJECTIVE = (
 _SUBJECT = (
     rf"(?P<name>{_ADJECTIVE}(?:loss|losses|cost|norm|norms|grad|grads|gradient|gradients|weights?|"
     r"param|params|parameters?|activations?|outputs?|logits?|probabilit(?:y|ies)|predictions?|boxes|"
-    r"scores?|objective|elbo|rewards?|actions?|observations?|states?|embeddings?|updates?|tensors?|"
-    r"matrix|logprobs?|model|metric|[qv][ _-]?values?|advantages?|targets?|layers?|function|scale))"
+    r"scores?|objective(?: function)?|elbo|rewards?|actions?|observations?|states?|embeddings?|"
+    r"updates?|tensors?|matrix|logprobs?|model|metric|[qv][ _-]?values?|advantages?|targets?|"
+    r"layers?|function|scale))"
 )
 # Excludes input data: missing values in a table do not mean that training diverged.
 _PLACE = (
@@ -70,7 +71,8 @@ _PLACE = (
 )
 _MET = (
     r"(?:found|detected|encountered|produced|generated|returned|returning|got|gave|hit|saw|seen|"
-    r"observed|contains?|contained|containing|had|there (?:is|are|was|were)|due to)"
+    r"observed|contains?|contained|containing|had|there (?:is|are|was|were)|due to|"
+    r"because of|caused by)"
 )
 _PASSIVE = r"(?:found|detected|encountered|produced|generated|returned|occurred|seen|observed)"
 _WAS = r"(?:was |were |is |are |has been |have been )?"
@@ -87,7 +89,7 @@ _FLAG = (
 _SENTENCES = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
-        rf"function '(?P<name>\w{{1,80}})' returned {_EITHER} values?\b",
+        rf"function '?(?P<name>\w{{1,80}})'? returned {_EITHER} values?\b",
         rf"invalid (?:value )?{_EITHER} (?:value )?encountered in (?:the )?"
         r"(?P<name>[\w.()\[\]-]{1,60})",
         r"\b(?P<value>invalid value) encountered in (?P<name>[\w.()\[\]-]{1,60})",
@@ -96,9 +98,12 @@ _SENTENCES = tuple(
         rf"\bcannot convert float {_EITHER} to integer",
         rf"\b{_EITHER} in summary histogram for:? (?P<name>\S{{1,80}})",
         rf"\bunexpected result {_EITHER}",
+        # darknet
+        r"\d: [+-]?(?P<value>nan|inf), [+-]?(?:nan|inf|[\d.]{1,20}) (?P<name>avg loss)\b",
         rf"\bthe (?P<name>loss) returned in \S{{1,60}} is {_EITHER}",
         rf"\bthe (?P<name>total norm) of order \S{{1,20}} for gradients .{{1,60}} is {_EITHER}",
-        rf"\b{_SUBJECT}(?: (?:at|in|on|of|for|from) [\w./:-]{{1,40}}(?: \d{{1,9}})?)?"
+        rf"\b{_SUBJECT}(?: (?:at|in|on|of|for|from) [\"'`]?[\w./:-]{{1,40}}[\"'`]?"
+        r"(?: \d{1,9}(?:-\d{1,9})?)?){0,3}+"
         r"(?: or scores)? (?:is|was|are|were|became|becomes?|has become|have become|went|hit|"
         r"turned(?: in?to)?|contains?|contained|has|have|had|exploded to|diverged to)"
         rf"(?: now)?(?: an?| the| some| either| all)? {_EITHER}",
@@ -111,9 +116,10 @@ _SENTENCES = tuple(
         r"|(?:at|in|on) (?:step|iter|iteration|epoch|batch|update)\W{0,3}\d)",
         rf"\b{_SUBJECT} {_EITHER} {_PASSIVE}\b",
         rf"\b{_EITHER} {_SUBJECT}(?: values?)?[,;:.!-]{{0,2}} "
-        r"(?:skipp|stopp|end|abort|terminat|exit|restart|roll|recover)ing\b",
+        r"(?:(?:skipp|stopp|end|abort|terminat|exit|restart|roll|recover)|(?<=\W )[a-z]{2,12})"
+        r"ing\b",
         rf"(?:^|[:\]!-]\s{{1,3}}){_EITHER}(?: values?)? in (?:the )?{_SUBJECT}\b",
-        rf"(?:^|[:\]!-]\s{{1,3}}){_EITHER} {_SUBJECT} (?:in|at|on) (?:the\b|layers?\b|\d)",
+        rf"(?:^|[:\]!-]\s{{1,3}}){_EITHER} {_SUBJECT} (?:in|at|on) (?:the\b|layers?\b|rank\b|\d)",
         rf"\b{_SUBJECT}[`'\"]? (?:(?:is|are|was|were|became) )?(?P<value>not (?:an? )?"
         r"(?:finite(?: number)?|number))\b",
         rf"\b{_EITHER}{_KINDS} {_WAS}{_PASSIVE} (?:in|on|at|for|by|during) {_PLACE}",
@@ -142,7 +148,7 @@ COUNT = re.compile(
 
 _ERROR = _SENTENCES[-1]
 _VERBS = re.compile(
-    "found|detected|encountered|occurred|return|generated|produced|contain|there|due|turned|became"
+    "avg|found|detected|encountered|occurred|return|generated|produced|contain|there|due|turned|became"
     "|become|went|exploded|during|convert|invalid|unexpected|summary|reached|already|num|count"
     "|samples|skipped|iterations|observed|grads|gradients|steps|elements|losses|batches|updates"
     "|any|is_|isnan|isinf|finite|^\\W*(?:nan|inf)|has_|observed|gave|diverged|ing| is| was| are"
@@ -150,15 +156,21 @@ _VERBS = re.compile(
 )
 """Text without any of these words contains no such sentence."""
 
+_IF = (
+    r"\b(?:if|in case|when|whenever|whether|unless|until|once|assert|wenn|falls|si|cuando|quando|se"
+    r"|если|когда|jeśli)\b|如果|若|当(?!前)|當(?!前)|もし|場合|만약|경우"
+)
+CONDITIONAL = re.compile(_IF, re.IGNORECASE)
 _CONDITION = re.compile(
-    r"\b(?:if|in case|when|whenever|whether|unless|until|once|assert|not|no|never|without|free of|"
-    r"checks?|checking|will|would|should|could|may|might|can|avoid|prevents?|raises?|test that|"
-    r"replac\w+|ignor\w+|handl\w+|isn't|aren't)\b|\b(?:0|zero)\s+$|[!=]=\s*$",
+    rf"{_IF}|\b(?:not|no|never|without|free of|checks?|checking|will|would|should|could|may|might"
+    r"|can|avoid|prevents?|raises?|test that|replac\w+|ignor\w+|handl\w+|isn't|aren't"
+    r"|kein|keine|sin|senza|без)\b|没有|\b(?:0|zero)\s+$|[!=]=\s*$",
     re.IGNORECASE,
 )
-_DENIED = re.compile(
-    r"[\"'`\s]*(?:[:=]\s*(?:false|0|no|none|never|off|disabled)\b"
-    r"|(?:detection|checks?|checking|checker|filter|handling|policy|protection|guard)\b|\?)",
+DENIED = re.compile(
+    r"[\"'`\s]*(?:(?:count|rows|cells|entries|values|elements)?\s?[:=?]\s*"
+    r"(?:false|0(?![\d.%:])|no|none|never|off|disabled)\b"
+    r"|(?:detection|checks?|checking|checker|filter|handling|policy|protection|guard)\b)",
     re.IGNORECASE,
 )
 _TRIGGER = re.compile(
@@ -202,7 +214,7 @@ def _in_window(text: str, trigger: int) -> Sentence | None:
     # Checked once for all patterns: a condition before a sentence also precedes the NaN in it.
     for pattern in (_ERROR,) if is_possibility(text[:trigger]) else _SENTENCES:
         for match in pattern.finditer(text):
-            if _DENIED.match(text, match.end()):
+            if DENIED.match(text, match.end()) or text[match.end() :].lstrip()[:1] == "?":
                 continue
             groups = match.groupdict()
             name = groups.get("name") or groups.get("other") or ""

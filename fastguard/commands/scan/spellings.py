@@ -14,7 +14,7 @@ _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
 # YAML writes .nan and -.inf; 1.#QNAN, -1.#IND and 1.#INF come from Microsoft's older C library.
 # "NaN/Inf" is a word.
 NONFINITE = (
-    rf"(?:(?<![\w.#@\\-])|(?<=\.\.)|(?<=[{_CJK}]))[+-]?(?:(?<![*/])\.)?"
+    rf"(?<![a-zA-Z]/)(?:(?<![\w.#@\\-])|(?<=\.\.)|(?<=[{_CJK}]))[+-]?(?:(?<![*/])\.)?"
     r"(?:(?:nan(?!/inf)|inf(?:inity)?(?!/nan))(?:\.0*)?"
     rf"(?:(?!\.?[\w-]|/[a-z])|(?=[{_CJK}])|(?=/(?:nan|inf)\b))"
     r"|1\.#(?:[qs]?nan|ind|inf)\d*)"

@@ -27,7 +27,7 @@ from fastguard.commands.scan.rows import Column, Rows
 from fastguard.commands.scan.series import AllSeries
 from fastguard.commands.scan.spellings import canonical
 from fastguard.commands.scan.values import Value, has_nonfinite
-from fastguard.commands.scan.vocabulary import is_bound, is_metric
+from fastguard.commands.scan.vocabulary import is_bound, is_metric, is_undefined
 
 NAME = "table"
 
@@ -107,7 +107,7 @@ class Table:
         return self._row(cells) if len(cells) == len(self._names) else None
 
     def _take_head(self, text: str) -> Reading | None:
-        for delimiter in _DELIMITERS:
+        for delimiter in (BARS,) if self._delimiter == BARS else _DELIMITERS:
             names = _cells(text, delimiter)
             named = (
                 names[1:] if names[:1] == [""] else names
@@ -129,6 +129,7 @@ class Table:
     def _begin(self, delimiter: str, names: list[str]) -> None:
         self._begun, self._misses = True, 0
         self._delimiter, self._names, self._bad = delimiter, names, set()
+        self._may_miss = names[0] == ""  # pandas prints NaN for values that are missing
         self._places = [is_place(name) for name in names]
         self._judged = [self._series.judges(name) for name in names]
         self._places_at = [(i, n) for i, n in enumerate(names) if self._places[i]]
@@ -141,7 +142,7 @@ class Table:
         """Matches rows that can be read together; None if there are no numeric columns."""
         numbers = [p or j for p, j in zip(self._places, self._judged, strict=True)]
         named = self._named_by is not None and self._value_at is not None
-        if self._delimiter == BARS or named or not any(numbers):
+        if self._delimiter == BARS or named or not any(numbers) or self._may_miss:
             return None
         number, cell, between = _NUMBER, _CELL, re.escape(self._delimiter.encode())
         if self._delimiter == SPACES:
@@ -243,7 +244,7 @@ class Table:
         return bool(self._places_at) and all(cells[i][-1:].isdigit() for i, _ in self._places_at)
 
     def _row(self, cells: list[str]) -> Reading | None:
-        bad, found, again_good = [], set(), False
+        bad, found, again_good, some = [], set(), False, False
         numbers: dict[str, float] = {}
         names, judged = self._names, self._judged
         if self._named_by is not None and self._value_at is not None:  # key, value, step
@@ -255,6 +256,7 @@ class Table:
                 continue
             if cell[-1].isdigit():
                 again_good |= i in self._bad
+                some |= is_metric(name)
                 if judged[i]:
                     if (number := number_of(cell)) is not None:
                         numbers[name] = number
@@ -264,6 +266,8 @@ class Table:
             elif value not in (None, _BOUND):
                 bad.append(value)
                 found.add(i)
+        if self._may_miss and some:
+            bad = []
         if bad:
             self._bad |= found
         elif again_good:
@@ -343,4 +347,9 @@ def _floats(cells: Sequence[bytes]) -> Sequence[float]:
 
 
 def _is_known(name: str) -> bool:
-    return is_place(name) or is_metric(name) or name.lower() in ("value", *NAMED_BY)
+    return (
+        is_place(name)
+        or is_metric(name)
+        or is_undefined(name)
+        or name.lower() in ("value", *NAMED_BY)
+    )

@@ -18,7 +18,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from fastguard.commands.scan.names import CLAUSE, LETTER, name_in
-from fastguard.commands.scan.sentences import bad_of_sentence, is_possibility
+from fastguard.commands.scan.sentences import CONDITIONAL, DENIED, bad_of_sentence, is_possibility
 from fastguard.commands.scan.spellings import NUMBER, TOKEN, canonical, may_have, runs
 from fastguard.commands.scan.vocabulary import LEVEL, UNIT_OF_RATE, is_bound, is_metric
 
@@ -46,7 +46,7 @@ _OPENERS = re.compile(
     r"(?:tensor|array|Array|DeviceArray|NDArray|Parameter|Tensor|Decimal|float\d*)\("
     r"|[\[({<\"'$`*~≈≃]|\s)*$"
 )
-_SEPARATORS = ":=：＝|｜│┃║¦→⇒∣∶꞉︓﹕﹦≔▏▕"
+_SEPARATORS = ":=：＝|｜│┃║¦→⇒∣∶꞉︓﹕﹦≔▏▕・"
 _VERB = re.compile(
     r"\s+(?:is|was|are|were|equals|became|becomes|become|turned|turns|went|goes|diverged|exploded|reached|hit"
     r"|came out)(?:\s+(?:now|to|at|as|already|also|still|currently))?$|[为是は]$",
@@ -74,13 +74,19 @@ _NO_WORD = re.compile(
 )
 # A word directly after the token shows that it is part of a name: "nan gradients: 0".
 _ALONE = re.compile(r"[\"'`\])}>%]*\s+[^\W\d_]")
+_ARRAY = re.compile(
+    r"(?:\s*[:=]?\s*(?:[a-z.]{1,20}\()?\[|[:=]\s)[\d\s.,+\-einf\[\]]*$", re.IGNORECASE
+)
 _CONTAINER_BEFORE = re.compile(r"(?:tensor|array|float)\(\[*$", re.IGNORECASE)
 _QUOTED_FLOAT = re.compile(r"float\([\"'][+-]?$")
+_PANDAS = re.compile(r"\d\s{2,}$")
+"""Matches the text before a missing value in a row of a table that pandas printed."""
 _ARROW = re.compile(r"\s*[-=~]+>$")
 _IN_BARS = re.compile(r"[|│┃]\s*([^\W\d][\w./-]{0,40})\s$"), re.compile(r"\s*(?:[|│┃]|$)")
 """Match the texts before and after a value whose cell also has its name: `| tr nan | val 2.3`."""
 _INTERVAL = re.compile(
-    r"(?:\(\s*-inf,\s*[^,\]()]{1,20}\]|\[[^,\[\]()]{1,20},\s*\+?inf\s*\))", re.IGNORECASE
+    r"(?:\(\s*-inf,\s*(?:[^,\]()]{1,20}\]|\+?inf\s*\))|\[[^,\[\]()]{1,20},\s*\+?inf\s*\))",
+    re.IGNORECASE,
 )
 _CLOSER = re.compile(r"[\"']?\s*(?:[\])}]|,\s*(?:device|dtype|grad_fn|requires_grad)=)")
 _BETTER = re.compile(r"\)?\s*(?:-*=?>|→|to\b)", re.IGNORECASE)
@@ -155,6 +161,8 @@ def _others(text: str, begin: int, end: int) -> Iterator[Value]:
 
 def _name(before: str, after: str, end: str, token: str) -> str | None:
     """Calls `_name_of_value` with all digits replaced by 1, so that more calls are cached."""
+    if DENIED.match(after):
+        return None
     alike = before.translate(_DIGITS)
     name = _name_of_value(alike, after.translate(_DIGITS), end.translate(_DIGITS), token)
     if not name or "1" not in name:
@@ -183,6 +191,8 @@ def _name_of_value(before: str, after: str, end: str, token: str) -> str | None:
         token: The token as written.
     """
     text = canonical(token)
+    if token == "NaN" and _PANDAS.search(before):
+        return None
     if text != "nan" and (_BETTER.match(after) or re.search(r"\bfrom\s+$", before)):
         return None
     if UNIT_OF_RATE.match(end):
@@ -225,6 +235,10 @@ def _name_of_value(before: str, after: str, end: str, token: str) -> str | None:
         return None
     if level and (LETTER.search(end) or LETTER.search(before)):
         return _LEVEL
+    if (array := _ARRAY.search(before)) is not None:
+        name = name_in(before[: array.start()], separated=True)
+        if name and is_bound(name, text):
+            return None
     return _among_numbers(before, after, end)
 
 
@@ -242,11 +256,13 @@ def _separated(name: str, stem: str, end: str, text: str, *, in_call: bool) -> s
     clause = CLAUSE.split(stem[:-1])[-1].strip(" \"'`()")
     if LEVEL.match(clause):
         return None
+    if not is_metric(name) and (len(clause.split()) > 4 or clause.endswith(" as")):
+        return None  # a sentence
     if is_bound(clause, text) and not is_metric(name):
         return None
     if text != "nan" and _BESTS.search(clause):
         return None
-    if stem.endswith(("==", "!=")) or (is_metric(name) and re.search(r"\b(?:if|assert)\b", stem)):
+    if stem.endswith(("==", "!=")) or (is_metric(name) and CONDITIONAL.search(stem)):
         return None
     if is_metric(name):
         return name

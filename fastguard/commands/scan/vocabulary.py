@@ -28,7 +28,7 @@ _SETTINGS = frozenset(
     "neginf tol "
     "tolerance low high vmin vmax lang language locale encoding user author name host "
     "hostname path file level lvl dataset seed version id task split severity loglevel "
-    "strategy sentinel placeholder".split()
+    "strategy sentinel placeholder number count columns arguments argument copypaste".split()
 )
 _BOUNDS = frozenset(
     "best max min maximum minimum lowest highest lower upper init initial patience clip old "
@@ -47,15 +47,20 @@ _HYPERPARAMETERS = frozenset(
     "ttl".split()
 )
 _ATTENTION = frozenset("attn attention causal alibi position".split())
+_INTERVALS = frozenset("range ranges interval domain bounds".split())
+_PARTS = frozenset("processor processors filter warper detector callback".split())
+"""Last words of names of program parts, whatever the rest: "logits_processor"."""
 _LOSSES = frozenset("loss losses norm norms grad grads gnorm nll ppl perplexity".split())
 """Last words that make a name a metric regardless of the rest: "duration loss", "clip_loss"."""
 
-_WORD = re.compile(r"[A-Z]?[a-z]+\d?|[A-Z]+(?![a-z])\d?|\d+|[^\W\d_a-zA-Z]+")
+# Words in Latin letters may be in camel case; other scripts may lack spaces.
+_WORD = re.compile(r"[A-ZÀ-Þ]?[a-zß-ɏ]+\d?|[A-ZÀ-Þ]+(?![a-zß-ɏ])\d?|\d+|[^\W\d_a-zA-ZÀ-ɏ]+")
 _PER = re.compile(
     r"\bper[_ -](?:s|sec|second|step|iter|iteration|batch|epoch|sample|token|gpu|device)\b"
     r"|(?:/|(?<![^\W_]))s(?:ec)?$|\bs/\w{1,12}$|\bms/\w{1,12}$|/(?:sec|second|it|iter|step|hr?|gpu)$",
     re.IGNORECASE,
 )
+_PRECISION = re.compile(r"(?:.{0,40}[/ _-])?AP(?:\d\d|[sml])?(?:-.{1,40})?")
 UNIT_OF_RATE = re.compile(
     r"\s{0,2}(?:\w{1,12}/(?:s|sec|second|it|iter|step|gpu|hr?|min)\b|s/\w{1,12}"
     r"|\w{1,12} per (?:second|sec|step|gpu)\b|(?:ms|secs?|seconds|minutes|hours|hrs|"
@@ -103,6 +108,11 @@ def is_rate(name: str) -> bool:
     return bool(rates) and not (rates == {"rate"} and is_metric(name))
 
 
+def is_undefined(name: str) -> bool:
+    """Whether a name is an average precision of COCO, NaN for a size or class without objects."""
+    return _PRECISION.fullmatch(name) is not None
+
+
 @lru_cache(4096)
 def is_bound(name: str, text: str) -> bool:
     """Whether a value of this name is a bound at infinity, a rate or a setting.
@@ -116,7 +126,7 @@ def is_bound(name: str, text: str) -> bool:
         return False
     if text != "nan" and _is_infinite_bound(words, text):
         return True
-    if is_rate(name):
+    if is_rate(name) or words[-1] in _PARTS or is_undefined(name) or words == ("error", "score"):
         return True
     return not is_metric(name) and any(word in _SETTINGS for word in words)
 
@@ -124,11 +134,13 @@ def is_bound(name: str, text: str) -> bool:
 def _is_infinite_bound(words: tuple[str, ...], text: str) -> bool:
     if "best" in words or words[-1] == ("min" if text == "inf" else "max"):  # where a search begins
         return True
-    if words[-1] in ("min", "max") and not any(map(is_metric, {*words[:-1]} - {"lr"})):  # a range
-        return True
+    if not {"min", "max"}.isdisjoint(words) and not any(map(is_metric, {*words} - {"lr"})):
+        return True  # a range
     if words[-1] in ("inf", "infinity"):  # a constant
         return True
-    if text == "-inf" and words[-1] in ("bias", "mask") and not _ATTENTION.isdisjoint(words):
+    if text == "-inf" and words[-1] == "bias" and not _ATTENTION.isdisjoint(words):
+        return True
+    if words[-1] in _INTERVALS or (text == "-inf" and words[-1] in ("mask", "masks")):
         return True
     if words[0] in _BOUNDS and words[0] not in ("clip", "clipping"):
         return True

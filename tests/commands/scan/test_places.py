@@ -90,3 +90,15 @@ def test_settings_are_not_places(setting: str) -> None:
 def test_place_is_found_beside_settings(text: str, place: Place) -> None:
     assert where_in(text).place(text) == place
     assert where_in(text).in_bytes(text, text.encode()).place(text.encode()) == place
+
+
+@pytest.mark.parametrize(
+    ("line", "place"),
+    [
+        ("[3/25][120/1583]\tLoss_D: nan", Place(3, 25, 120, 1583)),
+        ("12:30:15 | INFO | [3/100] [12/200] loss: nan", Place(3, 100, 12, 200)),
+        ("(trainer:709) INFO: 12epoch:train:101-200batch: loss=nan", Place(12, None, 101)),
+    ],
+)
+def test_epoch_and_batch_in_brackets_or_before_their_names(line: str, place: Place) -> None:
+    assert scan(line).stretches[0].first == place

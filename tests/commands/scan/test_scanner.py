@@ -45,7 +45,7 @@ def test_empty_log() -> None:
 
 def test_what_is_kept_is_bounded() -> None:
     lines = [f"epoch {i} loss_{i}=nan" for i in range(3 * KEPT)]
-    found = scan(*lines)
+    found = scan_log(io.BytesIO("\n".join(lines).encode()), full=True)
     assert found.n_stretches == 3 * KEPT and len(found.stretches) == KEPT
     found = scan(*(f"loss_{i}=nan" for i in range(3 * NAMES)))
     assert len(found.stretches[0].values) == NAMES + 1
