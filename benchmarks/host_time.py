@@ -7,10 +7,10 @@ gradients on the CPU. Every kernel launch returns at once, so no gradient is rea
 of a step mean nothing. Each step gets new gradient tensors: at the addresses of the previous step
 ("same addresses"), or at addresses whose table is no longer cached ("new addresses").
 
-For each case, prints the host time per step in µs (median and 20th percentile), and the share of
-each stage. Shares come from separate steps with a clock around each stage, and exclude the stages
-inside. Steps run back to back, so the CPU caches are warm; `--cold` empties them before each step,
-closer to training, where the backward pass comes in between.
+For each case, prints the host time per step in µs (median, 20th percentile and mean), and the share
+of each stage. Shares come from separate steps with a clock around each stage, and exclude the
+stages inside. Steps run back to back, so the CPU caches are warm; `--cold` empties them before each
+step, closer to training, where the backward pass comes in between.
 
 In the time of the guard, the `step` of the wrapped optimizer, a fused AdamW, returns at once. "with
 torch's step" includes its Python code, and only its fused kernel returns at once. Its operations on
@@ -18,7 +18,8 @@ the step counts remain; on a CPU, torch runs them tensor by tensor.
 
 This leaves out what the driver adds on a GPU: launches (also those of the fused optimizer), copies
 and pinned memory of uploads, allocations, events, and queries of the current stream. The record of
-the previous step has always arrived, and each step finishes it.
+the previous step has always arrived. `StepRecord`s are made for 32 steps at a time, so the mean
+includes their time and the median does not.
 """
 
 from __future__ import annotations
@@ -226,9 +227,9 @@ def show(name: str, times: Sequence[dict[str, float]]) -> None:
         key: [each.get(key, 0.0) * 1e6 for each in times] for key in (GUARD, WHOLE, *STAGES, REST)
     }
     median = {key: statistics.median(values) for key, values in us.items()}
-    p20 = sorted(us[GUARD])[len(times) // 5]
+    p20, mean = sorted(us[GUARD])[len(times) // 5], statistics.mean(us[GUARD])
     print(
-        f"{name}: guard {median[GUARD]:.0f} µs (p20 {p20:.0f}), "
+        f"{name}: guard {median[GUARD]:.0f} µs (p20 {p20:.0f}, mean {mean:.0f}), "
         f"with torch's step {median[WHOLE]:.0f} µs"
     )
     whole = sum(median[stage] for stage in (*STAGES, REST))

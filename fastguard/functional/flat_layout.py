@@ -177,3 +177,8 @@ def share_of(n: int, turn: int) -> slice:
     n_shares = max(1, -(-n // size))
     start = turn % n_shares * size
     return slice(start, start + size)
+
+
+def first_difference(now: Sequence[int], then: Sequence[int]) -> int:
+    """Returns the first position at which two sequences of equal length differ."""
+    return next(i for i, (a, b) in enumerate(zip(now, then, strict=True)) if a != b)

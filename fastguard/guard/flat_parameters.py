@@ -18,9 +18,9 @@ that were swapped with `p.data = ...`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby, pairwise
+from operator import is_
 from typing import Any
 
 import torch
@@ -29,10 +29,10 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from fastguard.functional.flat_buckets import FlatGradBuckets
-from fastguard.functional.flat_layout import FlatBuffer, share_of, slot_in
+from fastguard.functional.flat_layout import FlatBuffer, first_difference, share_of, slot_in
 from fastguard.guard.flat_blocks import STEP, Block, Run, blocks_of
 from fastguard.guard.param_gradients import Gradients
-from fastguard.guard.step_hooks import is_hooked
+from fastguard.guard.step_hooks import is_hooked, without_grad
 
 DuringStep = tuple[list[Run], Any, Any, Any]
 """Runs and their state; the param groups and the state of the optimizer outside of its step."""
@@ -78,9 +78,11 @@ class FlatParameters:
         for p in self._flat.parameters:
             p.data = p.data.clone()
 
-    @contextmanager
-    def runs_in_place_of_parameters(self) -> Iterator[None]:
-        """Context in which the `step` of the optimizer works on runs; its hooks see parameters."""
+    def call_with_runs(self, step: Callable[[], None]) -> None:
+        """Calls `step`, the step of the optimizer, on runs in place of parameters.
+
+        Hooks of the optimizer see parameters.
+        """
         self.show_parameters()
         optimizer, handles = self.optimizer, []
         self._hooked = is_hooked(optimizer)
@@ -92,13 +94,13 @@ class FlatParameters:
                 optimizer._optimizer_step_post_hooks.move_to_end(last.id, last=False)  # type: ignore[attr-defined]
             else:
                 self._show_runs()
-            yield
+            step()
         finally:
             self.show_parameters()
             for handle in handles:
                 handle.remove()
 
-    @torch.no_grad()
+    @without_grad
     def _show_runs(self) -> None:
         if self._during_step is not None:
             return
@@ -123,10 +125,10 @@ class FlatParameters:
 
     def show_parameters(self) -> None:
         """Reverts `_show_runs`. After an interrupt, the next call starts from the beginning."""
-        if self._during_step is not None:  # checked here: `no_grad` takes 1 µs
+        if self._during_step is not None:
             self._revert(self._during_step)
 
-    @torch.no_grad()
+    @without_grad
     def _revert(self, during_step: DuringStep) -> None:
         runs, of_runs, groups, state = during_step
         self.optimizer.param_groups, self.optimizer.state = groups, state
@@ -184,10 +186,10 @@ class FlatParameters:
     def _check_share(self, flat: FlatGradBuckets) -> None:
         """Raises a RuntimeError if the memory of one of the parameters checked now was replaced."""
         some = share_of(len(flat.parameters), self._gradients.turn)
-        parameters, addresses = flat.parameters[some], self._addresses[some]
-        for p, address in zip(parameters, addresses, strict=True):
-            if p.data_ptr() != address:
-                self._gradients.refuse_replaced(p)
+        parameters, known = flat.parameters[some], self._addresses[some]
+        now = list(map(Tensor.data_ptr, parameters))
+        if now != known:
+            self._gradients.refuse_replaced(parameters[first_difference(now, known)])
 
     def _addresses_now(self) -> list[int]:
         return list(map(Tensor.data_ptr, self._flat.parameters))
@@ -226,7 +228,7 @@ class FlatParameters:
             self._state is not state
             or n != len(state)
             or entries.keys() != known.keys()
-            or any(known[key] is not value for key, value in entries.items())
+            or not all(map(is_, entries.values(), known.values()))
         )
 
     def _mark_state(self) -> None:

@@ -6,6 +6,7 @@ On a CPU the verdict is read first, which costs nothing; on a GPU torch's fused 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -65,5 +66,4 @@ class _FlatInnerStep(InnerStep):
         self._flat = flat
 
     def _step(self, call: StepCall, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        with self._flat.runs_in_place_of_parameters():
-            super()._step(call, args, kwargs)
+        self._flat.call_with_runs(partial(super()._step, call, args, kwargs))

@@ -51,6 +51,11 @@ class ScalerInputs(NamedTuple):
     scale_falls: Tensor | None = None
     scaler: GradScaler | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no scaler."""
+        return self is _NOTHING
+
     def signals(self, losses: Tensor, loss_names: Sequence[str]) -> Signals:
         """Returns the signals of a step with these losses."""
         return Signals(
@@ -63,8 +68,8 @@ _NOTHING = ScalerInputs()
 
 def scaler_inputs(optimizer: Optimizer, device: torch.device) -> ScalerInputs:
     """Returns what a scaler has set on the optimizer, on `device`. Never waits."""
-    grad_scale = getattr(optimizer, "grad_scale", None)  # None after GradScaler.unscale_
-    found = getattr(optimizer, "found_inf", None)
+    own = optimizer.__dict__  # not getattr, which would look them up on the wrapped optimizer too
+    grad_scale, found = own.get("grad_scale"), own.get("found_inf")  # None after unscale_
     if grad_scale is None and found is None:
         return _NOTHING
     inv_scale = found_inf = falls = scaler = None

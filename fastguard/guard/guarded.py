@@ -8,7 +8,6 @@ implements the interface of `torch.optim.Optimizer` for schedulers, scalers and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -312,11 +311,15 @@ class GuardedOptimizer(SavableOptimizer):
             watched,
             self._gradients.layout.names,
         )
-        with nullcontext() if watched is None else watched.during_update():
-            self._stepper.step(buckets, verdict, call, policy.may_change(signals))
+        changes = policy.may_change(signals)
+        if watched is None:
+            self._stepper.step(buckets, verdict, call, changes)
+            flight.obeyed = True
+            return
+        with watched.during_update():
+            self._stepper.step(buckets, verdict, call, changes)
         flight.obeyed = True
-        if watched is not None:
-            watched.after_update()
+        watched.after_update()
 
     def _reduced(
         self, stats: GradStats, signals: Signals, buckets: GradBuckets, scaling: ScalerInputs
@@ -365,6 +368,8 @@ class GuardedOptimizer(SavableOptimizer):
         if scaling.scaler is not None:
             self._recorder.longest_search = longest_search(scaling.scaler)
             self._scaler = ref(scaling.scaler)
+        if not losses and scaling.is_empty:
+            return Signals.none(self._device)
         return scaling.signals(stacked(losses, self._device), tuple(losses))
 
     def _current_policy(self) -> Policy:

@@ -25,6 +25,7 @@ from fastguard.ranks.groups import Group, check_same_tensors
 from fastguard.ranks.plain_shards import check_plain_shards
 from fastguard.ranks.team import Team, team_of
 
+CPU = torch.device("cpu")
 TRUSTED = "trusted"
 Flat = bool | Literal["trusted"]
 
@@ -115,7 +116,8 @@ class Gradients:
         """
         try:
             if groups == self._groups:
-                return all(groups[g][i] is p for g, i, p in self._scalars)
+                scalars = self._scalars
+                return not scalars or all(groups[g][i] is p for g, i, p in scalars)
         except Exception:  # two different tensors were compared
             pass
         known = self.layout.parameters
@@ -224,11 +226,10 @@ class Gradients:
         Without parameters, the device of the collectives. While the model is on the meta device,
         which holds no values, the CPU.
         """
-        cpu = torch.device("cpu")
         if self.layout.parameters:
             first = self.layout.parameters[0]
-            return cpu if first.is_meta else first.device
-        return cpu if self.team is None else self.team.device_for(cpu)
+            return CPU if first.is_meta else first.device
+        return CPU if self.team is None else self.team.device_for(CPU)
 
     def _check_first_step(self) -> None:
         """Checks the gradients in the first step: they exist, have values, and are no plain shards.

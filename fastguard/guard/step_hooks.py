@@ -60,6 +60,17 @@ def with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     return hooked
 
 
+def without_grad(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a function like `torch.no_grad()`, which takes 1.7 µs even if nothing changes."""
+    decorated = torch.no_grad()(function)
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        return decorated(*args) if torch.is_grad_enabled() else function(*args)
+
+    return run
+
+
 def _arguments(changed: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Returns the arguments of `step` that a pre-hook returned, without the optimizer."""
     if not (isinstance(changed, tuple) and len(changed) == 2):

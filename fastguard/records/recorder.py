@@ -32,6 +32,9 @@ from fastguard.stages.contract import HostVerdict, Known
 KEPT = 4096
 """Number of records kept for `records()` and for `history`; older ones are dropped."""
 
+BATCH = ROWS // 2
+"""Number of records that are in transfer or have arrived before any is made, without incidents."""
+
 INBOX = 1 << 16
 """Maximum number of records kept for a subscriber that takes none: 36 MB, and more steps than most
 epochs have."""
@@ -73,6 +76,7 @@ class Recorder:
         self._ring: Ring | None = None
         self._newest: object = None
         self._pending: deque[Pending | Settled] = deque()
+        self._unseen: deque[Pending] = deque()  # those not known to have arrived
         self._made: tuple[object, StepRecord] | None = None
         self._logged: StepRecord | None = None  # the newest record passed to the log
         self._called: tuple[StepRecord | None, int, int] = (None, 0, 0)
@@ -134,10 +138,23 @@ class Recorder:
             ring = self._ring = Ring(device, outcome.width)
         if len(self._pending) >= ROWS and (oldest := self._oldest()) is not None:
             oldest.arrival.wait()
-        self.poll()
+        if self._is_due():
+            self.poll()
         watched = send_watched(outcome)
-        self._pending.append(Pending.of(outcome, ring.send(outcome), watched))
+        pending = Pending.of(outcome, ring.send(outcome), watched)
+        self._unseen.append(pending)
+        self._pending.append(pending)
         self._newest = outcome.key
+
+    def _is_due(self) -> bool:
+        """Whether records should be finished now, and not later in a batch."""
+        if self.sinks or self._inboxes or len(self._pending) >= BATCH:
+            return True
+        unseen = self._unseen
+        while unseen and unseen[0].arrival.has_arrived():
+            if unseen.popleft().is_due:
+                return True
+        return False
 
     def _has(self, key: object) -> bool:
         """Whether this step is the newest one added."""

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastguard.errors import NAMED_CULPRITS, Culprit
+from fastguard.kernels.record_row import REASON
 from fastguard.records.device_row import Arrival, Outcome, Watched, unpack
 from fastguard.records.step_record import REPLICA_DRIFT, StepRecord
 from fastguard.stages.agc import ClippedUnits, UnitSummary
 from fastguard.stages.contract import HostVerdict, Known
+from fastguard.stages.grad_stats import name_in
 from fastguard.stages.reason import Reason
 
-_ARRIVED = Arrival(torch.empty(0, device="cpu"), None)
+_ARRIVED = Arrival(np.empty(0), None)
 # By number, because creating a Reason costs as much as the rest of a record.
 _LABELS = tuple(reason.label for reason in Reason)
 
@@ -115,13 +118,13 @@ def _clipped_units(outcome: Outcome) -> tuple[int, int, tuple[str, int] | None]:
     if not summaries:
         return 0, 0, None
     numbers = [x for summary in summaries for x in summary.values.tolist()]
-    return _named(ClippedUnits.of(summaries, numbers), outcome.name_of_parameter)
+    return _named(ClippedUnits.of(summaries, numbers), outcome.parameter_names)
 
 
 def _named(
-    clipped: ClippedUnits, name_of: Callable[[int], str]
+    clipped: ClippedUnits, names: Sequence[str] | None
 ) -> tuple[int, int, tuple[str, int] | None]:
-    most = (name_of(clipped.position), clipped.unit) if clipped.n_clipped else None
+    most = (name_in(names, clipped.position), clipped.unit) if clipped.n_clipped else None
     return clipped.n_clipped, clipped.n_units, most
 
 
@@ -139,14 +142,17 @@ def send_watched(outcome: Outcome) -> tuple[Watched, Tensor] | None:
     return outcome.watched, host.copy_(values, non_blocking=on_gpu)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Pending:
-    """A record in transfer to the host, with the values that are already on the host."""
+    """A record in transfer to the host, with the values that are already on the host.
+
+    Keeps nothing on the device alive, except in a step that is watched or limits units.
+    """
 
     key: object
     arrival: Arrival
-    name_of: Callable[[int], str]
-    name_of_parameter: Callable[[int], str]
+    names: Sequence[str] | None
+    parameter_names: Sequence[str] | None
     loss_names: Sequence[str]
     signal_names: tuple[str, ...]
     lr: float | None
@@ -164,8 +170,8 @@ class Pending:
         return Pending(
             outcome.key,
             arrival,
-            outcome.stats.name,
-            outcome.name_of_parameter,
+            outcome.stats.names,
+            outcome.parameter_names,
             outcome.signals.loss_names,
             outcome.signal_names,
             lr,
@@ -177,13 +183,20 @@ class Pending:
             outcome.time,
         )
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the record should be made at once, because the step needs attention or the
+        record keeps tensors alive. The row must have arrived."""
+        keeps = self.watched is not None or self.summaries
+        return bool(keeps or self.arrival.row.item(REASON))
+
     def record(self) -> StepRecord:
         """Returns the record. The row must have arrived."""
         # The names of other ranks' losses may only be known now.
         row = unpack(
             self.arrival.row, self.loss_names, self.is_joint, self.limit is None, self.summaries
         )
-        culprits = [(self.name_of(i), n, p, m) for i, n, p, m in row.culprits]
+        culprits = [(name_in(self.names, i), n, p, m) for i, n, p, m in row.culprits]
         settled = Settled(
             self.key,
             row.known,
@@ -194,7 +207,7 @@ class Pending:
             row.n_culprits,
             row.ranks,
             row.limit if self.limit is None else self.limit,
-            _named(row.clipped_units, self.name_of_parameter),
+            _named(row.clipped_units, self.parameter_names),
             self.watched,
             self.time,
         )

@@ -117,7 +117,12 @@ class GradStats:
 
     def name(self, i: int) -> str:
         """Returns the name of tensor `i`."""
-        return self.names[i] if self.names is not None else f"parameter {i}"
+        return name_in(self.names, i)
+
+
+def name_in(names: Sequence[str] | None, i: int) -> str:
+    """Returns the name of tensor `i`; None instead of names: `parameter i`."""
+    return names[i] if names is not None else f"parameter {i}"
 
 
 def torch_total_norm(stats: GradStats) -> Tensor:

@@ -42,7 +42,7 @@ def assert_same_row(outcome, lr=None):
     for pack in (triton_stages.pack, reference.pack):
         row = torch.full((outcome.width,), -7.0, dtype=torch.float64)
         pack(row, outcome.stats, outcome.signals, outcome.verdict, outcome.state, lr)
-        rows.append(unpack(row, outcome.signals.loss_names))
+        rows.append(unpack(row.numpy(), outcome.signals.loss_names))
     ours, theirs = rows
     if lr is None:
         ours, theirs = (repr(r).replace(f"lr={r.lr}", "") for r in rows)

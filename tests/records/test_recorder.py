@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import gc
 import math
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 from fastguard import GuardedOptimizer, SpikeRule, StepRecord, Threshold
 from fastguard.records.device_row import ROWS, Outcome
-from fastguard.records.recorder import KEPT, Recorder
+from fastguard.records.recorder import BATCH, KEPT, Recorder
 from fastguard.records.unfinished import Settled
 from fastguard.stages.agc import UnitSummary
 from fastguard.stages.contract import GuardState, Policy, Signals
@@ -252,7 +254,7 @@ def test_few_records_wait_to_be_made():
 # Records sent through the ring, as on a GPU.
 
 
-def outcomes(counts, mode="skip", steps=3, **options):
+def outcomes(counts, mode="skip", steps=3, losses=(9.0, NAN), **options):
     """Returns the outcomes of successive steps with these counts."""
     n_tensors = counts.shape[1]
     summary = torch.cat([torch.tensor([4.0]), counts.sum(1)]).double()[:, None]
@@ -261,7 +263,7 @@ def outcomes(counts, mode="skip", steps=3, **options):
         torch.tensor([0.5], dtype=torch.float64), mode, tuple(RULES.values()), tuple(RULES)
     )
     state = GuardState.fresh(policy, torch.device("cpu"))
-    signals = Signals(torch.tensor([9.0, NAN], dtype=torch.float64), ("ce", "aux"))
+    signals = Signals(torch.tensor(losses, dtype=torch.float64), ("ce", "aux"))
     for _ in range(steps):
         verdict = decide(stats, signals, state, policy)
         yield Outcome(stats, signals, verdict, state, policy.signals, **options)
@@ -317,6 +319,36 @@ def test_the_ring_wraps_without_losing_a_record():
     for outcome in outcomes(torch.zeros(3, 1, dtype=torch.int64), steps=2 * ROWS + 3):
         recorder.send(outcome)
     assert [r.step for r in recorder.drain()] == list(range(1, 2 * ROWS + 4))
+
+
+def test_records_without_an_incident_are_made_in_batches():
+    recorder = Recorder()
+    none = torch.zeros(3, 1, dtype=torch.int64)
+    steps = outcomes(none, steps=BATCH + 1, losses=(1.0, 1.0))
+    for number, outcome in enumerate(steps, 1):
+        recorder.send(outcome)
+        assert (recorder.last is None) == (number <= BATCH)
+    assert recorder.last.step == BATCH and recorder.last.reason is None
+    assert [r.step for r in recorder.drain()] == list(range(1, BATCH + 2))
+
+
+def test_an_incident_is_logged_in_the_first_step_after_its_record_has_arrived(caplog):
+    recorder = Recorder()
+    good = outcomes(torch.zeros(3, 1, dtype=torch.int64), steps=2, losses=(1.0, 1.0))
+    (bad,) = outcomes(torch.ones(3, 1, dtype=torch.int64), steps=1)
+    for outcome in (next(good), bad):
+        recorder.send(outcome)
+        assert not caplog.text
+    recorder.send(next(good))
+    assert "skipped because of nonfinite_grad" in caplog.text
+
+
+def test_a_record_that_was_not_made_yet_keeps_no_gradients_or_counts():
+    recorder, counts = Recorder(), torch.zeros(3, 1, dtype=torch.int64)
+    recorder.send(*outcomes(counts, steps=1, losses=(1.0, 1.0)))
+    kept, counts = weakref.ref(counts), None
+    gc.collect()
+    assert len(recorder._pending) == 1 and kept() is None
 
 
 def test_records_stay_in_order_when_a_model_moves_back_from_a_device():
