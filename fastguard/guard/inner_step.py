@@ -21,6 +21,11 @@ CLOSURES = ("closure", "fn", "func")
 be a function that needs arguments, such as `loss_fn`, which is not a closure."""
 
 
+PROVEN_AFTER = 10
+"""Steps with a closure after which an optimizer is taken to evaluate it once and before it changes
+anything. Until then each step copies weights and state: some optimizers take steps of two kinds."""
+
+
 @dataclass(slots=True)
 class StepCall:
     """The arguments and results of one call of the wrapped optimizer's `step`.
@@ -201,9 +206,9 @@ class InnerStep:
     """Calls the `step` of an optimizer, after the guard has evaluated the closure.
 
     Nearly all optimizers evaluate their closure once, before they change anything; they get a
-    closure that returns the known loss. The others are detected in their first step with a closure,
-    which is undone from a copy. Optimizers that compute gradients without a closure are detected in
-    their first step.
+    closure that returns the known loss. The others are detected in one of their first steps with a
+    closure, which is undone from a copy. Optimizers that compute gradients without a closure are
+    detected in their first step.
 
     Args:
         optimizer: The wrapped optimizer.
@@ -211,7 +216,8 @@ class InnerStep:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self._is_torchs = self._evaluates_first = steps_as_torch(optimizer)
+        self._is_torchs = steps_as_torch(optimizer)
+        self._n_unproven = 0 if self._is_torchs else PROVEN_AFTER
         self._may_call_backward = not self._is_torchs
         self._before: OptimizerCopy | None = None
         self._with_grad = True  # whether the caller of `step` has gradients enabled
@@ -221,7 +227,7 @@ class InnerStep:
         self._with_grad = torch.is_grad_enabled()
         if call.closure is None:
             return None
-        if call.place is not None and not self._evaluates_first:
+        if call.place is not None and self._n_unproven:
             with suppress(Exception):  # the state may hold objects that cannot be copied
                 self._before = OptimizerCopy.of(self.optimizer, gradients=True)
         with torch.enable_grad():
@@ -258,8 +264,8 @@ class InnerStep:
                 raise self._refusal("evaluates its closure") from None
             self._before.restore()
             raise ClosureNeeded from None
-        # Some optimizers need it only in some steps, so one step without it proves nothing.
-        self._evaluates_first |= evaluated
+        # Some optimizers evaluate it only in some steps, so steps without it prove nothing.
+        self._n_unproven -= evaluated and self._n_unproven > 0
         self._before = None
 
     def _observed_step(self, call: StepCall) -> None:
@@ -302,7 +308,7 @@ class InnerStep:
         """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         values: list[Tensor] = []
-        if self._evaluates_first:  # one parameter suffices as a check, and costs nothing
+        if not self._n_unproven:  # one parameter suffices as a check, and costs nothing
             parameters = parameters[:1]
         else:
             with suppress(Exception):  # tensors that cannot be copied

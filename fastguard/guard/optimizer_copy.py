@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from fastguard.gradients.tensor_parts import copies_for_deepcopy
 
-NUMBERS = (int, float)
+NUMBERS = (int, float, bool)
 
 
 class OptimizerCopy(NamedTuple):
@@ -63,7 +63,11 @@ class OptimizerCopy(NamedTuple):
                 else:
                     group[key] = value
         for optimizer, numbers in self.numbers:
-            vars(optimizer).update(numbers)
+            attributes = vars(optimizer)
+            for name in [n for n, v in attributes.items() if type(v) in NUMBERS]:
+                if name not in numbers:  # created by the step
+                    del attributes[name]
+            attributes.update(numbers)
         for p, grad, values in self.gradients:
             p.grad = grad
             if grad is not None and values is not None:

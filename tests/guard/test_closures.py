@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastguard import GuardedOptimizer
+from fastguard.guard.inner_step import PROVEN_AFTER
 from fastguard.guard.read_first import ReadFirst
 from fastguard.guard.whole_step import WholeStep
 from guardtest.training import assert_same_bits, new_parameters, snapshot
@@ -267,21 +268,51 @@ def test_a_step_without_the_required_closure_is_not_counted(kind):
 
 def test_an_optimizer_that_changes_weights_before_a_later_evaluation_is_refused():
     class Later(torch.optim.SGD):
-        first = True
+        n_steps = 0
 
         def step(self, closure=None):
-            if self.first:
+            self.n_steps += 1
+            if self.n_steps <= PROVEN_AFTER:
                 closure()
-            super().step()
-            if not self.first:
+                super().step()
+            else:
+                super().step()
                 closure()
-            self.first = False
 
     opt = GuardedOptimizer(Later([one_parameter()], lr=0.1))
-    opt.step(lambda: torch.tensor(1.0))
+    for _ in range(PROVEN_AFTER):
+        opt.step(lambda: torch.tensor(1.0))
     with pytest.raises(TypeError, match=r"Later.step evaluates its closure.*cannot guard"):
         opt.step(lambda: torch.tensor(1.0))
-    assert opt.steps_taken == opt.applied_steps == len(opt.records()) == 1
+    assert opt.steps_taken == opt.applied_steps == len(opt.records()) == PROVEN_AFTER
+
+
+@pytest.mark.parametrize("every", [2, 5])
+def test_an_optimizer_that_ascends_only_in_some_steps_steps_as_if_unguarded(every):
+    class Sometimes(torch.optim.SGD):
+        """Counts its steps in an attribute that its first step creates."""
+
+        def step(self, closure):
+            self.n_steps = getattr(self, "n_steps", 0) + 1
+            self.ascends = self.n_steps % every == 0
+            loss = closure()
+            if self.ascends:
+                for p in self.param_groups[0]["params"]:
+                    p.data.add_(p.grad, alpha=0.01)
+                loss = closure()
+            super().step()
+            return loss
+
+    closures = [Evaluations("moody"), Evaluations("moody")]
+    for closure in closures:
+        closure.inner = Sometimes(closure.parameters, lr=0.1, momentum=0.9)
+    guarded, alone = closures
+    opt = GuardedOptimizer(guarded.inner)
+    for _ in range(8):
+        opt.step(guarded)
+        alone.inner.step(alone)
+        assert_same_bits(everything(guarded.inner), everything(alone.inner))
+    assert guarded.inner.n_steps == alone.inner.n_steps == opt.applied_steps == 8
 
 
 class EveryThird(torch.optim.SGD):
