@@ -6,6 +6,7 @@ import codecs
 import json
 import os
 import shlex
+import sys
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -68,16 +69,23 @@ def refuse_foreign_lines(run: Path) -> None:
             continue
         try:
             with open_regular(path) as file:
-                writer = detect_writer(islice(file.read(PREFIX_BYTES).splitlines(), 1000))
+                lines = [*islice(file.read(PREFIX_BYTES).splitlines(), 1000)]
+                writer = detect_writer(lines)
         except FileNotFoundError:  # a rotation renamed it after it was listed
             continue
+        name = printable(shlex.quote(str(path)))
         if writer == "another program":
-            name = printable(shlex.quote(str(path)))
             raise UsageError(
                 f"{name} holds JSON lines of another program, not fastguard records; "
                 f"use: fastguard scan {name}"
             )
         if writer == "fastguard":
+            if any(detect_writer([line]) == "another program" for line in lines):
+                print(
+                    f"note: {name} also holds JSON lines of another program, which are left out; "
+                    f"for them use: fastguard scan {name}",
+                    file=sys.stderr,
+                )
             return
 
 
@@ -93,6 +101,17 @@ def raise_no_records(path: Path, damaged: int) -> NoReturn:
             "for the first"
         )
     name = printable(shlex.quote(str(path)))
+    start = b""
+    if path.is_file():
+        with open_regular(path) as file:
+            start = file.read(PREFIX_BYTES)
+    if start.startswith(b"\x1f\x8b"):
+        raise UsageError(f"{name} is compressed with gzip; unpack it first: gunzip -k {name}")
+    if b'"clip_coef"' in start and b'"action"' in start:
+        raise UsageError(
+            f"{name} seems to hold fastguard records, but not one per line as JsonLinesSink writes "
+            "them; pass the original file"
+        )
     lines = "its only line is not a record" if damaged == 1 else f"{damaged:,} lines were read"
     raise UsageError(
         f"{name} holds no fastguard record ({lines}); if another program wrote it, use: "

@@ -1,6 +1,7 @@
 """The records file for a command's RUN argument, and files of other programs."""
 
 import codecs
+import gzip
 
 import pytest
 
@@ -140,3 +141,38 @@ def test_json_lines_of_other_programs_late_in_a_file_are_refused(
     assert main([*command, str(path)]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and f"use: fastguard scan {path}" in printed.err
+
+
+def test_lines_of_another_program_among_records_are_pointed_out(tmp_path, capsys):
+    path = write(tmp_path / "records.jsonl", 3)
+    refuse_foreign_lines(path)
+    assert capsys.readouterr().err == ""
+    path.write_text(f"{path.read_text()}{FOREIGN[0]}\n")
+    refuse_foreign_lines(path)
+    assert f"for them use: fastguard scan {path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (gzip.compress, "is compressed with gzip; unpack it first: gunzip -k"),
+        (lambda text: b"[%b]" % text.strip().replace(b"\n", b",\n"), "but not one per line"),
+        (lambda text: text.replace(b"{", b"INFO {"), "but not one per line"),
+    ],
+    ids=["gzip", "list", "prefix"],
+)
+def test_records_in_another_form_are_not_sent_to_scan(change, message, tmp_path, capsys):
+    path = write(tmp_path / "records.jsonl", 30)
+    path.write_bytes(change(path.read_bytes()))
+    assert main(["monitor", "--once", str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_scan_does_not_judge_records_after_a_prefix(tmp_path):
+    path = tmp_path / "train.log"
+    with JsonLinesSink(path) as sink:
+        sink(StepRecord(1, float("nan"), 1.0, "skipped", losses={"loss": float("nan")}, lr=0.1))
+    path.write_text(path.read_text().replace("{", "12:00:00 INFO {", 1))
+    assert main(["scan", str(path)]) == 0
+    path.write_text('12:00:00 INFO {"step": 1, "clip_coef": 1.0, "loss": NaN}\n')
+    assert main(["scan", str(path)]) == 1

@@ -107,6 +107,6 @@ def _scan(log: str, *, full: bool) -> LogScan:
                 return scan_log(file, full=full) if _is_descriptor(log) else _NO_FILE
             if is_event_file(file):
                 return scan_events(log)
-            return scan_log(file, full=full)
+            return scan_log(file, name=os.path.basename(log), full=full)
     except OSError as error:
         return LogScan(problem=f"it cannot be read: {error.strerror}")

@@ -57,7 +57,7 @@ SPACES, BARS = " ", "||"
 """Delimiters that stand for any number of spaces, and for bars of all kinds around the cells."""
 
 OF_MLFLOW = Header(["timestamp", "value", "step"], SPACES)
-"""Files of metrics that MLflow writes, without a header; the name of the file is the metric."""
+"""Files that MLflow writes, one per metric, without a header."""
 
 
 def may_be_inset(line: bytes) -> bool:

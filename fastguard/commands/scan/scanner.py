@@ -36,11 +36,12 @@ LONG = 1000
 TENSORBOARD = "tensorboard"
 
 
-def scan_log(file: BinaryIO, *, full: bool = False) -> LogScan:
+def scan_log(file: BinaryIO, *, name: str = "value", full: bool = False) -> LogScan:
     """Reads a log to its end.
 
     Args:
         file: Binary file, open for reading; need not be seekable.
+        name: Name of the file, which is the metric if MLflow wrote it. Default: `"value"`.
         full: Whether to analyze every line without a bound on the time. Default: False.
 
     Returns:
@@ -52,7 +53,7 @@ def scan_log(file: BinaryIO, *, full: bool = False) -> LogScan:
         >>> found.n_bad, found.stretches[0].first_line, found.stretches[0].first.batch
         (1, 3, 16)
     """
-    scanner = _Scanner(Budget(unlimited=full))
+    scanner = _Scanner(Budget(unlimited=full), name)
     problem = None
     try:
         for block in scanner.without_document(read_blocks(file)):
@@ -87,11 +88,11 @@ def scan_events(path: str) -> LogScan:
 class _Scanner:
     """Scans one log; keeps the state between lines, such as the current table or stretch."""
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: Budget, name: str = "value") -> None:
         self._budget = budget
         shapes = Shapes(budget)
         self._findings = Findings(shapes, budget)
-        self._table = Table(self._findings.series)
+        self._table = Table(self._findings.series, name)
         self._json = JsonLines(self._findings.series, budget)
         self._text = TextReader(shapes, self._findings, budget, self._take_inset)
 

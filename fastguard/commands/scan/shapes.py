@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from fastguard.commands.scan.budget import ROW, WORDED, Budget, units_of
 from fastguard.commands.scan.huggingface import HuggingFace
+from fastguard.commands.scan.json_lines import parse
 from fastguard.commands.scan.lightning import Lightning
 from fastguard.commands.scan.lines import text_of
 from fastguard.commands.scan.places import names_settings, where_in, without_launcher
@@ -24,6 +25,7 @@ from fastguard.commands.scan.spellings import may_have
 from fastguard.commands.scan.ultralytics import Ultralytics
 from fastguard.commands.scan.values import Value, nonfinite_values
 from fastguard.commands.scan.wording import Wording, Wordings
+from fastguard.records.read_json_lines import are_records
 
 SHAPE = bytes.maketrans(b"123456789", b"000000000")
 """Translation table for `bytes.translate` that gives the shape of a line."""
@@ -161,6 +163,9 @@ class Shapes:
 
     def _of_wording(self, line: bytes) -> tuple[Shape, tuple[Span, ...]]:
         """The result for a line, and the spans of its digits that have a meaning."""
+        if b'"clip_coef"' in line and are_records([parse(line[line.find(b"{") :])]):
+            self._budget.spend(units_of(line))
+            return Shape(False), ()  # a record of fastguard after a prefix
         wording = self._wording.of(line)
         shape = self._wordings.find(wording.line)
         if shape is not None:

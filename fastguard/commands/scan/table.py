@@ -61,10 +61,12 @@ class Table:
 
     Args:
         series: Decides which names are judged as series.
+        metric: The name of the metric in a file that MLflow writes.
     """
 
-    def __init__(self, series: AllSeries) -> None:
+    def __init__(self, series: AllSeries, metric: str = "value") -> None:
         self._series = series
+        self._metric = metric
         self._begun = False
         self._delimiter = ""
         self._names: list[str] = []
@@ -124,7 +126,10 @@ class Table:
 
     def begin(self, header: Header) -> None:
         """Begins a table that is printed within text."""
-        self._begin(header.delimiter, header.names)
+        names = header.names
+        if header is OF_MLFLOW:
+            names = [self._metric if name == "value" else name for name in names]
+        self._begin(header.delimiter, names)
 
     def _begin(self, delimiter: str, names: list[str]) -> None:
         self._begun, self._misses = True, 0

@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from fastguard.commands.cli import main
 from fastguard.commands.scan.found import LogScan
 from fastguard.commands.scan.insets import WALKED
 from fastguard.commands.scan.output import as_dict
@@ -102,6 +103,19 @@ def test_metric_files_of_mlflow_give_the_step() -> None:
     assert stretch.steps == [4, 5] and stretch.first == Place(step=4)
     (stretch,) = scan(lines.partition("\n")[2]).stretches  # from the first line on
     assert stretch.steps == [4, 5]
+
+
+@pytest.mark.parametrize(("name", "judged"), [("train_loss", True), ("lr", False)])
+def test_a_metric_file_of_mlflow_is_judged_by_its_name(name: str, judged: bool, tmp_path) -> None:
+    values = [25.0 if i == 35 else 1 + i % 7 / 100 for i in range(60)]
+    lines = [f"{1700000000000 + i} {value} {i}\n" for i, value in enumerate(values)]
+    path = tmp_path / name
+    path.write_text("".join(lines))
+    assert main(["scan", str(path)]) == judged
+    found = scan_log(io.BytesIO("".join(lines).encode()), name=name)
+    assert [spike.place.step for series, _ in found.series for spike in series.spikes] == (
+        [35] if judged else []
+    )
 
 
 @pytest.mark.parametrize(
