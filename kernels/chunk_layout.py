@@ -50,10 +50,13 @@ class Places:
 
     def key(self) -> tuple[object, ...]:
         """Returns what the cut depends on besides the sizes and segments of the tensors."""
+        alignment = (self.base & (ALIGNMENT - 1)).astype(np.uint8).tobytes()
+        if self.length is self.elements:  # each tensor is a stretch
+            return (alignment,)
         return (
             self.stretch.tobytes(),
             self.first_byte.tobytes(),
-            (self.base % ALIGNMENT).astype(np.uint8).tobytes(),
+            alignment,
             self.length.tobytes(),
         )
 
@@ -73,6 +76,10 @@ def places_of_tensors(
             tensors are adjacent.
         item: Bytes per element.
     """
+    if n.all():
+        end = address + n * item
+        if not ((end[:-1] == address[1:]).any() or (end[1:] == address[:-1]).any()):
+            return Places(item, n, np.arange(len(n)), np.zeros_like(address), address, n)
     starts = np.ones(len(n), dtype=bool)  # whether a tensor begins a stretch
     some = np.flatnonzero(n > 0)
     starts[some] = _first_of_neighbors(address, n, segment, buffers, some, item)
@@ -216,6 +223,10 @@ def overlapping(address: np.ndarray, size: np.ndarray) -> Sequence[int]:
         size: int64: bytes of each tensor; 0 to ignore it.
     """
     order = np.argsort(address, kind="stable")
-    order = order[size[order] > 0]
-    reached = np.maximum.accumulate((address + size)[order])[:-1]
-    return order[1:][address[order[1:]] < reached].tolist()
+    if not size.all():
+        order = order[size[order] > 0]
+    begin = address[order]
+    end = begin + size[order]
+    if (begin[1:] >= end[:-1]).all():  # sorted, so any overlap is also one of neighbors
+        return ()
+    return order[1:][begin[1:] < np.maximum.accumulate(end)[:-1]].tolist()

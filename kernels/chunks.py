@@ -154,6 +154,7 @@ class ChunkTable:
 # Tuples are replaced, never changed, since other threads may be reading them.
 _tables: dict[tuple[torch.device, torch.dtype, int], tuple[ChunkTable, ...]] = {}
 _layouts: dict[tuple[torch.device, torch.dtype, int, int], tuple[Layout, ...]] = {}
+_last_sizes: tuple[Sequence[int], np.ndarray] = (), np.zeros(0, np.int64)  # replaced as a whole
 _lock = threading.Lock()
 
 
@@ -277,9 +278,7 @@ def places_of(
         addresses: The address of each gradient.
     """
     item = bucket.dtype.itemsize
-    sizes = bucket.sizes
-    n = _int64(list(map(Tensor.numel, bucket.grads)) if sizes is None else sizes)
-    address = _int64(addresses)
+    n, address = _sizes(bucket), _int64(addresses)
     if bucket.runs is not None:
         base = _int64([r.flat.data_ptr() for r in bucket.runs])
         length = _int64([r.flat.numel() for r in bucket.runs])
@@ -295,6 +294,20 @@ def places_of(
         return address - _int64(list(map(Tensor.storage_offset, tensors))) * item
 
     return places_of_tensors(address, n, _segments(bucket), buffers, item), copies
+
+
+def _sizes(bucket: Bucket) -> np.ndarray:
+    """Returns the number of elements of each gradient; converted once for a known form."""
+    global _last_sizes
+    sizes = bucket.sizes
+    if sizes is None:
+        return _int64(list(map(Tensor.numel, bucket.grads)))
+    known, array = _last_sizes
+    if sizes is not known:
+        array = _int64(sizes)
+        array.setflags(write=False)
+        _last_sizes = sizes, array
+    return array
 
 
 def _segments(bucket: Bucket) -> np.ndarray:
@@ -314,13 +327,13 @@ def _copies(
     """Creates a contiguous buffer for each gradient that does not cover its own block of memory."""
     grads = bucket.grads
     if bucket.form is not None and bucket.form.contiguous:
-        dense = np.ones(len(grads), dtype=bool)
+        copied = set(chunk_layout.overlapping(address, n * item))
     else:
         dense = np.array(list(map(Tensor.is_contiguous, grads)), dtype=bool)
-    for i in np.flatnonzero(~dense).tolist():
-        dense[i] = is_dense(grads[i])
-    copied = set(np.flatnonzero(~dense & (n > 0)).tolist())
-    copied.update(chunk_layout.overlapping(address, n * item * dense))
+        for i in np.flatnonzero(~dense).tolist():
+            dense[i] = is_dense(grads[i])
+        copied = set(np.flatnonzero(~dense & (n > 0)).tolist())
+        copied.update(chunk_layout.overlapping(address, n * item * dense))
     return tuple(
         (i, torch.empty_like(grads[i], memory_format=torch.contiguous_format))
         for i in sorted(copied)
