@@ -291,7 +291,7 @@ class InnerStep:
     def _step(self, call: StepCall, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         optimizer = self.optimizer
         if self._is_torchs and not is_hooked(optimizer):  # its step sets the grad mode itself
-            call.returned.append(optimizer.step(*args, **kwargs))
+            call.returned.append(_unprofiled_step(optimizer)(*args, **kwargs))
             return
         with torch.set_grad_enabled(self._with_grad):
             if not has_post_hooks(optimizer):
@@ -329,6 +329,25 @@ def steps_as_torch(optimizer: Optimizer) -> bool:
     """Whether the step of an optimizer is defined in torch; these evaluate their closure first."""
     module = getattr(inspect.unwrap(type(optimizer).step), "__module__", "")
     return f"{module}.".startswith("torch.optim.")
+
+
+def _unprofiled_step(optimizer: Optimizer) -> Callable[..., Any]:
+    """Returns the `step` of an optimizer without hooks, also without torch's unused profiler range.
+
+    The range takes 20 µs. A `step` that other code has replaced is returned as it is.
+    """
+    step: Any = type(optimizer).step
+    if (
+        "step" in vars(optimizer)
+        or getattr(step, "__code__", None) is not _PROFILED
+        or torch.autograd._profiler_enabled()
+    ):
+        return optimizer.step
+    return step.__wrapped__.__get__(optimizer)
+
+
+_PROFILED = getattr(Optimizer.profile_hook_step(lambda self: None), "__code__", None)
+"""The code of the function in which torch wraps the `step` of each class of optimizers."""
 
 
 def _versions(parameters: list[Tensor]) -> list[tuple[int, ...]]:

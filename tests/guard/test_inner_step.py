@@ -1,6 +1,8 @@
 """Calling the wrapped optimizer's `step`: arguments, result, closure, learning rate."""
 
+import functools
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -352,3 +354,43 @@ def test_a_loss_that_the_guard_refused_is_not_used_again():
         opt.step()
     opt.step()
     assert opt.applied_steps == 1
+
+
+# A step without torch's own profiler range.
+
+
+@pytest.mark.parametrize("of", ["class", "instance"])
+def test_a_step_that_other_code_has_replaced_is_called(monkeypatch, of):
+    p, calls = one_parameter(), []
+    inner = torch.optim.SGD([p], lr=0.1)
+    owner = type(inner) if of == "class" else inner
+    replaced = owner.step
+
+    @functools.wraps(replaced)  # copies the attributes with which torch marks its own wrapper
+    def step(*args, **kwargs):
+        calls.append(args[:1])
+        return replaced(*args, **kwargs)
+
+    monkeypatch.setattr(owner, "step", step)
+    GuardedOptimizer(inner).step()
+    assert calls == [(inner,) if of == "class" else ()]
+    assert p.tolist() == pytest.approx([0.9, 0.9])
+
+
+def test_torchs_step_leaves_out_a_range_that_no_profiler_sees(monkeypatch):
+    ranges = []
+
+    def range_of(name):
+        ranges.append(name)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.autograd.profiler, "record_function", range_of)
+    p = one_parameter()
+    inner = torch.optim.SGD([p], lr=0.1)
+    opt = GuardedOptimizer(inner)
+    opt.step()
+    assert not ranges and p.tolist() == pytest.approx([0.9, 0.9])
+    handle = inner.register_step_post_hook(lambda *_: None)
+    opt.step()
+    handle.remove()
+    assert ranges == ["Optimizer.step#SGD.step"]
