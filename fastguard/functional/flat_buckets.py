@@ -40,8 +40,8 @@ from fastguard.gradients.buckets import (
     Same,
     bucketize,
 )
-from fastguard.gradients.cpu_threads import in_pieces
 from fastguard.gradients.tensor_kinds import PLAIN, kind_of, watched
+from fastguard.gradients.vectors import in_pieces
 from fastguard.ranks.plain_shards import check_plain_shards
 from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.measure import measure, norm_type_of

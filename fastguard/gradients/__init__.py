@@ -2,12 +2,12 @@
 
 Modules, each building on those before it:
     tensor_kinds    classifies tensors: plain tensors, placeholders, wrappers
+    vectors         tensors as vectors of lengths that suit a CPU: joined, or split into pieces
     tensor_parts    splits composite tensors into parts, for copies
     transfer        moves small tensors between devices without a sync
     layout_guards   recognizes a known gradient layout with one call
     buckets         groups gradients by device and dtype
     unit_buckets    groups gradients with their weights, divided into units
-    cpu_threads     limits work on a CPU to one thread where that is faster
     elementwise     clamps and replaces elements
     host_copies     copies many tensors to host memory
 """

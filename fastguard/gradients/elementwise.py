@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastguard.gradients.buckets import FLOATING, GradBuckets
-from fastguard.gradients.cpu_threads import in_pieces
+from fastguard.gradients.vectors import in_pieces
 
 LARGEST = {dtype: torch.finfo(dtype).max for dtype in FLOATING}
 

@@ -287,7 +287,9 @@ class GuardedOptimizer(SavableOptimizer):
         )
 
         stats = measure(buckets, self.norm_type, signals.inv_scale)
-        watched, signals = read_step(self._watch, self, buckets, stats, signals, scaling.scaler)
+        watched = None
+        if self._watch is not None:
+            watched, signals = read_step(self._watch, self, buckets, stats, signals, scaling.scaler)
         stats, signals = self._reduced(stats, signals, buckets, scaling)
         if watched is not None:
             watched.take_sums(signals)

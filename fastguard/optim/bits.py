@@ -28,6 +28,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastguard.gradients.vectors import in_memory_order
+
 _MASK = 0xFFFFFFFF
 GOLDEN = 0x9E3779B9
 SECOND = 0x85EBCA6B
@@ -63,14 +65,6 @@ def with_noise(noise: Tensor, number: int) -> Tensor:
     if number >= 2:
         noise = lowbias32(noise ^ SECOND)
     return noise >> 16 if number % 2 else noise & 0xFFFF
-
-
-def in_memory_order(t: Tensor) -> Tensor:
-    """Returns a dense tensor as a vector in memory order, a view."""
-    if t.is_contiguous():
-        return t.view(-1)
-    by_stride = sorted(range(t.dim()), key=lambda d: (t.stride(d), t.size(d)), reverse=True)
-    return t.permute(by_stride).reshape(-1) if not t.numel() else t.permute(by_stride).view(-1)
 
 
 def bits_of(x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastguard.gradients.tensor_kinds import lasting
+from fastguard.gradients.vectors import in_memory_order
 from fastguard.optim import bits, cpu_clipping, reference
 from fastguard.optim.contract import HYPER, KEY, RESET, STATES, Update
 from fastguard.optim.cpu_fused import HALF, Fused, is_equivalent
@@ -244,7 +245,7 @@ def _noise(update: Update, piece: Piece, key: Tensor) -> Tensor | None:
     if update.rounding != "stochastic":
         return None
     streams = [
-        bits.stream(key, first, bits.in_memory_order(p))
+        bits.stream(key, first, in_memory_order(p))
         for first, p in zip(piece.counters, piece.parameters, strict=True)
     ]
     return streams[0] if len(streams) == 1 else torch.cat(streams)

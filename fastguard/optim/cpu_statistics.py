@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastguard.gradients.cpu_threads import sums_of_squares
+from fastguard.gradients.vectors import in_memory_order, sums_of_squares
 from fastguard.optim import bits
-from fastguard.optim.bits import in_memory_order
 from fastguard.optim.contract import Update
 from fastguard.optim.pieces import Piece
 from fastguard.optim.scratch import Scratch

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastguard.optim.bits import in_memory_order
+from fastguard.gradients.vectors import in_memory_order
 from fastguard.optim.contract import Update
 
 PIECE = 2**18

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastguard.optim import bits
+from fastguard.gradients.vectors import in_memory_order
 from fastguard.stages.formulas import SMALLEST_FACTOR
 
 
@@ -40,13 +40,13 @@ class Scratch:
 
 def joined(tensors: list[Tensor]) -> Tensor:
     """Returns the elements of tensors as one vector: a view of a single tensor, else a copy."""
-    return bits.in_memory_order(tensors[0]) if len(tensors) == 1 else flatten(tensors)
+    return in_memory_order(tensors[0]) if len(tensors) == 1 else flatten(tensors)
 
 
 def scatter(of: list[Tensor], values: Tensor) -> None:
     """Copies a vector back to the tensors, in their dtype: the inverse of `joined`."""
     if len(of) == 1:
-        bits.in_memory_order(of[0]).copy_(values)
+        in_memory_order(of[0]).copy_(values)
         return
     parts = zip(split(values, of), of, strict=True)
     torch._foreach_copy_(of, [v if t.dim() == 1 else v.view(t.shape) for v, t in parts])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastguard.gradients.buckets import GradBucket
-from fastguard.gradients.memory_order import flat
+from fastguard.gradients.vectors import flat
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 ZEROS = 256  # index of the number of zeros, after the exponent fields

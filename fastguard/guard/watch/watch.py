@@ -201,7 +201,7 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 def read_step(
-    watch: Watch | None,
+    watch: Watch,
     run: GuardedOptimizer,
     buckets: GradBuckets,
     stats: GradStats,
@@ -211,7 +211,7 @@ def read_step(
     """Reads the watched quantities, if this is a watched step.
 
     Args:
-        watch: The watched quantities; None: none.
+        watch: The watched quantities.
         run: The guarded optimizer.
         buckets, signals: The inputs of the step.
         stats: The result of the measure stage.
@@ -220,7 +220,7 @@ def read_step(
     Returns:
         The values or None, and the signals with the values that are summed over the ranks.
     """
-    if watch is None or buckets.kind is not PLAIN:
+    if buckets.kind is not PLAIN:
         return None, signals
     scale = None if scaler is None else scaler._scale
     if scale is None and signals.inv_scale is not None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastguard.gradients.buckets import GradBucket
-from fastguard.gradients.cpu_threads import Tensors, in_pieces
 from fastguard.gradients.tensor_kinds import lasting
-from fastguard.stages.cpu.power_sums import by_number
+from fastguard.gradients.vectors import Tensors, in_pieces
+from fastguard.stages.cpu.measure import by_number
 from fastguard.stages.formulas import (
     SMALLEST_FACTOR,
     factor_dtype,

@@ -13,9 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastguard.gradients.cpu_threads import GRAIN, sum_of_squares, sums_of_squares
-from fastguard.gradients.memory_order import flat
-from fastguard.stages.cpu.vectors import buffer, gathered
+from fastguard.gradients.vectors import (
+    GRAIN,
+    buffer,
+    flat,
+    gathered,
+    sum_of_squares,
+    sums_of_squares,
+)
 
 ROW = 256
 ROWS = 8  # rows of a block

@@ -49,8 +49,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastguard.gradients.cpu_threads import FEW
-from fastguard.gradients.memory_order import flat
+from fastguard.gradients.vectors import FEW, flat
 from fastguard.stages.cpu.l2_blocks import (
     ALONE,
     BLOCK,

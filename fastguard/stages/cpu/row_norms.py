@@ -22,9 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastguard.gradients.cpu_threads import sums_of_squares
-from fastguard.gradients.memory_order import flat
-from fastguard.stages.cpu.vectors import concatenated
+from fastguard.gradients.vectors import concatenated, flat, sums_of_squares
 
 LONGEST_DOT = 512  # elements of a dot product in float32
 LONGEST_NORM = 256  # elements of a `vector_norm` in float32, which has fewer partial sums

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastguard.gradients.cpu_threads import few
 from fastguard.gradients.unit_buckets import UnitBucket
+from fastguard.gradients.vectors import few, flattened
 from fastguard.stages.cpu.row_norms import (
     as_rows,
     exact_norms,
@@ -29,7 +29,6 @@ from fastguard.stages.cpu.row_norms import (
     norms_of_tensors,
     norms_of_vectors,
 )
-from fastguard.stages.cpu.vectors import flattened
 from fastguard.stages.formulas import SMALLEST_FACTOR, factor_dtype
 
 SMALL = 2**14  # up to this number of elements, a tensor is read together with others

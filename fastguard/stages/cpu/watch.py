@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from fastguard.gradients.buckets import GradBucket
-from fastguard.gradients.cpu_threads import FEW
+from fastguard.gradients.vectors import FEW, buffer, gathered
 from fastguard.stages.cpu.l2_blocks import as_arrays
-from fastguard.stages.cpu.vectors import buffer, gathered
 from fastguard.stages.reference_watch import ZEROS
 
 JOINED = 2**17  # elements of small tensors that are concatenated: half of a level-2 cache

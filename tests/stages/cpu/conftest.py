@@ -2,7 +2,8 @@
 
 import pytest
 
-from fastguard.stages.cpu import l2_sums, power_sums
+from fastguard.stages.cpu import l2_sums
+from fastguard.stages.cpu import measure as cpu_measure
 from guardtest.cpu_norms import scaled_down
 
 
@@ -20,7 +21,7 @@ def no_second_read(monkeypatch):
     def second_read(*args):
         raise AssertionError("clean gradients were read twice")
 
-    monkeypatch.setattr(power_sums, "_exact", second_read)
+    monkeypatch.setattr(cpu_measure, "_exact", second_read)
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fastguard.gradients.buckets import bucketize
-from fastguard.stages.cpu import l2_sums, power_sums
+from fastguard.stages.cpu import l2_sums
+from fastguard.stages.cpu import measure as cpu_measure
 from guardtest.cpu_norms import BELOW_FLOAT64, LONG, SHORT, assert_norm_is_true, blocks, norm_of
 from guardtest.grads import DTYPES
 
@@ -163,10 +164,10 @@ def test_magnitudes_whose_squares_exceed_float32(dtype, n, magnitude):
 def test_squares_that_overflow_cause_no_warning(value):
     for n in (l2_sums.BLOCK, l2_sums.ALONE, l2_sums.LARGE):
         (bucket,) = bucketize([torch.full((n,), value) for _ in range(80)]).buckets
-        power_sums.power_sums(bucket, 1, 2.0)
+        cpu_measure.power_sums(bucket, 1, 2.0)
     each_alone = [torch.full((4,), value, dtype=torch.float64).pow_(8) for _ in range(20)]
     (bucket,) = bucketize(each_alone, segments=range(20), n_segments=20).buckets
-    power_sums.power_sums(bucket, 20, 2.0)
+    cpu_measure.power_sums(bucket, 20, 2.0)
 
 
 @pytest.mark.parametrize("magnitude", [6e-8, 1e-4, 6e4])

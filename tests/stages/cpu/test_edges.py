@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fastguard.stages.cpu import l2_blocks, l2_sums, power_sums
+from fastguard.stages.cpu import l2_blocks, l2_sums
+from fastguard.stages.cpu import measure as cpu_measure
 from guardtest.cpu_norms import SMALL, assert_norm_is_true, edges
 from guardtest.grads import DTYPES
 
@@ -40,7 +41,7 @@ def test_every_block_can_be_audited(monkeypatch):
     # Draws every block in turn, so a block read from the wrong position is detected.
     vectors = [torch.randn(n) for n in (300, 5, 70, 0, 64, 1000, 3, 128, 500, 40, 900)]
     n_draws = 400
-    everywhere = (power_sums.np.arange(n_draws) + 0.5) / n_draws
+    everywhere = (cpu_measure.np.arange(n_draws) + 0.5) / n_draws
     monkeypatch.setattr(l2_sums, "_FEW", everywhere)
     seen = {}
     exact_power_sums = l2_blocks.Blocks.exact_power_sums

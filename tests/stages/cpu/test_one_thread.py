@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastguard
-from fastguard.gradients.cpu_threads import FEW, GRAIN, in_pieces
+from fastguard.gradients.vectors import FEW, GRAIN, in_pieces
 
 TASKS = Path("/proc/self/task")
 

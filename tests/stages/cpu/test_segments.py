@@ -8,12 +8,12 @@ import torch
 
 from fastguard import FlatGradBuckets
 from fastguard.gradients.buckets import bucketize
-from fastguard.stages.cpu import power_sums
+from fastguard.stages.cpu import measure as cpu_measure
 from guardtest.cpu_norms import root_of
 from guardtest.grads import DTYPES, true_norm
 from guardtest.tolerances import MEASURED_RTOL
 
-SIZES = [1, 7, 0, 100, power_sums.SMALL, power_sums.SMALL + 1, 3, 0, 64, 2000, 5, 40_000, 12, 9]
+SIZES = [1, 7, 0, 100, cpu_measure.SMALL, cpu_measure.SMALL + 1, 3, 0, 64, 2000, 5, 40_000, 12, 9]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -23,7 +23,7 @@ def test_one_tensor_each_of_every_size(dtype, norm_type):
     (bucket,) = bucketize(
         grads, segments=range(len(grads)), n_segments=len(grads), norm_type=norm_type
     ).buckets
-    sums, bad = power_sums.power_sums(bucket, len(grads), norm_type)
+    sums, bad = cpu_measure.power_sums(bucket, len(grads), norm_type)
     assert not bad
     for grad, measured in zip(grads, sums, strict=True):
         norm = root_of(measured, grad.dtype, norm_type)
@@ -35,7 +35,7 @@ def test_a_bad_tensor_among_small_ones_does_not_affect_the_others(value):
     grads = [torch.full((4,), float(i)) for i in range(20)]
     grads[7][2] = value
     (bucket,) = bucketize(grads, segments=range(20), n_segments=20).buckets
-    sums, bad = power_sums.power_sums(bucket, 20, 2.0)
+    sums, bad = cpu_measure.power_sums(bucket, 20, 2.0)
     assert bad == {7: (int(value != value), int(value == math.inf), int(value == -math.inf))}
     assert sums == [(3 if i == 7 else 4) * float(i * i) for i in range(20)]
 
@@ -44,13 +44,13 @@ def test_a_bad_tensor_among_small_ones_does_not_affect_the_others(value):
 def test_small_tensors_of_zeros_are_read_once():
     grads = [torch.zeros(64) for _ in range(20)]
     (bucket,) = bucketize(grads, segments=range(20), n_segments=20).buckets
-    assert power_sums.power_sums(bucket, 20, 2.0) == ([0.0] * 20, {})
+    assert cpu_measure.power_sums(bucket, 20, 2.0) == ([0.0] * 20, {})
 
 
 def test_shapes_and_strides_of_small_tensors():
     grads = [torch.randn(6, 10).T, torch.randn(()), torch.randn(4, 3, 2)[:, ::2]] * 5
     (bucket,) = bucketize(grads, segments=range(15), n_segments=15).buckets
-    sums, _ = power_sums.power_sums(bucket, 15, 2.0)
+    sums, _ = cpu_measure.power_sums(bucket, 15, 2.0)
     assert sums == pytest.approx([g.double().square().sum().item() for g in grads])
 
 
@@ -72,6 +72,6 @@ def test_the_runs_of_flat_buckets_are_not_iterated_for_each_segment():
     (bucket,) = flat.buckets().buckets
     assert bucket.runs is not None
     runs = Counted(bucket.runs)
-    sums, _ = power_sums.power_sums(replace(bucket, runs=runs), 100, 2.0)
+    sums, _ = cpu_measure.power_sums(replace(bucket, runs=runs), 100, 2.0)
     assert sums == [5.0 * i * i for i in range(100)]
     assert runs.reads == 2  # for their addresses, and to group them by segment

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from fastguard.stages.cpu import vectors
+from fastguard.gradients import vectors
 from guardtest.cpu_norms import assert_norm_is_true, norm_of
 from guardtest.grads import DTYPES
 from guardtest.tolerances import MEASURED_RTOL
