@@ -20,6 +20,7 @@ from fastguard import CheckpointStore
 from fastguard.checkpoints import CheckpointError, DamagedFile
 from guardtest import in_ci
 from guardtest.longrun import LongRun
+from guardtest.programs import run_program
 from guardtest.training import assert_same_bits
 
 
@@ -144,13 +145,12 @@ OPENING = "import sys, fastguard; fastguard.CheckpointStore(sys.argv[1])"
 
 def test_a_rejected_second_process_changes_nothing_for_the_first(saved):
     folder, expected = saved
-    command = [sys.executable, "-c", OPENING, folder]
     with CheckpointStore(folder) as store:
         run = LongRun.resumed(store)
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = run_program(OPENING, folder)
         assert f"StoreLocked: {folder} is open for writing in process {os.getpid()}" in done.stderr
         run.advance(8).save(store)
-    subprocess.run(command, check=True)
+    run_program(OPENING, folder, check=True)
     with CheckpointStore(folder) as store:
         resumed = LongRun.resumed(store)
         assert resumed.step == 8

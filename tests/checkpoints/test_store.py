@@ -1,8 +1,6 @@
 """`CheckpointStore`: rotation, verdicts, loading, and the state of training afterward."""
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ import fastguard
 from fastguard import CheckpointStore, GuardedOptimizer
 from fastguard.checkpoints import CheckpointError, StoreLocked
 from guardtest.longrun import LongRun
+from guardtest.programs import run_program
 from guardtest.training import assert_same_bits
 from guardtest.versions import has_torch
 
@@ -217,8 +216,7 @@ print(len(fastguard.CheckpointStore(sys.argv[1], read_only=True).list()))
 
 def test_a_second_process_gets_the_pid_of_the_writer(store):
     save(store, 0)
-    command = [sys.executable, "-c", OTHER, str(store.directory)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = run_program(OTHER, store.directory, check=True)
     locked, count = done.stdout.splitlines()
     assert (
         f"is open for writing in process {os.getpid()}; wait for that process or stop it" in locked

@@ -2,10 +2,10 @@
 
 import os
 import pty
-import subprocess
-import sys
 
 import pytest
+
+from guardtest.programs import run_program
 
 GUARD = """
 import torch, fastguard
@@ -18,14 +18,8 @@ opt.step(tag="x" * 300)
 """
 
 
-def stderr_of(setup: str = "", **environment: str) -> list[str]:
-    done = subprocess.run(
-        [sys.executable, "-c", setup + GUARD],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, **environment},
-    )
+def stderr_of(setup: str = "") -> list[str]:
+    done = run_program(setup + GUARD, check=True)
     assert done.stdout == ""
     return done.stderr.splitlines()
 
@@ -66,8 +60,8 @@ def test_a_handler_of_the_program_replaces_the_last_resort():
 
 def on_a_terminal(**environment: str) -> str:
     leader, follower = pty.openpty()
-    env = {**os.environ, "TERM": "xterm", **environment}
-    subprocess.run([sys.executable, "-c", GUARD], stderr=follower, check=True, env=env)
+    env = {"TERM": "xterm", **environment}
+    run_program(GUARD, env=env, terminal=os.ttyname(follower), check=True)
     os.close(follower)
     text = b""
     try:

@@ -16,6 +16,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import fastguard
 from fastguard.errors.versions import SHARDED_ESTIMATES
 from fastguard.gradients.tensor_kinds import Kind, kind_of, lasting, watched
+from guardtest.programs import run_program
 from guardtest.versions import needs
 
 INF = float("inf")
@@ -391,4 +392,4 @@ norm = fastguard.clip_grad_norm_(parameters(), 1.0)
 assert type(norm) is torch.Tensor and norm.item() > 0
 dist.destroy_process_group()
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    run_program(code, check=True)

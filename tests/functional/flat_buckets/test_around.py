@@ -3,8 +3,6 @@
 import copy
 import gc
 import pickle
-import subprocess
-import sys
 import weakref
 
 import pytest
@@ -14,6 +12,7 @@ from torch import nn
 from fastguard import FlatGradBuckets, GuardedOptimizer
 from guardtest.flat import attached, backward, model_of
 from guardtest.gloo_groups import group_of_one
+from guardtest.programs import run_program
 from guardtest.training import new_parameters, snapshot
 
 NAN = float("nan")
@@ -134,10 +133,8 @@ for value in (1.0, 3.0):
 @pytest.mark.parametrize(
     "n, n_segments, trusted", [(60_000, 1, True), (100_000, 2, True), (100_000, 2, False)]
 )
-def test_sharing_memory_with_other_processes_moves_the_slots(n, n_segments, trusted, tmp_path):
+def test_sharing_memory_with_other_processes_moves_the_slots(n, n_segments, trusted):
     """The old address is unmapped: reading it would crash the process."""
     code = MOVED.format(n=n, n_segments=n_segments, trusted=trusted)
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = run_program(code)
     assert done.returncode == 0, (done.returncode, done.stderr)

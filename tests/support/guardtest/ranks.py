@@ -19,6 +19,7 @@ by its path; arguments and results are what pickle takes (tensors travel by valu
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import inspect
 import math
@@ -34,6 +35,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
@@ -50,18 +52,27 @@ COLLECTIVE_SECONDS = 20.0
 PATIENCE = 3.0
 """Time for which `run` waits for the other ranks after one has failed."""
 
+# With what the first guarded step of each process would import, which takes more than a second.
 _PRELOADED = [
     "torch",
+    "torch._dynamo",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
     "torch.distributed.checkpoint.state_dict",
     "torch.nn.parallel",
     "pytest",
-    "fastguard",
+    "fastguard.guard.guarded",
 ]
 
 
 _LOCAL_OPS = ("wait_tensor", "_wrap_tensor_autograd")  # beside collectives in their namespaces
+
+
+def fork_context() -> ForkServerContext:
+    """Returns the context of processes that are forked from a server with the imports above."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +186,7 @@ class Ranks:
 
         # Port 0: the system chooses one that is free, and the store lives as long as the group.
         self._store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
+        context = fork_context()
         for rank in range(self.world_size):
             mine, theirs = context.Pipe()
             process = context.Process(
@@ -259,6 +269,7 @@ def _serve(
     import torch
     import torch.distributed as dist
 
+    gc.freeze()  # a full collection would traverse all imported modules, which the ranks share
     torch.set_num_threads(1)
     if backend == "nccl":
         torch.cuda.set_device(rank)
