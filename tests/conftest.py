@@ -85,6 +85,7 @@ def collect_earlier_guards(request: pytest.FixtureRequest) -> None:
     """
     if "caplog" in request.fixturenames:
         gc.collect()
+        gc.freeze()  # else the next one would again traverse all that tests have imported: 0.3 s
 
 
 @pytest.fixture(autouse=True)
