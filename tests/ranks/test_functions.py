@@ -235,16 +235,15 @@ def many_adapters(n: int) -> tuple[float, float, float]:
     for p in params:
         p.grad = DTensor.from_local(local.clone(), mesh, [Shard(0)])
     start = time.perf_counter()
-    theirs = torch.nn.utils.get_total_norm([p.grad for p in params[: n // 100]]).full_tensor()
-    theirs_s = 100 * (time.perf_counter() - start)
+    theirs = torch.nn.utils.get_total_norm([p.grad for p in params[: n // 25]]).full_tensor()
+    theirs_s = 25 * (time.perf_counter() - start)
     start = time.perf_counter()
     norm = fastguard.clip_grad_norm_(params, 1e6)
-    return theirs_s, time.perf_counter() - start, norm.item() / (theirs.item() * 10)
+    return theirs_s, time.perf_counter() - start, norm.item() / (theirs.item() * 5)
 
 
-@pytest.mark.slow
-def test_twenty_thousand_adapters_cost_a_fraction_of_torchs_norm(four: Ranks) -> None:
-    for theirs, ours, ratio in four.run(many_adapters, 20_000, timeout=120):
+def test_thousands_of_adapters_cost_a_fraction_of_torchs_norm(four: Ranks) -> None:
+    for theirs, ours, ratio in four.run(many_adapters, 4_000):
         assert ours < theirs / 3
         assert ratio == pytest.approx(1.0, rel=1e-6)
 

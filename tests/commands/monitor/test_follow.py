@@ -141,7 +141,7 @@ WRITER = """
 import sys, time
 from fastguard import JsonLinesSink, StepRecord
 with JsonLinesSink(sys.argv[1], max_bytes=5000) as sink:
-    for step in range(1, 2001):
+    for step in range(1, int(sys.argv[2]) + 1):
         sink(StepRecord(step, 1.0, 1.0, "applied", lr=0.5))
         if step % 10 == 0:
             time.sleep(0.001)  # lets the readers read in between
@@ -150,7 +150,7 @@ with JsonLinesSink(sys.argv[1], max_bytes=5000) as sink:
 
 def test_no_line_is_lost_or_repeated_while_a_process_writes_and_rotates(path: Path) -> None:
     follower = Follower(path)
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)])
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path), "2000"])
     seen: list[int] = []
     while process.poll() is None:
         seen += steps(follower.poll())
@@ -161,14 +161,14 @@ def test_no_line_is_lost_or_repeated_while_a_process_writes_and_rotates(path: Pa
 
 
 def test_a_follower_may_start_while_a_process_writes_and_rotates(path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)])
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path), "600"])
     while not path.exists():
         time.sleep(0.01)
     followers = [Follower(path) for _ in range(15)]
     process.wait()
     for follower in followers:
         seen = steps(follower.poll())
-        assert seen == list(range(1, 2001))
+        assert seen == list(range(1, 601))
 
 
 @pytest.mark.parametrize("when", ["at-its-beginning", "when-it-goes-on"])

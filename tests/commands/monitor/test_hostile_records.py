@@ -135,12 +135,12 @@ def test_memory_is_bounded_for_records_of_a_megabyte() -> None:
     state = RunState(1000)
     state.feed(line(1))  # warm-up: some objects are allocated only once
     tracemalloc.start()
-    for step in range(2, 27):
+    for step in range(2, 12):
         state.feed(line(step))
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert state.n_records == 26
-    assert held < 25 * 100_000  # of 25 MB
+    assert state.n_records == 11
+    assert held < 10 * 100_000  # of 10 MB
     assert max(map(len, as_text(Path("run"), state, 1.0).split("\n"))) < 6000
 
 

@@ -181,7 +181,7 @@ def test_memory_is_bounded():
     history = LayerHistory()
     tracemalloc.start()
     for step in range(0, 200_000, 100):
-        history.add(step, {f"layer{(step + i) % 5000}": 1.0 for i in range(500)})
+        history.add(step, {f"layer{(step + i) % 5000}": 1.0 for i in range(200)})
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(history.layers) == MAX_LAYERS and len(history.columns) <= COLUMNS

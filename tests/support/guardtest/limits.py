@@ -19,7 +19,7 @@ NAN, INF = math.nan, math.inf
 RULES = {
     "zclip": ZClip(max_norm=3.0),
     "zclip without a cap": ZClip(z=1.0, alpha=0.9, warmup=10, max_norm=None),
-    "autoclip": AutoClip(window=700),
+    "autoclip": AutoClip(window=150),
     "autoclip of the largest": AutoClip(percentile=90, window=64),
     "adagc": AdaGC(),
     "adagc with a short warm-up": AdaGC(ratio=1.5, beta=0.5, warmup=3, max_norm=2.0),
