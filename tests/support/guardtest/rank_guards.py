@@ -60,3 +60,14 @@ def guard_over(
 def same_on_all(results: list[Any]) -> Any:
     assert all(result == results[0] for result in results), results
     return results[0]
+
+
+def net(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def replicated(**options: Any) -> dict[str, Any]:
+    assert dist.group.WORLD is not None
+    options = {"watch": ("replica_drift",), "watch_every": 1} | options
+    return {"group": Replicated(dist.group.WORLD), **options}
