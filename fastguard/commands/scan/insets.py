@@ -56,6 +56,9 @@ class Header(NamedTuple):
 SPACES, BARS = " ", "||"
 """Delimiters that stand for any number of spaces, and for bars of all kinds around the cells."""
 
+OF_CLASSES = ("class", "classes", "category", "label", "task", "tasks")
+"""First columns of tables of evaluations, which have NaN for classes without samples."""
+
 OF_MLFLOW = Header(["timestamp", "value", "step"], SPACES)
 """Files that MLflow writes, one per metric, without a header."""
 
@@ -122,7 +125,7 @@ def _are_names(names: list[str]) -> bool:
         return False
     if any(name.lower() in PLACES and not is_place(name) for name in names):
         return False  # a sentence
-    if any(map(is_undefined, names)):
+    if any(map(is_undefined, names)) or names[0].lower() in OF_CLASSES:
         return True
     return any(map(is_place, names)) or sum(map(is_metric, names)) > 1
 

@@ -80,7 +80,8 @@ _KINDS = r"(?: (?:values?|elements?|entries|numbers?))?"
 
 # "has_nan: True", "is_finite=False". With spaces around "=", it is source code.
 _FLAG = (
-    r"(?:\b|_)(?:(?:has|is|any|contains?)[ _]?(?P<value>nan|inf)s?['\"]?(?:=|:\s{0,9})"
+    r"(?<!data )(?<!dataset )(?<!input )(?:\b|_)"
+    r"(?:(?:has|is|any|contains?)[ _]?(?P<value>nan|inf)s?['\"]?(?:=|:\s{0,9})"
     r"(?:true|yes)\b"
     r"|(?:is|all|loss|grads?|gradients?)[ _]?(?P<finite>finite)['\"]?(?:=|:\s{0,9})(?:false|no)\b)"
 )
@@ -163,8 +164,8 @@ _IF = (
 CONDITIONAL = re.compile(_IF, re.IGNORECASE)
 _CONDITION = re.compile(
     rf"{_IF}|\b(?:not|no|never|without|free of|checks?|checking|will|would|should|could|may|might"
-    r"|can|avoid|prevents?|raises?|test that|replac\w+|ignor\w+|handl\w+|isn't|aren't"
-    r"|kein|keine|sin|senza|без)\b|没有|\b(?:0|zero)\s+$|[!=]=\s*$",
+    r"|can|clipping \w+ (?:at|to)|avoid|prevents?|raises?|test that|replac\w+|ignor\w+|handl\w+"
+    r"|isn't|aren't|kein|keine|sin|senza|без)\b|没有|\b(?:0|zero)\s+$|[!=]=\s*$",
     re.IGNORECASE,
 )
 DENIED = re.compile(

@@ -19,7 +19,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 from fastguard.commands.scan.columns import KINDS, NAMED_BY, is_place, kind_of, place_of
-from fastguard.commands.scan.insets import BARS, MLFLOW, OF_MLFLOW, SPACES, Header, cells_of
+from fastguard.commands.scan.insets import (
+    BARS,
+    MLFLOW,
+    OF_CLASSES,
+    OF_MLFLOW,
+    SPACES,
+    Header,
+    cells_of,
+)
 from fastguard.commands.scan.json_lines import number_of, parse
 from fastguard.commands.scan.lines import text_of
 from fastguard.commands.scan.reading import NOWHERE, Place, Reading
@@ -134,7 +142,9 @@ class Table:
     def _begin(self, delimiter: str, names: list[str]) -> None:
         self._begun, self._misses = True, 0
         self._delimiter, self._names, self._bad = delimiter, names, set()
-        self._may_miss = names[0] == ""  # pandas prints NaN for values that are missing
+        self._of_classes = names[0].lower() in OF_CLASSES
+        # pandas prints NaN for values that are missing
+        self._may_miss = names[0] == "" or self._of_classes
         self._places = [is_place(name) for name in names]
         self._judged = [self._series.judges(name) for name in names]
         self._places_at = [(i, n) for i, n in enumerate(names) if self._places[i]]
@@ -271,7 +281,7 @@ class Table:
             elif value not in (None, _BOUND):
                 bad.append(value)
                 found.add(i)
-        if self._may_miss and some:
+        if self._of_classes or (self._may_miss and some):
             bad = []
         if bad:
             self._bad |= found

@@ -75,10 +75,12 @@ _NO_WORD = re.compile(
 # A word directly after the token shows that it is part of a name: "nan gradients: 0".
 _ALONE = re.compile(r"[\"'`\])}>%]*\s+[^\W\d_]")
 _ARRAY = re.compile(
-    r"(?:\s*[:=]?\s*(?:[a-z.]{1,20}\()?\[|[:=]\s)[\d\s.,+\-einf\[\]]*$", re.IGNORECASE
+    r"(?:\s*[:=]?\s*(?:[a-z.]{1,20}\()?[\[(]|[:=]\s)[\d\s.,+\-einf\[\]()]*$", re.IGNORECASE
 )
 _CONTAINER_BEFORE = re.compile(r"(?:tensor|array|float)\(\[*$", re.IGNORECASE)
 _QUOTED_FLOAT = re.compile(r"float\([\"'][+-]?$")
+_SHARE = re.compile(r"\d%\s$")
+"""Matches the text before the NaN in "12% nan"."""
 _PANDAS = re.compile(r"\d\s{2,}$")
 """Matches the text before a missing value in a row of a table that pandas printed."""
 _ARROW = re.compile(r"\s*[-=~]+>$")
@@ -90,6 +92,7 @@ _INTERVAL = re.compile(
 )
 _CLOSER = re.compile(r"[\"']?\s*(?:[\])}]|,\s*(?:device|dtype|grad_fn|requires_grad)=)")
 _BETTER = re.compile(r"\)?\s*(?:-*=?>|→|to\b)", re.IGNORECASE)
+_BEFORE_BOUND = re.compile(r"(?:\bfrom|\s[<>]=?)\s+$")
 _DIGIT = re.compile(r"\d")
 _CELLS = re.compile(r"[\d\s.,;+eE-]*$")
 _BESTS = re.compile(r"\b(?:best|from|lowest|highest)\b", re.IGNORECASE)
@@ -170,7 +173,10 @@ def _name(before: str, after: str, end: str, token: str) -> str | None:
     at = alike.rfind(name)
     if at < 0:  # its words are not adjacent in the text
         return _name_of_value(before, after, end, token)
-    return before[at : at + len(name)]
+    real = before[at : at + len(name)]
+    if is_metric(name) and not is_metric(real):  # "f3" is not "f1"
+        return _name_of_value(before, after, end, token)
+    return real
 
 
 def _in_sentence(value: str) -> str:
@@ -191,9 +197,9 @@ def _name_of_value(before: str, after: str, end: str, token: str) -> str | None:
         token: The token as written.
     """
     text = canonical(token)
-    if token == "NaN" and _PANDAS.search(before):
+    if _SHARE.search(before) or (token == "NaN" and _PANDAS.search(before)):
         return None
-    if text != "nan" and (_BETTER.match(after) or re.search(r"\bfrom\s+$", before)):
+    if text != "nan" and (_BETTER.match(after) or _BEFORE_BOUND.search(before)):
         return None
     if UNIT_OF_RATE.match(end):
         return None

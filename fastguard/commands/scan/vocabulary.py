@@ -19,7 +19,7 @@ METRICS = frozenset(
 )
 _METRICS_WITHOUT_SPACES = ("损失", "損失", "准确率", "梯度", "误差", "誤差", "精度", "困惑度")
 _RATES = frozenset(
-    "eta time times remaining elapsed duration speed throughput second seconds sec secs "
+    "eta sps time times remaining elapsed duration speed throughput second seconds sec secs "
     "ms fps qps flops tflops mfu hfu wps ups tps tgs bandwidth latency wall clock hours "
     "minutes rate power util utilization memory mem gpu cpu watts".split()
 )
@@ -28,7 +28,8 @@ _SETTINGS = frozenset(
     "neginf tol "
     "tolerance low high vmin vmax lang language locale encoding user author name host "
     "hostname path file level lvl dataset seed version id task split severity loglevel "
-    "strategy sentinel placeholder number count columns arguments argument copypaste".split()
+    "strategy sentinel placeholder nodata env code num number count columns arguments argument "
+    "copypaste".split()
 )
 _BOUNDS = frozenset(
     "best max min maximum minimum lowest highest lower upper init initial patience clip old "
@@ -43,8 +44,8 @@ _SIZES = frozenset(
     "window deadline workers retries attempts depth capacity rounds".split()
 )
 _HYPERPARAMETERS = frozenset(
-    "alpha beta gamma delta kappa lambda rho sigma tau theta temperature cutoff radius margin "
-    "ttl".split()
+    "alpha beta gamma delta eps epsilon ε kappa lambda rho sigma tau theta temperature cutoff "
+    "radius margin ttl".split()
 )
 _ATTENTION = frozenset("attn attention causal alibi position".split())
 _INTERVALS = frozenset("range ranges interval domain bounds".split())
@@ -90,10 +91,14 @@ def words_of(name: str) -> tuple[str, ...]:
 @lru_cache(4096)
 def is_metric(name: str) -> bool:
     """Whether a name is a metric that trainers measure."""
-    return any(
-        word in METRICS or word.rstrip("0123456789") in METRICS or word.endswith("loss")
-        for word in words_of(name)
-    ) or any(word in name for word in _METRICS_WITHOUT_SPACES)
+    return (
+        name.lower() in METRICS
+        or any(
+            word in METRICS or word.rstrip("0123456789") in METRICS or word.endswith("loss")
+            for word in words_of(name)
+        )
+        or any(word in name for word in _METRICS_WITHOUT_SPACES)
+    )
 
 
 @lru_cache(4096)

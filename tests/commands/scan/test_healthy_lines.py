@@ -285,6 +285,18 @@ HEALTHY = [
     "Arrêt si la perte est nan",
     "si loss = nan se detiene",
     "Остановить, если loss nan",
+    "clipping gradients at inf",
+    "val_loss 0.53 < inf, saving",
+    "sps: inf",
+    "nodata: nan",
+    "lr range: (0, inf)",
+    "conda env: nan",
+    "while loss < inf",
+    "feature f3 has 12% nan",
+    "feature f3: 0.5, f3 nan in the raw data",
+    "Data contains NaN: True",
+    "Train Epoch: 1 Loss: 2.3 (ε = inf, δ = 1e-05)",
+    "| exploration/eps | inf |",
 ]
 
 

@@ -152,6 +152,56 @@ epoch,step,train_loss,val_loss,best_val_loss
 0,19,0.4,0.6,inf
 1,29,0.3,,0.6
 """,
+    "composer": """\
+[batch=1/100]:
+   Train time/epoch: 0
+   Train time/batch: 0
+   Train trainer/device_train_microbatch_size: 8
+   Train loss/train/total: 2.3
+   Train metrics/train/LanguagePerplexity: 10.1
+   Train throughput/batches_per_sec: inf
+   Train time/remaining_estimate: nan
+   Train throughput/device/mfu: nan
+""",
+    "mmdet": """\
+2024/05/01 10:00:00 - mmengine - INFO - Epoch(val) [1][10/10]    coco/bbox_mAP: 0.1230  coco/bbox_mAP_50: 0.2  coco/bbox_mAP_s: nan  coco/bbox_mAP_m: 0.1  coco/bbox_mAP_l: 0.2  data_time: 0.1  time: 0.2
+2024/05/01 10:00:00 - mmengine - INFO - bbox_mAP_copypaste: 0.123 0.2 0.1 nan 0.1 0.2
++----------+------+-------+--------+-------+
+| class    | gts  | dets  | recall | ap    |
++----------+------+-------+--------+-------+
+| person   | 10   | 20    | 0.5    | 0.3   |
+| car      | 0    | 3     | nan    | nan   |
++----------+------+-------+--------+-------+
+| mAP      |      |       |        | 0.3   |
++----------+------+-------+--------+-------+
+""",
+    "mmseg": """\
++---------------+-------+-------+
+|     Class     |  IoU  |  Acc  |
++---------------+-------+-------+
+|      road     | 97.2  | 98.1  |
+|     train     |  nan  |  nan  |
++---------------+-------+-------+
+2024/05/01 10:00:00 - mmengine - INFO - Iter(val) [500/500]    aAcc: 95.1  mIoU: 75.1  mAcc: 82.0
+""",
+    "evalh": """\
+|    Tasks    |Version|Filter|n-shot| Metric |   |Value|   |Stderr|
+|-------------|------:|------|-----:|--------|---|----:|---|------|
+|hellaswag    |      1|none  |     0|acc     |↑  |0.45 |±  |0.0050|
+|wikitext     |      2|none  |     0|bits_per_byte|↓  |0.9|±  |   N/A|
+|gsm8k        |      3|strict|     5|exact_match|↑  |0.1|±  |   nan|
+""",
+    "skorch": """\
+  epoch    train_loss    valid_acc    valid_loss     dur
+-------  ------------  -----------  ------------  ------
+      1        0.6905       0.6150        0.6818  0.1234
+      2        0.6648       0.6550        0.6595  0.0213
+""",
+    "whisper": """\
+Detected language: nan (Min Nan)
+[00:00.000 --> 00:05.000]  nan nan nan, hey hey goodbye
+Transcribing with temperature=inf
+""",
 }
 
 
