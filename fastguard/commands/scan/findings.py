@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 from fastguard.commands.scan import huggingface
@@ -258,22 +258,18 @@ class Findings:
             return 0
         if rows.steps and len(stretch.steps) < STEPS:
             return 0
-        wanted, first, n = _epoch(stretch.first), begin, at
-        epoch = self.place.epoch
-        for i in islice(bad, at, None):
-            found = _epoch_of_row(rows, begin, i)
-            found = epoch if found is None else found
-            other = (None if found is None else math.floor(found)) != wanted
-            if other or (n > at and rows.measured.find(1, begin, i) >= 0):
+        wanted, n, epoch = _whole(stretch.first.epoch), at, self.place.epoch
+        for found, again_finite in self._walk(rows, begin, islice(bad, at, None)):
+            if _whole(found) != wanted or (n > at and again_finite):
                 break
-            n, begin, epoch = n + 1, i + 1, found
+            n, epoch = n + 1, found
         if n == at:
             return 0
         last = rows.place(bad[n - 1])
         sparse = last.step is None and self.place.step is not None
         self.place = self.place._replace(epoch=epoch)
         for i in bad[at:n] if sparse else bad[n - 1 : n]:
-            self._move_to(rows, first, i)
+            self._move_to(rows, begin, i)
         self.found.n_bad += n - at
         stretch.n_lines += n - at
         stretch.last_line, stretch.last = rows.numbers[bad[n - 1]], self.place
@@ -296,25 +292,33 @@ class Findings:
 
     def _count_rows(self, rows: Rows, begin: int, bad: Sequence[int]) -> int:
         """Counts bad rows whose stretches are not kept; returns the end of the last one."""
-        first, stretch, n = begin, self.stretch, 0
+        stretch, n, epoch = self.stretch, 0, None
         ends = stretch is not None and stretch.dialect == rows.dialect
-        opened = None if stretch is None else (_epoch(stretch.first),)
-        epoch, now = self.place.epoch, _epoch(self.place)
-        for i in bad:
-            found = _epoch_of_row(rows, begin, i)
-            if found is not None:
-                epoch, now = found, math.floor(found)
-            again_finite = ends and rows.measured.find(1, begin, i) >= 0
-            if again_finite or opened is None or opened[0] != now:
-                n, opened, ends = n + 1, (now,), True
-            begin = i + 1
+        opened = None if stretch is None else (_whole(stretch.first.epoch),)
+        for epoch, again_finite in self._walk(rows, begin, bad):
+            now = (_whole(epoch),)
+            if (ends and again_finite) or opened != now:
+                n, opened, ends = n + 1, now, True
         self.place = self.place._replace(epoch=epoch)
-        self._move_to(rows, first, begin - 1)
+        self._move_to(rows, begin, bad[-1])
         self.found.n_bad += len(bad)
         self.found.n_stretches += n
         if n:
-            self.stretch = self._new_stretch(rows.numbers[begin - 1], rows.dialect)
-        return begin
+            self.stretch = self._new_stretch(rows.numbers[bad[-1]], rows.dialect)
+        return bad[-1] + 1
+
+    def _walk(
+        self, rows: Rows, begin: int, bad: Iterable[int]
+    ) -> Iterator[tuple[float | None, bool]]:
+        """Yields the epoch of each bad row, and whether finite measurements precede it."""
+        epoch = self.place.epoch
+        for i in bad:
+            found = rows.epoch(i)
+            if found is None and begin < i:  # the previous row may be more specific
+                found = rows.epoch(i - 1)
+            epoch = epoch if found is None else found
+            yield epoch, rows.measured.find(1, begin, i) >= 0
+            begin = i + 1
 
     def _again_finite(self, rows: Rows, begin: int, end: int) -> None:
         """Ends the stretch if a row in this range has finite measurements."""
@@ -334,7 +338,7 @@ class Findings:
         return begins and len(self.found.stretches) < KEPT
 
     def _is_other_epoch(self, stretch: Stretch) -> bool:
-        return _epoch(stretch.first) != _epoch(self.place)
+        return _whole(stretch.first.epoch) != _whole(self.place.epoch)
 
 
 def _excerpt(text: str) -> str:
@@ -348,11 +352,5 @@ def _around_word(text: str) -> str:
     return "..." * (start > 0) + _excerpt(text[start:end]) + "..." * (end < len(text))
 
 
-def _epoch(place: Place) -> int | None:
-    return None if place.epoch is None else math.floor(place.epoch)
-
-
-def _epoch_of_row(rows: Rows, begin: int, i: int) -> float | None:
-    """Returns the epoch of row i, or else of the row before, unless that one was read before."""
-    found = rows.epoch(i)
-    return rows.epoch(i - 1) if found is None and begin < i else found
+def _whole(epoch: float | None) -> int | None:
+    return None if epoch is None else math.floor(epoch)
