@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from fastguard.gradients.buckets import GradBuckets
 from fastguard.guard.found_inf import reads_found_inf
 from fastguard.guard.inner_step import InnerStep, StepCall
-from fastguard.guard.read_first import ReadFirst
+from fastguard.guard.read_first import ReadFirst, skips_step
 from fastguard.guard.step_hooks import has_step_hooks
 from fastguard.stages.apply import apply
 from fastguard.stages.contract import Verdict
@@ -58,6 +58,11 @@ class OnDevice(ReadFirst):
             optimizer.grad_scale = None  # type: ignore[attr-defined]
             optimizer.found_inf = verdict.found_inf  # type: ignore[attr-defined]
             self._inner(call)
+        except (TypeError, LookupError):
+            # State of a parameter was removed by hand. Torch raises before its kernel runs, but a
+            # bad step must be skipped like any other.
+            if not skips_step(verdict):
+                raise
         finally:
             self._forget_verdict()
 

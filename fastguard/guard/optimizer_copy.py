@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -12,17 +13,22 @@ from torch.optim import Optimizer
 
 from fastguard.gradients.tensor_parts import copies_for_deepcopy
 
-NUMBERS = (int, float, bool)
+NUMBERS = (int, float, bool, NoneType)
 
 
 class OptimizerCopy(NamedTuple):
-    """Weights, states, settings and numbers of an optimizer and of optimizers inside it."""
+    """Weights, states, settings and numbers of an optimizer and of optimizers inside it.
+
+    With gradients, also the states of the random number generators of their devices, so that the
+    step can be taken again.
+    """
 
     weights: list[tuple[Tensor, Tensor]]
     states: list[tuple[Optimizer, dict[Any, Any]]]
     settings: list[tuple[dict[str, Any], dict[str, Any]]]
-    numbers: list[tuple[Optimizer, dict[str, Any]]]
+    numbers: list[tuple[Optimizer, dict[str, Any], frozenset[str]]]
     gradients: list[tuple[Tensor, Tensor | None, Tensor | None]]
+    generators: list[tuple[torch.Generator, Tensor]]
 
     @staticmethod
     @torch.no_grad()
@@ -39,11 +45,15 @@ class OptimizerCopy(NamedTuple):
             # Per parameter, because deepcopy of the whole state would copy its keys too.
             [(o, {p: copy.deepcopy(s, copies) for p, s in o.state.items()}) for o in optimizers],
             [(g, {k: _copied(v) for k, v in g.items() if k != "params"}) for g in groups],
-            [(o, {k: v for k, v in vars(o).items() if type(v) in NUMBERS}) for o in optimizers],
+            [
+                (o, {k: v for k, v in vars(o).items() if type(v) in NUMBERS}, frozenset(vars(o)))
+                for o in optimizers
+            ],
             [
                 (p, p.grad, None if p.grad is None else p.grad.detach().clone())
                 for p in (weights if gradients else ())
             ],
+            [(g, g.get_state()) for g in _generators(weights)] if gradients else [],
         )
 
     @torch.no_grad()
@@ -62,16 +72,18 @@ class OptimizerCopy(NamedTuple):
                     group[key].copy_(value)  # a captured step reads this tensor
                 else:
                     group[key] = value
-        for optimizer, numbers in self.numbers:
+        for optimizer, numbers, names in self.numbers:
             attributes = vars(optimizer)
-            for name in [n for n, v in attributes.items() if type(v) in NUMBERS]:
-                if name not in numbers:  # created by the step
+            for name in attributes.keys() - names:  # created by the step
+                if type(attributes[name]) in NUMBERS:
                     del attributes[name]
             attributes.update(numbers)
         for p, grad, values in self.gradients:
             p.grad = grad
             if grad is not None and values is not None:
                 grad.copy_(values)
+        for generator, state in self.generators:
+            generator.set_state(state)
 
 
 def with_inner(optimizer: Optimizer, seen: set[int] | None = None) -> Iterator[Optimizer]:
@@ -86,6 +98,12 @@ def with_inner(optimizer: Optimizer, seen: set[int] | None = None) -> Iterator[O
         for item in items if isinstance(value, dict | list | tuple) else (value,):
             if isinstance(item, Optimizer):
                 yield from with_inner(item, seen)
+
+
+def _generators(weights: Iterable[Tensor]) -> list[torch.Generator]:
+    """Returns the default random number generators of the CPU and of the GPUs of some tensors."""
+    gpus = {p.device.index for p in weights if p.is_cuda}
+    return [torch.default_generator, *(torch.cuda.default_generators[i] for i in sorted(gpus))]
 
 
 def _copied(setting: Any) -> Any:

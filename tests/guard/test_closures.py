@@ -287,6 +287,39 @@ def test_an_optimizer_that_changes_weights_before_a_later_evaluation_is_refused(
     assert opt.steps_taken == opt.applied_steps == len(opt.records()) == PROVEN_AFTER
 
 
+def test_a_step_that_is_taken_again_draws_the_same_random_numbers():
+    class Noisy(torch.optim.SGD):
+        """Evaluates at weights with noise, as BSAM does."""
+
+        def step(self, closure):
+            (p,) = self.param_groups[0]["params"]
+            noise = 0.1 * torch.randn_like(p)
+            p.data.add_(noise)
+            loss = closure()
+            p.data.sub_(noise)
+            super().step()
+            return loss
+
+    weights = []
+    for guarded in (False, True):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.ones(4))
+        inner = Noisy([p], lr=0.1)
+        opt = GuardedOptimizer(inner) if guarded else inner
+
+        def closure(p=p, opt=opt):
+            opt.zero_grad()
+            with torch.enable_grad():
+                loss = torch.nn.functional.dropout(p.square(), 0.5).sum()
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            opt.step(closure)
+        weights.append(p.detach())
+    assert torch.equal(*weights)
+
+
 @pytest.mark.parametrize("every", [2, 5])
 def test_an_optimizer_that_ascends_only_in_some_steps_steps_as_if_unguarded(every):
     class Sometimes(torch.optim.SGD):

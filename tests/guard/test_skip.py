@@ -151,6 +151,36 @@ def test_found_inf_in_the_fused_kernel_is_exactly_0_or_1():
     assert not hasattr(inner, "grad_scale")
 
 
+@pytest.mark.parametrize("removed", ["momentum_buffer", "set to None", "step"])
+def test_state_that_was_removed_by_hand_is_no_error_in_a_bad_step(removed):
+    parameters = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    if removed == "step":
+        inner = torch.optim.AdamW(parameters, lr=0.1, fused=True)
+    else:
+        inner = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=True)
+    opt = GuardedOptimizer(inner)
+
+    def step(gradient):
+        for p in parameters:
+            p.grad = torch.full((3,), gradient)
+        opt.step()
+
+    step(1.0)
+    state = opt.state[parameters[1]]
+    name = "step" if removed == "step" else "momentum_buffer"
+    kept = state.pop(name)
+    if removed == "set to None":
+        state[name] = None
+    before = [p.tolist() for p in parameters]
+    step(float("nan"))
+    assert [p.tolist() for p in parameters] == before
+    with pytest.raises((TypeError, KeyError)):  # as without the guard
+        step(1.0)
+    state[name] = kept
+    step(1.0)
+    assert [r.action for r in opt.records()] == ["applied", "skipped", "applied"]
+
+
 def test_an_error_in_the_fused_step_leaves_no_attribute_behind():
     parameters = new_parameters()
     inner = torch.optim.AdamW(parameters, fused=True)
