@@ -5,10 +5,12 @@ The figures of docs/benchmarks.md are checked too.
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -39,23 +41,27 @@ def test_readme_is_short() -> None:
     assert len(README.read_text().split()) < 1200
 
 
+@functools.cache
+def executed(block: str) -> subprocess.CompletedProcess[str]:
+    """Runs a block of the page as a script, once."""
+    with TemporaryDirectory() as folder:
+        script = Path(folder, "block.py")
+        script.write_text(block)
+        command = [sys.executable, str(script)]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+
+
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_code_block_runs(block: str, tmp_path: Path) -> None:
-    script = tmp_path / "block.py"
-    script.write_text(block)
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
+def test_code_block_runs(block: str) -> None:
+    done = executed(block)
     assert done.returncode == 0, done.stderr
 
 
-def test_the_first_example_prints_what_the_page_says(tmp_path: Path) -> None:
+def test_the_first_example_prints_what_the_page_says() -> None:
     after = README.read_text().split(BLOCKS[0])[1]
     shown = re.findall(r"^```text\n(.*?)^```", after, re.DOTALL | re.MULTILINE)[0]
-    done = subprocess.run(
-        [sys.executable, "-c", BLOCKS[0]], cwd=tmp_path, capture_output=True, text=True
-    )
-    for line, wanted in zip(done.stdout.splitlines(), shown.splitlines(), strict=True):
+    printed = executed(BLOCKS[0]).stdout
+    for line, wanted in zip(printed.splitlines(), shown.splitlines(), strict=True):
         assert line.startswith(wanted.removesuffix("...")), (line, wanted)
 
 

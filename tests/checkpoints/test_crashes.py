@@ -2,16 +2,15 @@
 
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+from guardtest.programs import run_program
 
 SCRIPT = Path(__file__).with_name("crash_run.py")
 
 
 def run(*arguments):
-    command = [sys.executable, SCRIPT, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = run_program(SCRIPT.read_text(), *arguments, timeout=200)
     assert done.returncode == 0, done.stderr
     print(done.stdout)
     return done.stdout

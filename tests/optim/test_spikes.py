@@ -121,14 +121,15 @@ def test_update_clipping_equals_the_algorithm_of_the_paper(shared_group):
     assert n_steps / 3 < clipped < 3.5 * n_steps  # it is not always on, and not always off
 
 
-def test_spam_equals_the_algorithm_of_the_paper_over_10_000_steps():
+def test_spam_equals_the_algorithm_of_the_paper_over_thousands_of_steps():
     """Steps with NaN in the first, a middle and the last element are skipped, and count nowhere."""
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(9, dtype=F64))
     optimizer = guarded.AdamW([p], lr=1e-2, weight_decay=0.1, **SPAM)
     oracle = Spam(p.detach().clone(), 1e-2, 0.1, 5000, 60)
-    noise = torch.randn(10_000, 9, dtype=F64)
-    noise[::7] *= 1.0 + 1000.0 * (torch.rand(1429, 9) < 0.1)
+    n_steps = 10_000 if long_tests() else 2_500
+    noise = torch.randn(n_steps, 9, dtype=F64)
+    noise[::7] *= 1.0 + 1000.0 * (torch.rand(-(-n_steps // 7), 9) < 0.1)
     for step, grad in enumerate(noise):
         p.grad = grad.clone()
         optimizer.found_inf = torch.tensor(float(step % 11 == 5))
@@ -137,7 +138,7 @@ def test_spam_equals_the_algorithm_of_the_paper_over_10_000_steps():
         else:
             oracle.step(grad)
         optimizer.step()
-    assert oracle.clipped > 300
+    assert oracle.clipped > 0.03 * n_steps
     torch.testing.assert_close(p.detach(), oracle.weight, rtol=1e-8, atol=1e-9)
     assert optimizer.state[p]["step"] == oracle.t
 
