@@ -13,7 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read by torch; silences its profiler
+# torch reads this variable, which silences its profiler
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
 

@@ -1,7 +1,8 @@
-"""The error of norms against float64: for ordinary squares, and if they underflow or overflow.
+"""The error of norms against float64, also for squares that underflow or overflow.
 
-Uses functions that do not change gradients: a norm of 1e-26 is negligible next to the 1e-6 in
-torch's formula of the clip coefficient, so clipping to it would scale all gradients to zero.
+The measured functions do not change gradients. A norm of 1e-26 is negligible compared with the 1e-6
+in torch's formula of the clip coefficient, so clipping to such a norm would scale all gradients to
+zero.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def measure_accuracy(
 ) -> list[dict[str, Any]]:
     """Measures the relative error of each contender at each magnitude, for normal values.
 
-    At magnitude 1 also for constant values, whose rounding errors all have the same sign.
+    At magnitude 1, also measures constant values, whose rounding errors all have the same sign.
     """
     found = []
     with torch.no_grad():

@@ -24,7 +24,7 @@ from fastguard.commands.terminal import incidents_unlogged
 ROUNDS = 7
 
 
-@functools.lru_cache(maxsize=1)  # tests of the same case are consecutive
+@functools.lru_cache(maxsize=1)  # size 1, since tests of the same case are consecutive
 def field_of(case: Case, device: torch.device) -> tuple[Workload, dict[str, Prepared], dict]:
     work = Workload(case, device)
     return work, *prepare(work)

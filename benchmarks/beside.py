@@ -2,9 +2,9 @@
 
     python -m benchmarks.beside [records] [growth] [snapshot] [activations] [ranks] [busy] [units]
 
-Two variants run alternately, since machines are shared; the result is the median of the ratios of
-the pairs. For records, it is the median of differences in microseconds, with quartiles: 20 µs are
-2 % of a 1 ms step. Everything runs on the CPU.
+Two variants run alternately, since machines are shared. The result is the median of the ratios of
+the pairs; for records, it is the median of the differences in microseconds, with quartiles (20 µs
+are 2 % of a 1 ms step). Everything runs on the CPU.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def seconds(work: Work, repeat: int = 1) -> float:
 
 
 def in_turns(one: Work, other: Work, *, pairs: int, repeat: int = 1) -> list[tuple[float, float]]:
-    """Returns the seconds of both for each pair; the first pair is a warm-up and left out."""
+    """Returns the seconds of both variants for each pair, without a first pair as warm-up."""
     times = [(seconds(one, repeat), seconds(other, repeat)) for _ in range(pairs + 1)]
     return times[1:]
 
 
 def ratio(times: list[tuple[float, float]]) -> float:
-    """Returns the time of the second divided by the first, the median over the pairs."""
+    """Returns the median over the pairs of the second time divided by the first."""
     return statistics.median(b / a for a, b in times)
 
 
@@ -83,7 +83,8 @@ def records() -> None:
     size differ by tens of microseconds per step. The first variant runs twice, and the difference
     is the noise. Records are fetched every `FETCHED` steps, as a progress bar would do.
     """
-    torch.set_num_threads(1)  # waiting for a core would take longer than the differences
+    # one thread, since waiting for a core would take longer than the differences
+    torch.set_num_threads(1)
     n = step_of_one_ms()
     opt = guarded(n)
     recorder, add = opt._recorder, opt._recorder.add
@@ -135,7 +136,7 @@ def all_in_turns(ways: dict[str, Callable[[], float]], rounds: int) -> list[dict
 
 
 def growth() -> None:
-    """Measures late steps of a run whose records are never fetched against those of a new run."""
+    """Measures late steps of a run that never fetches records, compared with steps of a new run."""
     torch.set_num_threads(1)
     long = guarded(10_000)
     for _ in range(50_000):
@@ -172,12 +173,13 @@ def snapshot() -> None:
         place.take(objects, Moment(0, next(steps)), None)
 
     take()
-    take()  # the first two allocate buffers
+    take()  # the first two snapshots allocate buffers
     pairs = in_turns(plain, take, pairs=22)
     gb = sum(t.nbytes for t in tensors) / 1e9
     copy = statistics.median(a for a, _ in pairs)
     print(f"plain copy of {gb:.2f} GB: {copy * 1e3:.0f} ms")
-    # Snapshots alternate: one checks most of the tensors it copies, the next one the rest.
+    # Snapshots alternate between checking most of the tensors during the copy, and checking the
+    # rest.
     for name, times in (("first", pairs[::2]), ("second", pairs[1::2])):
         print(f"  each {name} snapshot: {ratio(times):.3f} of it")
 
@@ -238,9 +240,9 @@ def ranks() -> None:
 
 
 def busy() -> None:
-    """Measures clipping against torch's while other processes keep all cores busy.
+    """Measures clipping against torch while other processes keep all cores busy.
 
-    The threads of a parallel loop wait for the last one, which waits for a core.
+    The threads of a parallel loop wait for the last thread, which waits for a core.
     """
     lists = {
         "29 tensors of 0.5 MB": ([(4500,)] * 29, torch.float32),

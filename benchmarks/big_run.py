@@ -3,7 +3,7 @@
     python -m benchmarks.big_run [--steps N] [--incidents N] [--keep DIR]
 
 The file is what a `JsonLinesSink` would write, rotated at 1 GiB. Serializing a million records
-would take a minute, so each line is that of a real record with its numbers replaced. The report
+would take a minute, so each line is the line of a real record with replaced numbers. The report
 runs in a separate process; its peak memory is the maximum resident set size from the kernel.
 """
 
@@ -54,7 +54,7 @@ def lines(steps: int, incidents: int, seed: int = 0) -> Iterator[list[str]]:
         lr = 3e-4 * np.minimum(1, share / 0.01) * (0.5 + 0.5 * np.cos(np.pi * share))
         threshold = 2.0 + 0.01 * random.normal(size=len(step))
         action = np.where(coef < 1, "clipped", "applied")
-        # In the order of the fields of a record.
+        # The fields are in the order of a record.
         columns = [c.tolist() for c in (step, norm, coef, action, loss, threshold, lr)]
         yield [
             bad_line(row) if row[0] in bad else template % row for row in zip(*columns, strict=True)

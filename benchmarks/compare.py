@@ -1,10 +1,11 @@
 """Compares two results to find regressions: `python benchmarks/compare.py OLD.json NEW.json`.
 
-Compares ratios to a peer that was measured in the same rounds, so the load of the two runs may
-differ. A row of fastguard is flagged if its new spread (p20..p80) is entirely below the old one and
-its median fell by more than the tolerance, or if the error of its norm grew beyond 1e-7.
+The compared ratios refer to a peer that was measured in the same rounds, so the load of the two
+runs may differ. A row of fastguard is flagged if its new spread (p20..p80) is entirely below the
+old spread and its median fell by more than the tolerance, or if the error of its norm grew beyond
+1e-7.
 
-Exit status: 0 if nothing is flagged, 1 if something is, 2 for a usage error.
+Exit status: 0 if no row is flagged, 1 if a row is flagged, 2 for a usage error.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Change:
 
 
 def compare(old: Result, new: Result, tolerance: float = TOLERANCE) -> list[Change]:
-    """Returns the changes of the rows of fastguard in both results, in the order of the new one."""
+    """Returns the changes of fastguard's rows in both results, in the order of the new result."""
     before = {(r["case"], r["series"], r["contender"]): r for r in old["rows"]}
     changes = []
     for row in new["rows"]:
@@ -78,7 +79,7 @@ def _verdict(old: dict[str, Any], new: dict[str, Any], tolerance: float) -> str:
 
 
 def missing(old: Result, new: Result) -> list[str]:
-    """Returns the rows of the old result that the new one lacks."""
+    """Returns the rows of the old result that the new result lacks."""
     there = {(r["case"], r["series"], r["contender"]) for r in new["rows"]}
     return [
         f"{r['case']}: {r['contender']}"

@@ -1,4 +1,4 @@
-"""Contenders of the whole suite; `CONTENDERS` has them, beside those of `fastguard bench`."""
+"""Further contenders for the suite; `CONTENDERS` also lists the contenders of `fastguard bench`."""
 
 from __future__ import annotations
 

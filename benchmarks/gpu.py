@@ -1,12 +1,12 @@
-"""Measures the cases of the GPU targets in two minutes, the most important ones first.
+"""Measures the cases of the GPU targets in two minutes, the most important cases first.
 
 python -m benchmarks.gpu --out benchmarks/results/gpu.json
 python -m benchmarks.gpu --device cpu --quick        # a trial of this script, on 1/256 of the size
 
 Runner, byte models, targets and the format of the file are shared with the whole suite
 (`fastguard.commands.bench`). The file is rewritten after each case, and lists cases for which no
-time was left. COMMIT=... names the source if there is no .git. Missed targets keep their numbers.
-The exit status is 1 if a case failed, or if a guarded step synced with the device.
+time was left. COMMIT=... names the source if there is no .git. The numbers of missed targets are
+written too. The exit status is 1 if a case failed, or if a guarded step synced with the device.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from fastguard.commands.bench.table import row_table
 from fastguard.commands.bench.workload import Case
 from fastguard.commands.terminal import incidents_unlogged
 
-SECONDS = 110.0  # no case starts later; the last one may take ten more seconds
+SECONDS = 110.0  # no case starts after this time; the last case may take ten more seconds
 CASE_SECONDS = 4.0
 CLIP = ("torch foreach", "fastguard")
 STEP = ("bare step", USUAL_STEP, "GuardedOptimizer")
 
 
 def cases() -> list[Case]:
-    """Returns the cases, the most important first: the last ones are left out if time is short."""
+    """Returns the cases, the most important first; the last cases are left out if time is short."""
     one, small, gpt2 = ONE_GB["1 x 256M"], EXTREMES["2000 x 1k"], model_shapes("gpt2-124m")
     adamw = ("AdamW", "fused")
     return [
@@ -73,7 +73,7 @@ def measure_all(
     seconds: float,
     case_seconds: float,
 ) -> None:
-    """Runs the cases, and adds rows, or the reasons for missing ones, to the result."""
+    """Runs the cases, and adds rows, or the reasons for missing rows, to the result."""
     start = time.perf_counter()
     limit = Ceilings(**result["ceilings"])
     try:
@@ -87,7 +87,7 @@ def measure_all(
             continue
         try:
             rows, missing = run_case(case, device, limit, seconds=case_seconds)
-        except Exception as error:  # reported; the other cases still run
+        except Exception as error:  # the error is reported, and the other cases still run
             _failed(result, case.id, error)
             continue
         result["rows"] += [row.as_dict() for row in rows]

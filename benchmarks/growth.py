@@ -1,7 +1,7 @@
 """How the cost grows with the number of tensors, bytes and segments.
 
-Expected: linear in bytes, at memory bandwidth; per tensor a fraction of torch's cost, and none with
-trusted flat buckets; a few microseconds per segment.
+Expected results: the cost is linear in bytes, at memory bandwidth. The cost per tensor is a
+fraction of torch's cost, and zero with trusted flat buckets. A segment costs a few microseconds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TENSORS = (10, 30, 100, 300, 1000, 3000, 10_000, 20_000)
 MEGABYTES = (1, 4, 16, 64, 256, 1024, 4096)
 SEGMENTS = (1, 4, 16, 64, 256, 1024, 4096)
 SMALL: Shape = (256,)
-SECONDS = 0.5  # per point
+SECONDS = 0.5  # duration per point
 
 # series -> key of a row for the axis, unit of the slope, factor from ms to that unit
 AXES: dict[str, tuple[str, str, float]] = {

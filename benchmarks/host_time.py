@@ -8,18 +8,20 @@ of a step mean nothing. Each step gets new gradient tensors: at the addresses of
 ("same addresses"), or at addresses whose table is no longer cached ("new addresses").
 
 For each case, prints the host time per step in µs (median, 20th percentile and mean), and the share
-of each stage. Shares come from separate steps with a clock around each stage, and exclude the
-stages inside. Steps run back to back, so the CPU caches are warm; `--cold` empties them before each
-step, closer to training, where the backward pass comes in between.
+of each stage. The shares come from separate steps with a clock around each stage, and exclude
+stages that run inside another stage. Steps run back to back, so the CPU caches are warm; `--cold`
+empties the caches before each step, which is closer to training, where the backward pass runs
+between two steps.
 
-In the time of the guard, the `step` of the wrapped optimizer, a fused AdamW, returns at once. "with
-torch's step" includes its Python code, and only its fused kernel returns at once. Its operations on
-the step counts remain; on a CPU, torch runs them tensor by tensor.
+For the time of the guard, the `step` of the wrapped optimizer, a fused AdamW, returns at once. The
+time "with torch's step" includes the Python code of that `step`, whose fused kernel alone returns
+at once. Its operations on the step counts remain; on a CPU, torch runs these operations tensor by
+tensor.
 
-This leaves out what the driver adds on a GPU: launches (also those of the fused optimizer), copies
-and pinned memory of uploads, allocations, events, and queries of the current stream. The record of
-the previous step has always arrived. `StepRecord`s are made for 32 steps at a time, so the mean
-includes their time and the median does not.
+The result does not include the time of the driver on a GPU: launches (including launches of the
+fused optimizer), copies and pinned memory of uploads, allocations, events, and queries of the
+current stream. The record of the previous step has always arrived. `StepRecord`s are made for 32
+steps at a time, so the mean includes their time and the median does not.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from importlib import import_module
 from typing import Any
 from unittest import mock
 
-os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: no driver is needed
+os.environ["TRITON_INTERPRET"] = "1"  # set before triton is imported, so that no driver is needed
 
 import torch
 from torch import Tensor
@@ -83,7 +85,7 @@ WAYS: dict[str, tuple[int, dict[str, Any]]] = {
 """Arguments of `Case`."""
 
 GUARD, WHOLE, REST = "guard", "with torch's step", "all else"
-STEPS = 9  # of one kind in a row; the first one is left out
+STEPS = 9  # steps of one kind in a row; the first step is left out
 EVICTED: Tensor | None = None  # written before each step to empty the caches
 
 
@@ -92,7 +94,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        self._inner = [0.0]  # per active stage: the time of the stages that it has called
+        self._inner = [0.0]  # per active stage, the time of the stages that it has called
 
     def timed(self, stage: str, work: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a function that adds its time to a stage."""
@@ -125,7 +127,7 @@ class Clock:
 def owner_of(place: str) -> tuple[Any, str]:
     """Returns the module or class that holds a function, and the function's name in it."""
     parent, _, name = place.rpartition(".")
-    if parent.rpartition(".")[2][0].isupper():  # a class
+    if parent.rpartition(".")[2][0].isupper():  # the parent is a class
         module, _, kind = parent.rpartition(".")
         return getattr(import_module(module), kind), name
     return import_module(parent), name
@@ -133,7 +135,7 @@ def owner_of(place: str) -> tuple[Any, str]:
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """Context in which CPU tensors take the road of the kernels, and launches return at once."""
+    """Context in which CPU tensors use the code of the kernels, and launches return at once."""
     with (
         mock.patch.object(backend, "stages", lambda *_: triton_stages),
         mock.patch.object(Variant, "__call__", lambda *_: None),
@@ -159,7 +161,7 @@ class Case:
         self._places = itertools.cycle(places or [[]])
         self._inner = torch.optim.AdamW(self.parameters, lr=1e-3, fused=True)
         self._opt = fastguard.GuardedOptimizer(self._inner, max_norm=1.0, **settings)
-        # Rows of steps without an incident, since no kernel writes them.
+        # Fills the rows with steps without an incident, since no kernel writes them.
         self._opt._recorder._ring = ring = Ring(CPU, CULPRITS_END)
         torch._foreach_zero_(ring._rows)
         self._seconds()  # creates the state of the optimizer

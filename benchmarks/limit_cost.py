@@ -4,7 +4,7 @@
 
 Decides the same norms with each rule in turn, in rounds, as within a guarded step (every change can
 be undone). Prints the 20th percentile over the rounds, its difference from a fixed limit, and the
-ratio. Windows of `AutoClip` are full, which is its slowest case.
+ratio. The windows of `AutoClip` are full, which is the slowest case.
 """
 
 from __future__ import annotations

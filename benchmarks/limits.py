@@ -1,10 +1,10 @@
-"""Adaptive limits and a fixed one: norm, limit and loss of a small GPT with gradient spikes.
+"""Adaptive limits and a fixed limit: norm, limit and loss of a small GPT with gradient spikes.
 
     python -m benchmarks.limits [OUT.png]
 
 Trains the model of the demo once per rule, with the same weights, batches and spikes, on one CPU
 thread, in a minute or two on an idle machine. A spike is noise with thirty times the norm of an
-ordinary gradient. This is no measurement: the picture illustrates the rules.
+ordinary gradient. The picture illustrates the rules and is not a measurement.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def smoothed(values: list[float]) -> list[float]:
 
 
 def draw(runs: dict[str, Run], path: Path) -> None:
-    """Draws a column per run: norm and limit above; below, its loss and the fixed limit's."""
+    """Draws a column per run: norm and limit above, and below the losses with both limits."""
     import matplotlib as mpl
 
     with mpl.rc_context(STYLE):

@@ -1,7 +1,7 @@
 """Working memory: the peak of what a call allocates besides the gradients.
 
-On a CPU, the profiler of PyTorch sees every allocation. The call runs in a new thread: staging
-buffers are per thread, and would otherwise already exist.
+On a CPU, the profiler of PyTorch sees every allocation. The call runs in a new thread, because
+staging buffers are per thread and would otherwise already exist.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ def main() -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         sizes = (1, 7, 4097, 70_001)
         flat = torch.randn(sum(sizes) + 1, device="cuda").to(dtype)
-        grads = list(flat[1:].split(sizes))  # misaligned neighbors
+        grads = list(flat[1:].split(sizes))  # neighboring tensors that are misaligned
         grads[1][-1] = math.nan
         parameters = [torch.nn.Parameter(torch.zeros_like(g)) for g in grads]
         for parameter, grad in zip(parameters, grads, strict=True):

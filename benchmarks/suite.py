@@ -18,7 +18,7 @@ from fastguard.commands.bench.steps import FLAT_PARAMETERS, STEPS, TRUSTED_PARAM
 from fastguard.commands.bench.workload import Case, Shape, Situation
 
 SHAPES = Path(__file__).parent / "shapes"
-CPU_SECONDS, CUDA_SECONDS = 2.0, 1.0  # per case
+CPU_SECONDS, CUDA_SECONDS = 2.0, 1.0  # duration per case
 LARGE = 2**30  # elements; larger cases have two contenders, since a call takes seconds on a CPU
 
 CLIPS: tuple[Situation, ...] = ("nothing to clip", "clipping")
@@ -44,8 +44,8 @@ EXTREMES: dict[str, list[Shape]] = {
     "20k LoRA": [(8, 128), (128, 8)] * 10_000,
 }
 ONE_GB: dict[str, list[Shape]] = {"1 x 256M": [(2**28,)]}
-# The lists of NeMo Automodel's pull request 3685; the shapes of the first are not in it, but their
-# number, 500, and the number of their elements, 859 * 2**18.
+# The lists of NeMo Automodel's pull request 3685. It does not give the shapes of the first list,
+# but only the number of tensors, 500, and the number of elements, 859 * 2**18.
 MIXED_MATRICES: list[Shape] = [(1024, 512)] * 359 + [(512, 512)] * 141
 ONE_3_GB: list[Shape] = [(6_000_261, 256)]
 
@@ -97,7 +97,10 @@ def function_cases(device: torch.device) -> list[Case]:
 
 
 def compiled_cases() -> list[Case]:
-    """Returns eager against compiled. With 148 tensors, compiling takes minutes on a CPU."""
+    """Returns cases that compare eager and compiled code.
+
+    With 148 tensors, compiling takes minutes on a CPU.
+    """
     shapes: list[Shape] = [(1_000_000,)] * 10
     return [Case("10 x 1M", shapes, COMPILED, situation=s) for s in CLIPS]
 
@@ -120,7 +123,7 @@ def step_cases(device: torch.device) -> list[Case]:
     gpt2 = model_shapes("gpt2-124m")
     fused = ("AdamW", "fused")
     for name in WHOLE_STEPS:
-        if name == "gpt2-124m":  # below, with all contenders
+        if name == "gpt2-124m":  # this model follows below, with all contenders
             continue
         shapes = EXTREMES[name] if name in EXTREMES else model_shapes(name)
         listed.append(Case(name, shapes, STEP_FIELD, "clip + step", optimizer=fused))

@@ -24,7 +24,7 @@ def count_syncs(device: torch.device) -> int | None:
     )
     loss = torch.ones((), device=device)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0)
-    scaler.scale(loss)  # creates its tensors
+    scaler.scale(loss)  # this call creates the scaler's tensors
 
     def step(k: int) -> None:
         for p in parameters:
@@ -55,5 +55,5 @@ def waits_of(work: Callable[[], object], device: torch.device) -> list[str]:
             work()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    # Leaves out the notice, once per process, that the mode misses some synchronizing operations.
+    # Leaves out a notice (once per process) that the mode misses some synchronizing operations.
     return [str(w.message) for w in seen if "called a synchronizing" in str(w.message)]

@@ -4,7 +4,7 @@ python -m benchmarks.tables               # exit status 1 if a page is out of da
 python -m benchmarks.tables --write       # renews the pages, after `make bench`
 
 A page marks each table with `<!-- results: NAME -->` and `<!-- end of results -->`, where NAME is a
-key of `TABLES`. The text around the tables repeats no figure of them.
+key of `TABLES`. The text around the tables repeats none of their numbers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The performance targets of the project, compared with a result.
 
-Targets for other machines, and targets whose case was not run, are printed as not measured. Missed
-targets keep their numbers.
+Targets for other machines, and targets whose case was not run, are printed as not measured. The
+numbers of missed targets are printed too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MODELS = ("convnext-t", "gpt2-124m", "llama-3.2-1b", "resnet50", "vit-b16", "yol
 NOT_MEASURED = "not measured on this machine"
 TARGET_MACHINES = {"cpu": "two CPU cores", "cuda": "an H200-class card"}
 VERDICTS = {True: "[green]met[/green]", False: "[red]missed[/red]", None: ""}
-Found = tuple[float, str] | None  # the value, and its text
+Found = tuple[float, str] | None  # the value, and the text to print
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _working_memory(result: Result) -> Found:
 
 
 def _worst_error(result: Result) -> Found:
-    """Finds the largest error of all norms, including those of the timed cases (magnitude 1)."""
+    """Finds the largest error of all norms, including norms of the timed cases (magnitude 1)."""
     found: list[tuple[float, str]] = []
     for a in result["accuracy"]:
         if a["contender"].startswith("fastguard"):
@@ -157,7 +157,7 @@ def _worst_error(result: Result) -> Found:
 
 
 def _limit(case: str) -> Callable[[Result], Found]:
-    """Finds the percentage of the read pass, else (with a note) of the whole call."""
+    """Finds the percentage of the read pass, or else (with a note) of the whole call."""
 
     def look_up(result: Result) -> Found:
         alone, whole = find(result, case, READ_PASS), find(result, case, "fastguard")

@@ -3,11 +3,11 @@
 python -m benchmarks.training_step --out FILE
 python -m benchmarks.training_step --device cpu --quick      # a trial of this script
 
-Forward and backward in bf16 autocast, fused AdamW, 8 x 1024 tokens; eager, then compiled. All
-variants share one model, one optimizer and one batch, and alternate in every round. A sample is
-`STEPS` consecutive steps from an idle device to an idle device, so that a sync lets the device run
-out of work, as in training. The added time is relative to the bare step of the same round. The
-learning rate is tiny, so the weights hardly change.
+A step has a forward and a backward pass over 8 x 1024 tokens in bf16 autocast, and fused AdamW. It
+is measured in eager mode, then compiled. All variants share one model, one optimizer and one batch,
+and alternate in every round. A sample is `STEPS` consecutive steps from an idle device to an idle
+device, so that a sync lets the device run out of work, as in training. The added time is relative
+to the bare step of the same round. The learning rate is tiny, so the weights hardly change.
 
 The file is written after each mode. The exit status is 1 if a mode failed.
 """
@@ -44,7 +44,7 @@ from fastguard.commands.terminal import incidents_unlogged
 MODES = ("eager", "compiled")
 BARE = "bare step"
 MAX_NORM = 1.0
-STEPS = 5  # per sample
+STEPS = 5  # steps per sample
 WARM_UP = 3
 
 
@@ -56,7 +56,7 @@ class Size:
     layers: int = 12
     heads: int = 12
     context: int = 1024
-    vocabulary: int = 50304  # the 50257 of GPT-2, padded for tensor cores
+    vocabulary: int = 50304  # GPT-2's vocabulary of 50257, padded for tensor cores
     batch: int = 8
 
     def model(self) -> GPT:
@@ -122,7 +122,7 @@ def training_steps(size: Size, device: torch.device, mode: str) -> dict[str, Ste
 
 def measured(size: Size, device: torch.device, mode: str, seconds: float) -> list[dict[str, Any]]:
     """Measures one row per variant: ms per step, added time, syncs, peak memory."""
-    gc.collect()  # frees the model of the other mode, which is in reference cycles
+    gc.collect()  # frees the model of the previous mode, which is in reference cycles
     steps = training_steps(size, device, mode)
     for step in steps.values():
         for _ in range(WARM_UP):
@@ -206,7 +206,7 @@ def main() -> int:
         try:
             with incidents_unlogged():
                 document["rows"] += measured(size, device, mode, seconds)
-        except Exception as error:  # the other mode still runs
+        except Exception as error:  # the error is reported, and the other mode still runs
             document["failures"][mode] = f"{type(error).__name__}: {error}"
             traceback.print_exc()
         if args.out:

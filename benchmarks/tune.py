@@ -50,8 +50,8 @@ class Try:
 
 
 TRIES = (
-    Try("as it is", "1"),
-    Try("as it is, again", "1: any difference is noise"),
+    Try("unchanged", "1"),
+    Try("unchanged, again", "1: any difference is noise"),
     Try("chunks of 65536", "0.90 to 0.97: programs idle in the last round", chunk=CHUNK),
     Try("chunks of 16384", "0.97 to 1: waits for four times as many rows", chunk=16384),
     Try("2 programs", "below 1: 32 kB in flight per multiprocessor", (("programs", 2),)),
@@ -105,7 +105,7 @@ def measured(device: torch.device, dtype: torch.dtype, read_gb_s: float) -> list
             for _ in range(3):
                 calls[one]()
             torch.cuda.synchronize(device)
-        except Exception:  # parameters that do not compile are a result too
+        except Exception:  # parameters that do not compile are reported too
             traceback.print_exc()
             calls.pop(one, None)
     clock, evict = Clock(device), Evictor(device)

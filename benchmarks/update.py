@@ -10,7 +10,8 @@ AdamW over tensors of 16 M elements. All variants alternate in every round:
     bf16, remainder   the same, against float32 copies of the weights kept by hand
 
 Bytes per element: 28 (fp32), 14 (bf16), 26 (bf16 with a remainder). The limit is the bandwidth of a
-copy, counting reads and writes. Targets: 90 % of it, and 1.2 times torch in bf16.
+copy, counting reads and writes. Targets: 90 % of that bandwidth, and 1.2 times the speed of torch
+in bf16.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def update_of(device: torch.device, n: int, case: str) -> Update:
 
 
 def by_torch(one: Update, case: str) -> Callable[[], None]:
-    """Returns the same step as written by hand with torch."""
+    """Returns the equivalent step, written by hand with torch."""
     exact = [p.float() if case == "remainder" else p.clone() for p in one.parameters]
     weights = [torch.nn.Parameter(p) for p in exact]
     optimizer = torch.optim.AdamW(
@@ -111,7 +112,7 @@ def measured(device: torch.device, n: int, case: str, seconds: float) -> dict:
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for work in ways.values():
-        seconds_of(work, device)  # compiles, and creates state
+        seconds_of(work, device)  # this call compiles kernels and creates state
     for order in rounds(ways, seconds):
         for name in order:
             times[name].append(seconds_of(ways[name], device))

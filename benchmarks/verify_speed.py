@@ -2,9 +2,9 @@
 
     python -m benchmarks.verify_speed [MEGABYTES]
 
-The two alternate, since machines are shared; the result is the ratio of each pair. `store` verifies
-a checkpoint of a store (SHA-256, every tensor), `foreign` a file of another program (CRC-32, every
-tensor).
+Both commands alternate, since machines are shared; the result is the ratio of each pair. `store`
+verifies a checkpoint of a store (SHA-256, every tensor), and `foreign` a file of another program
+(CRC-32, every tensor).
 """
 
 from __future__ import annotations

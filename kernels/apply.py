@@ -11,12 +11,12 @@ to change. Otherwise each program would go through its rows of the table with tw
 per row, about 13 µs for 5000 tensors [der].
 
 The table is processed backwards, since the chunks that measure read last are still in the L2 cache.
-The arithmetic is that of a multiplication in torch: in float32 (float64 for float64), with one
-rounding of the product to the dtype. If a multiplier rounds to 1, nothing is written. A NaN or Inf
-multiplier must be applied to all gradient elements, but not to the zeros between the gradients of a
-flat bucket (0 * NaN is NaN), so the kernel then processes the pieces of a chunk one by one. It does
-the same for multipliers too small for float32, which are applied in two steps. Non-finite elements
-are replaced by a select, never by a multiplication by 0.
+The arithmetic is the same as for a multiplication in torch: in float32 (float64 for float64), with
+one rounding of the product to the dtype. If a multiplier rounds to 1, nothing is written. A NaN or
+Inf multiplier must be applied to all gradient elements, but not to the zeros between the gradients
+of a flat bucket (0 * NaN is NaN), so the kernel then processes the pieces of a chunk one by one. It
+also does so for multipliers that are too small for float32, which are applied in two steps.
+Non-finite elements are replaced by a select, never by a multiplication by 0.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from fastguard.kernels.tuning import n_programs
 
 BLOCK_BYTES = 16384  # 256 threads with four 16-byte loads each in flight
 PIECE_SIZE = tl.constexpr(512)  # elements per block for NaN, Inf and tiny multipliers (rare)
-SMALLEST_FACTOR = tl.constexpr(2.0**-100)  # smaller ones are subnormal in float32: two products
+# smaller factors are subnormal in float32 and need two products
+SMALLEST_FACTOR = tl.constexpr(2.0**-100)
 
 
 @triton.jit
@@ -53,7 +54,7 @@ def factors(x):
 def scaled(x, multiplier, clean):
     """Cleans and multiplies a block of elements converted by `factors`."""
     if clean:
-        x = tl.where(tl.abs(x) < float("inf"), x, 0.0)  # False for NaN
+        x = tl.where(tl.abs(x) < float("inf"), x, 0.0)  # this is False for NaN
     return x * multiplier
 
 
@@ -82,7 +83,7 @@ def apply_kernel(
     INF: tl.constexpr = float("inf")
     clean = tl.load(clean_ptr) != 0
     if ONE_SEGMENT:
-        if (clean == 0) & (tl.load(multiplier_ptr).to(FACTOR) == 1.0):  # False for NaN
+        if (clean == 0) & (tl.load(multiplier_ptr).to(FACTOR) == 1.0):  # this is False for NaN
             return
     elif HAS_CHANGES:
         if tl.load(changes_ptr) == 0.0:
@@ -109,7 +110,7 @@ def apply_kernel(
                         mask = i + offsets < n_vec
                         x = factors(tl.load(x_ptr + i + offsets, mask=mask, other=0.0))
                         y = scaled(x, multiplier, True)
-                        # Writes a whole block or nothing, so that stores stay 128 bits wide.
+                        # Writes the whole block or nothing, so that stores stay 128 bits wide.
                         finite = tl.min((tl.abs(x) < INF).to(tl.int32), axis=0)
                         if (unscaled == 0) | (finite == 0):
                             tl.store(x_ptr + i + offsets, y.to(DTYPE), mask=mask)
@@ -169,7 +170,8 @@ def apply_chunks(
     if not table.n_chunks:
         return
     one_segment = multiplier.numel() == 1
-    known = changes is not None and not one_segment  # with one segment, its multiplier suffices
+    # with one segment, the multiplier is sufficient
+    known = changes is not None and not one_segment
     launch = _variant(device, dtype, one_segment, known, clean.dtype)
     layout = table.layout
     tensors = (

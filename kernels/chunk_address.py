@@ -30,7 +30,7 @@ def chunk_at(addresses_ptr, chunks_ptr, chunk):
 def part_of_piece(row_ptr, address, n_elements, pieces_ptr, piece, ITEM_SIZE: tl.constexpr):
     """Returns the address and the number of elements of the part of a piece that is in a chunk.
 
-    The table gives both positions relative to their common stretch.
+    The table gives the positions of the piece and of the chunk relative to their common stretch.
     """
     begin = tl.load(row_ptr + FIRST_BYTE)
     end = begin + n_elements.to(tl.int64) * ITEM_SIZE

@@ -6,11 +6,11 @@ chance are not joined, since the order of summation would then depend on the all
 
 A *chunk* is the unit of work of a program: at most `MAX_CHUNK` elements of a stretch, beginning at
 an address divisible by 16, so that every load is 128 bits wide; the few elements before such an
-address form a chunk of their own. A *piece* is one tensor within a stretch.
+address form a separate chunk. A *piece* is one tensor within a stretch.
 
 The cut depends on sizes, on the positions of tensors within their stretches, and on the alignment
-of the stretches, but not on their addresses. `Places` holds this information; if it is equal, so is
-the cut.
+of the stretches, but not on their addresses. `Places` holds this information; equal `Places` give
+equal cuts.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MIN_CHUNK = 4096  # elements; chunk sizes are multiples of it, so that all but the head are aligned
+# elements; chunk sizes are multiples of this number, so that all chunks but the head are aligned
+MIN_CHUNK = 4096
 MAX_CHUNK = 65536
-CHUNK_COST = 1024  # elements that a program could read while waiting for the row of the next chunk
+# number of elements that a program could read while it waits for the row of the next chunk
+CHUNK_COST = 1024
 MIN_ROUNDS = 4  # chunks per program, if there are enough elements
 ALIGNMENT = 16  # bytes of one vector load
 
@@ -49,7 +51,7 @@ class Places:
     length: np.ndarray
 
     def key(self) -> tuple[object, ...]:
-        """Returns what the cut depends on besides the sizes and segments of the tensors."""
+        """Returns the inputs of the cut other than the sizes and segments of the tensors."""
         alignment = (self.base & (ALIGNMENT - 1)).astype(np.uint8).tobytes()
         if self.length is self.elements:  # each tensor is a stretch
             return (alignment,)
@@ -118,7 +120,7 @@ def _first_of_neighbors(
     some: np.ndarray,
     item: int,
 ) -> np.ndarray:
-    """Returns which of `some` tensors begin a stretch, bool; the others continue the previous one.
+    """Returns which of `some` tensors begin a stretch, bool; others continue the previous one.
 
     A stretch may go in either direction: DDP lays out its buckets in reverse parameter order.
     """
@@ -186,10 +188,11 @@ def _pieces_between(
 def chunk_size(n_elements: int, n_programs: int) -> int:
     """Returns the number of elements per chunk for which the programs finish at similar times.
 
-    Program k reads chunks k, k + P, and so on. The last round takes as long as the others, even if
-    few programs have work in it. For example, 512 MB of fp32 in chunks of 65536 are 5.2 rounds for
-    396 programs, which take as long as 6; in chunks of 57344 they are 5.9 rounds. The cost of a
-    round, its elements plus `CHUNK_COST`, is a prediction that was not measured on a GPU.
+    Program k reads chunks k, k + P, and so on. The last round takes as long as any other round,
+    even if only a few programs have a chunk left. For example, 512 MB of fp32 in chunks of 65536
+    are 5.2 rounds for 396 programs, which take as long as 6 rounds; in chunks of 57344 they are 5.9
+    rounds. The cost of a round, its elements plus `CHUNK_COST`, is a prediction that was not
+    measured on a GPU.
     """
     sizes = range(MIN_CHUNK, MAX_CHUNK + 1, MIN_CHUNK)
 
@@ -203,20 +206,23 @@ def chunk_size(n_elements: int, n_programs: int) -> int:
 def _cut(
     base: np.ndarray, n: np.ndarray, item: int, chunk: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns stretch, first element and size of each chunk: an unaligned head, if any, then the
-    aligned rest."""
+    """Returns stretch, first element and size of each chunk.
+
+    If a stretch is unaligned, its first chunk is the head up to the first aligned address.
+    """
     head = np.minimum((-base % ALIGNMENT) // item, n)
     has_head = (head > 0).astype(np.int64)
     count = -(-(n - head) // chunk) + has_head
     owner = np.repeat(np.arange(len(n)), count)
-    index = np.arange(len(owner)) - (np.cumsum(count) - count + has_head)[owner]  # -1: the head
+    # an index of -1 is the head
+    index = np.arange(len(owner)) - (np.cumsum(count) - count + has_head)[owner]
     first = np.where(index < 0, 0, head[owner] + index * chunk)
     length = np.where(index < 0, head[owner], np.minimum(chunk, n[owner] - first))
     return owner, first, length
 
 
 def overlapping(address: np.ndarray, size: np.ndarray) -> Sequence[int]:
-    """Returns the positions of tensors that overlap one with a lower address.
+    """Returns the positions of tensors that overlap a tensor with a lower address.
 
     Args:
         address: int64: address of each tensor.

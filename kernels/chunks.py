@@ -10,9 +10,9 @@ and stretch, chunk and piece are defined in `chunk_layout`. Everything except `a
 *layout*, which depends only on sizes and alignment. Allocators that return other addresses at each
 step usually keep the alignment; then only the few addresses are uploaded.
 
-Host time to build a table when every gradient has another address than in the previous step [EPYC,
+Host time to build a table when the address of every gradient differs from the previous step [EPYC,
 Python 3.11, medians of 24, interleaved, a loaded machine]. With separate addresses and layouts
-("split"), the time per chunk is saved:
+("split"), the time does not depend on the number of chunks:
 
 | gradients                         | chunks  | one table for both | split  | uploaded         |
 |-----------------------------------|---------|--------------------|--------|------------------|
@@ -44,7 +44,8 @@ from fastguard.kernels import chunk_layout
 from fastguard.kernels.chunk_layout import Places, places_in_runs, places_of_tensors
 from fastguard.kernels.upload import Upload, upload
 
-TABLES = 8  # cached per kind, since steps may alternate between addresses or None gradients
+# number of cached tables; steps may alternate between addresses, or between lists with None
+TABLES = 8
 
 
 class Run(Protocol):
@@ -142,7 +143,7 @@ class ChunkTable:
 
     @property
     def is_lasting(self) -> bool:
-        """Whether later steps may use the table; one uploaded by a graph exists only in replays."""
+        """Whether later steps may use the table; a table of a graph exists only in replays."""
         return self.upload.is_lasting and self.layout.upload.is_lasting
 
     def await_on_stream(self) -> None:
@@ -171,12 +172,12 @@ def table_of(bucket: Bucket, n_segments: int, n_programs: int) -> ChunkTable:
     table = bucket.memo.tables.get(n_segments)
     if table is None:
         table = _found_or_built(bucket, n_segments, n_programs)
-        # Later steps cannot use a table that a graph uploads. Since the memo of a flat bucket
-        # outlives the step, such a table is not stored there, but built again for each stage.
+        # Later steps cannot use a table that a graph uploads. The memo of a flat bucket outlives
+        # the step, so such a table is not stored in the memo, but built again for each stage.
         if bucket.runs is None or table.is_lasting:
             bucket.memo.tables[n_segments] = table
     elif bucket.runs is None:
-        return table  # apply runs after measure on the same stream: nothing has moved since
+        return table  # apply runs after measure on the same stream, so no gradient has moved
     table.await_on_stream()
     return table
 
@@ -189,7 +190,7 @@ def _found_or_built(bucket: Bucket, n_segments: int, n_programs: int) -> ChunkTa
             return table
     table = _built(bucket, key, n_segments, n_programs)
     if table.is_lasting:
-        with _lock:  # so that concurrent additions are not lost
+        with _lock:  # the lock prevents the loss of concurrent additions
             _tables[kind] = (table, *_tables.get(kind, ())[: TABLES - 1])
     return table
 
@@ -224,7 +225,7 @@ def _sizes_and_strides(grads: list[Tensor]) -> tuple[object, ...]:
 def _built(bucket: Bucket, key: tuple, n_segments: int, n_programs: int) -> ChunkTable:
     places, copies = places_of(bucket, key[0])
     layout = _layout_of(bucket, (key[-1], places.key()), places, n_segments, n_programs)
-    # A copy: it is the source of pinned memory, and on a CPU the table itself.
+    # A copy, which becomes the source for pinned memory, or on a CPU the table itself.
     addresses = np.array(places.base)
     uploaded = upload(addresses, bucket.device, tuple(buffer for _, buffer in copies))
     return ChunkTable(layout, uploaded, copies, key)

@@ -16,7 +16,7 @@ from fastguard.kernels.elements import root
 def clip_coefficient(norm, max_norm):
     """Returns `min(1, max_norm / (norm + 1e-6))`: 1 for a limit of inf, NaN for a limit of NaN."""
     coef = max_norm / (norm + 1e-6)
-    coef = tl.where(coef > 1.0, 1.0, coef)  # NaN stays NaN
+    coef = tl.where(coef > 1.0, 1.0, coef)  # a NaN is kept
     return tl.where(max_norm == float("inf"), 1.0, coef)
 
 
@@ -38,7 +38,7 @@ def store_coefficients(
     HAS_SCALE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """Writes both for each segment; returns whether the multiplier of any segment is not 1."""
+    """Writes coefficients and multipliers; returns whether any multiplier is not 1."""
     INF: tl.constexpr = float("inf")
     NAN: tl.constexpr = float("nan")
     lanes = tl.arange(0, BLOCK_SIZE)
@@ -57,7 +57,7 @@ def store_coefficients(
             norm = tl.where(nan > 0.0, NAN, norm)
         max_norm = tl.load(max_norm_ptr + (i + lanes) * max_norm_stride, mask=mask, other=INF)
         coef = clip_coefficient(norm, max_norm)
-        # The smaller of the two; NaN if either is NaN.
+        # The smaller of both coefficients; NaN if either is NaN.
         coef = tl.where(spike_coef < coef, spike_coef, coef)
         coef = tl.where(spike_coef == spike_coef, coef, spike_coef)
         multiplier = coef
@@ -66,6 +66,7 @@ def store_coefficients(
         multiplier = tl.where(skip, 1.0, multiplier)
         tl.store(coef_ptr + i + lanes, coef, mask=mask)
         tl.store(multiplier_ptr + i + lanes, multiplier, mask=mask)
-        scales = tl.maximum(scales, (mask & (multiplier != 1.0)).to(tl.int32))  # true for NaN
+        # the condition is true for NaN
+        scales = tl.maximum(scales, (mask & (multiplier != 1.0)).to(tl.int32))
         i += BLOCK_SIZE
     return tl.max(scales, axis=0) > 0

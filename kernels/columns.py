@@ -30,8 +30,8 @@ PIECE_COLUMNS = tl.constexpr(3)
 # A spike rule; see `rules`.
 SIGMA = tl.constexpr(0)
 WARMUP = tl.constexpr(1)
-WINDOW_SIZE = tl.constexpr(2)  # 0 for a fixed threshold
-FIXED = tl.constexpr(3)  # inf for a sigma rule
+WINDOW_SIZE = tl.constexpr(2)  # 0 means a fixed threshold
+FIXED = tl.constexpr(3)  # inf means a sigma rule
 SKIPS = tl.constexpr(4)
 CLIPS = tl.constexpr(5)
 SIGNAL = tl.constexpr(6)  # index of the loss; -1: the gradient norm; -2: no such loss in this step
@@ -51,7 +51,8 @@ CONSECUTIVE_SKIPS = tl.constexpr(3)
 FOR_SCALE = tl.constexpr(4)
 COUNTERS = tl.constexpr(5)
 
-# Old values of what `decide` overwrites, to undo a failed step: counters, then these per rule.
+# Previous values that `decide` overwrites, to undo a failed step: the counters, then these columns
+# per rule.
 UNDO_VALUE = tl.constexpr(3)  # after the three columns of the ring
 UNDO_COLUMNS = tl.constexpr(4)
 
@@ -72,13 +73,13 @@ GROUP_COLUMN = tl.constexpr(0)
 COUNTER_COLUMN = tl.constexpr(1)
 SIZE_COLUMN = tl.constexpr(2)  # elements
 FIRST_CHUNK_COLUMN = tl.constexpr(3)
-CHUNKS_COLUMN = tl.constexpr(4)  # its chunks follow one another
+CHUNKS_COLUMN = tl.constexpr(4)  # number of chunks, which are consecutive
 TENSOR_COLUMNS = tl.constexpr(5)
 
 # A tensor of an update: addresses.
 WEIGHT = tl.constexpr(0)
 GRADIENT = tl.constexpr(1)
-STATE = tl.constexpr(2)  # the first of three
+STATE = tl.constexpr(2)  # the first of three columns
 MASTER = tl.constexpr(5)
 STEP_ADDRESS = tl.constexpr(6)
 ADDRESS_COLUMNS = tl.constexpr(8)  # 64 bytes: two memory sectors

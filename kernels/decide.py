@@ -7,7 +7,7 @@
 I/O: a few numbers per segment, and the rings of the rules; no gradients. One program, in float64.
 Faults are detected in `faults`, spikes in `rules`; `coefficients` computes the coefficients.
 
-Comments on comparisons say what happens for NaN. Sums over segments and rings are added in another
+Comments on comparisons give the result for NaN. Sums over segments and rings are added in another
 order than in PyTorch; everything else matches `fastguard.stages.reference.decide` bit for bit.
 """
 
@@ -31,7 +31,7 @@ from fastguard.kernels.columns import (
     UNDO_COLUMNS,
 )
 from fastguard.kernels.elements import root
-from fastguard.kernels.faults import any_loss_is_lost, faults_of, never
+from fastguard.kernels.faults import any_loss_nonfinite, faults_of, never
 from fastguard.kernels.launch import OneProgram, Variant
 from fastguard.kernels.rules import judged_rules
 from fastguard.kernels.summary import whole_model
@@ -57,9 +57,9 @@ def decide_kernel(
     summary_ptr,  # float64 (4, n_segments)
     max_norm_ptr,  # float64 (n_segments,), or (1,) with stride 0
     losses_ptr,  # float64 (n_losses,)
-    given_ptr,  # uint8 (n_losses,): 0 for a loss given by no rank
+    given_ptr,  # uint8 (n_losses,): 0 for a loss that no rank passed
     inv_scale_ptr,  # float64 (1,)
-    overflow_ptr,  # float32 (1,): > 0 if a loss scaler found non-finite gradients
+    overflow_ptr,  # float32 (1,): above 0 if a loss scaler found non-finite gradients
     falls_ptr,  # uint8 (1,): 1 if the scaler lowers its scale after an overflow
     rules_ptr,  # float64 (n_rules, RULE_COLUMNS)
     counters_ptr,  # int64 (5,)
@@ -104,8 +104,8 @@ def decide_kernel(
     has_infinite = n_infinite > 0.0
     bad_grad = has_nan | has_infinite
 
-    loss_fault = any_loss_is_lost(losses_ptr, given_ptr, n_losses, HAS_GIVEN, BLOCK_SIZE)
-    grad_fault, loss_fault, too_large, overflow, lowers = faults_of(
+    loss_fault = any_loss_nonfinite(losses_ptr, given_ptr, n_losses, HAS_GIVEN, BLOCK_SIZE)
+    grad_fault, loss_fault, too_large, overflow, scale_fixes = faults_of(
         total_norm, bad_grad, overflow_ptr, falls_ptr, loss_fault,
         ZERO, PROPAGATE, HAS_OVERFLOW, HAS_FALLS,
     )  # fmt: skip
@@ -135,7 +135,7 @@ def decide_kernel(
     reason = tl.where(grad_spiked, GRAD_SPIKE, tl.where(spiked, LOSS_SPIKE, 0))
     reason = tl.where(loss_fault, NONFINITE_LOSS, reason)
     reason = tl.where(bad_grad | overflow | too_large, NONFINITE_GRAD, reason)
-    reason = tl.where(lowers, LOSS_SCALE, reason)
+    reason = tl.where(scale_fixes, LOSS_SCALE, reason)
     torch_norm = tl.where(has_infinite, float("inf"), total_norm)
     tl.store(found_inf_ptr, skip.to(tl.float32))
     tl.store(clean_ptr, clean.to(tl.float32))
@@ -144,12 +144,12 @@ def decide_kernel(
     tl.store(torch_norm_ptr, tl.where(has_nan, float("nan"), torch_norm))
     tl.store(changes_ptr, (scales | clean).to(tl.float32))
     if HAS_STATE:
-        count_step(counters_ptr, undo_ptr, skip.to(tl.int64), lowers.to(tl.int64))
+        count_step(counters_ptr, undo_ptr, skip.to(tl.int64), scale_fixes.to(tl.int64))
 
 
 @triton.jit
 def count_step(counters_ptr, undo_ptr, skipped, lowered):
-    """Updates the counters, and saves the old ones to undo a step that fails."""
+    """Updates the counters, and saves the previous values to undo a step that fails."""
     decided = tl.load(counters_ptr + DECIDED)
     applied = tl.load(counters_ptr + APPLIED)
     skips_so_far = tl.load(counters_ptr + SKIPPED)
@@ -200,10 +200,10 @@ def decide_step(
         nonfinite: `"skip"`, `"raise"`, `"zero"` or `"propagate"`.
         losses: float64 `(L,)`.
         inv_scale: float64 `()`, or None.
-        overflow: `()`, > 0 if a loss scaler found non-finite gradients, or None.
+        overflow: `()`, above 0 if a loss scaler found non-finite gradients, or None.
         rules: float64 `(K, 8)`, see `columns`; None without rules.
         counters, windows, rings: The state of the guard, changed in place; None without a state.
-        given: bool `(L,)`: which losses were given; None: all.
+        given: bool `(L,)`: which losses were passed; None: all.
         scale_falls: bool `()`: whether the scaler lowers its scale after an overflow; None:
             unknown.
 
@@ -297,7 +297,7 @@ def _variant(
     n_rules: int,
     ring_stride: int,
 ) -> Variant:
-    """Dtypes are not constants of the kernel, but part of the cache key, as types of arguments."""
+    """Dtypes are types of arguments, and so part of the cache key, but no kernel constants."""
     return launchers.of(n_segments).variant(
         device,
         P=norm_type,

@@ -55,7 +55,7 @@ def powers(x, P: tl.constexpr):
     elif P == 1.0:
         y = tl.abs(x)
     else:
-        y = tl.exp2(P * tl.log2(tl.abs(x)))  # 0 for 0, since exp2(-inf) = 0; NaN stays NaN
+        y = tl.exp2(P * tl.log2(tl.abs(x)))  # gives 0 for 0, since exp2(-inf) = 0, and NaN for NaN
     return y
 
 
@@ -67,7 +67,7 @@ def root(power_sum, P: tl.constexpr, INF_NORM: tl.constexpr):
     elif P == 2.0:
         return tl.sqrt(power_sum)
     else:
-        return tl.exp2(tl.log2(power_sum) / P)  # 0 for 0, since exp2(-inf) = 0
+        return tl.exp2(tl.log2(power_sum) / P)  # gives 0 for 0, since exp2(-inf) = 0
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def vector_powers(x, P: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, V
     """Returns the power sum of each 16-byte vector of a block, float64 `(SIZE // VEC,)`."""
     if GROUP == 1:
         y = powers(widened(x), P)
-    else:  # GROUP 2, 16-bit elements: one addition of exact squares
+    else:  # GROUP 2 with 16-bit elements: one addition of two exact squares
         x = float32_of(x)
         y = tl.sum(tl.reshape(x * x, (SIZE // 2, 2)), axis=1).to(tl.float64)
     return tl.sum(tl.reshape(y, (SIZE // VEC, VEC // GROUP)), axis=1)
@@ -108,11 +108,11 @@ def vector_powers(x, P: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, V
 def vector_squares(x, SIZE: tl.constexpr, VEC: tl.constexpr):
     """Returns the sum of squares of each 16-byte vector, and its rounding error.
 
-    Both are float32 `(SIZE // VEC,)`. They are infinite or NaN if an element is, or if a square
+    Both are float32 `(SIZE // VEC,)`. They are infinite or NaN if any element is, or if a square
     overflows float32.
     """
     if x.dtype == tl.float32:
-        # The square of the upper 12 bits of the significand is exact; the rest is small.
+        # The square of the upper 12 bits of the significand is exact, and the remainder is small.
         top = (x.to(tl.uint32, bitcast=True) & 0xFFFFF000).to(tl.float32, bitcast=True)
         y, lost = _added_in_pairs(top * top, (x - top) * (x + top), SIZE)
     else:
@@ -126,7 +126,7 @@ def vector_squares(x, SIZE: tl.constexpr, VEC: tl.constexpr):
 
 @triton.jit
 def _added_in_pairs(y, lost, SIZE: tl.constexpr):
-    """Adds neighboring values, and adds the rounding errors of this to the previous ones."""
+    """Adds neighboring values, and adds the rounding errors to the given errors."""
     a, b = tl.split(tl.reshape(lost, (SIZE // 2, 2)))
     y, rounded_off = _two_sum(*tl.split(tl.reshape(y, (SIZE // 2, 2))))
     return y, a + b + rounded_off
@@ -136,7 +136,7 @@ def _added_in_pairs(y, lost, SIZE: tl.constexpr):
 def _two_sum(a, b):
     """Returns `a + b` and the rounding error of the addition (Knuth).
 
-    If an argument is a product, it is exact, so fusing it into an addition changes nothing.
+    An argument that is a product is exact, so fusing the product and an addition changes nothing.
     """
     total = a + b
     b_seen = total - a

@@ -2,7 +2,7 @@
 
     fault = a bad gradient that is not cleaned, a bad loss, or a norm too large for float64
 
-Comments on comparisons say what happens for NaN. Conditions are one-bit scalars.
+Comments on comparisons give the result for NaN. Conditions are one-bit scalars.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def spread(condition, N: tl.constexpr):
 
 
 @triton.jit
-def any_loss_is_lost(
+def any_loss_nonfinite(
     losses_ptr, given_ptr, n_losses, HAS_GIVEN: tl.constexpr, BLOCK_SIZE: tl.constexpr
 ):
-    """Returns whether any given loss is NaN or infinite."""
+    """Returns whether any loss that was passed is NaN or infinite."""
     lanes = tl.arange(0, BLOCK_SIZE)
     lost = tl.zeros((BLOCK_SIZE,), dtype=tl.int32)
     i = 0
@@ -42,7 +42,7 @@ def any_loss_is_lost(
         if HAS_GIVEN:
             is_loss = is_loss & (tl.load(given_ptr + i + lanes, mask=is_loss, other=0) > 0)
         loss = tl.load(losses_ptr + i + lanes, mask=is_loss, other=0.0)
-        # also true for NaN
+        # the condition is also true for NaN
         lost = tl.maximum(lost, ((tl.abs(loss) < float("inf")) == 0).to(tl.int32))
         i += BLOCK_SIZE
     return tl.max(lost, axis=0) > 0
@@ -67,23 +67,24 @@ def faults_of(
         loss_fault: The step must be skipped because of a loss.
         too_large: The norm is too large for float64.
         overflow: A loss scaler found non-finite gradients.
-        lowers: A lower loss scale removes all faults.
+        scale_fixes: The only fault is an overflow, which the scaler removes by lowering its scale.
     """
     overflow = never()
     if HAS_OVERFLOW:
-        overflow = tl.load(overflow_ptr) > 0.0  # false for NaN, as in the reference
-    lowers = never()
+        # the comparison is false for NaN, as in the reference
+        overflow = tl.load(overflow_ptr) > 0.0
+    scale_fixes = never()
     if HAS_FALLS:
-        lowers = overflow & (tl.load(falls_ptr) > 0) & (loss_fault == 0)
+        scale_fixes = overflow & (tl.load(falls_ptr) > 0) & (loss_fault == 0)
     too_large = total_norm == float("inf")  # the norm of the finite elements overflows float64
     if PROPAGATE:
         grad_fault = overflow
-        too_large = never()  # clipped to zero, as in torch
+        too_large = never()  # in propagate mode, such gradients are clipped to zero, as in torch
         loss_fault = never()
     elif ZERO:
         # Cleaning removes the non-finite elements that were counted, but not an overflow that only
-        # the scaler saw. If a lower scale removes the fault, nothing is cleaned.
-        grad_fault = overflow & ((bad_grad == 0) | lowers)
+        # the scaler found. If a lower scale removes the fault, nothing is cleaned.
+        grad_fault = overflow & ((bad_grad == 0) | scale_fixes)
     else:
         grad_fault = overflow | bad_grad
-    return grad_fault, loss_fault, too_large, overflow, lowers
+    return grad_fault, loss_fault, too_large, overflow, scale_fixes

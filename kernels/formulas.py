@@ -56,7 +56,7 @@ PI = tl.constexpr(math.pi)
 
 @triton.jit
 def coefficients_at(coef_ptr, ARITHMETIC: tl.constexpr):
-    """Loads the eight coefficients of a tensor; the ones unused by the algorithm are arbitrary."""
+    """Loads the eight coefficients of a tensor; unused coefficients are arbitrary."""
     return (
         tl.load(coef_ptr).to(ARITHMETIC),
         tl.load(coef_ptr + 1).to(ARITHMETIC),
@@ -83,7 +83,8 @@ def without_spikes(g, v, threshold, REPRODUCIBLE: tl.constexpr, ARITHMETIC: tl.c
     """Limits gradient elements to the root of `threshold` times their second moment."""
     bound = root_of(v * threshold, REPRODUCIBLE, ARITHMETIC)
     limited = tl.where(g < 0.0, -bound, bound)
-    # False for NaN. If v is 0, the bound is 0 too, and would keep the element at 0 forever.
+    # The comparison is False for NaN. If v is 0, the bound is 0 too, and would keep the element at
+    # 0 forever.
     return tl.where((v > 0.0) & (tl.abs(g) > bound), limited, g)
 
 
@@ -107,7 +108,7 @@ def new_values(
     else:
         if ALGORITHM == LION:
             toward = a * c0 + g * c1
-            # The sign; 0 and NaN stay as they are.
+            # The sign of the value; 0 and NaN are kept.
             one = tl.where(toward > 0.0, 1.0, tl.where(toward < 0.0, -1.0, toward))
             p = p * c5 - one * c4
             a = a * c2 + g * c3
@@ -118,7 +119,7 @@ def new_values(
             b = b * c2 + (g * g) * c3
             largest = b
             if AMSGRAD:
-                c = tl.where((b > c) | (b != b), b, c)  # NaN if either is NaN
+                c = tl.where((b > c) | (b != b), b, c)  # the result is NaN if either value is NaN
                 largest = c
             denominator = root_of(largest, REPRODUCIBLE, ARITHMETIC) * c6 + c4
             if REPRODUCIBLE and ARITHMETIC == tl.float32:
@@ -170,7 +171,7 @@ def advance_kernel(
     SIZE: tl.constexpr,
 ):
     """Increments the step counter of each tensor and computes its coefficients in float64."""
-    if tl.load(found_inf_ptr) != 0.0:  # skipped: the coefficients are not read
+    if tl.load(found_inf_ptr) != 0.0:  # in a skipped step, the coefficients are not read
         return
     t = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     mask = t < n_tensors
@@ -214,7 +215,8 @@ def advance_kernel(
                 rate *= _store_spikes(c_ptr, h_ptr, s, mask)
             if CLIPS:
                 size = tl.load(tensors_ptr + TENSOR_COLUMNS * t + SIZE_COLUMN, mask=mask, other=1)
-                # A term is at most 1 / (1 - beta2): the sum stays below 2^53, exact in float64.
+                # A term is at most 1 / (1 - beta2), so the sum stays below 2^53 and is exact in
+                # float64.
                 bits = tl.floor(52.5 - tl.log2(size.to(tl.float64) / (1.0 - beta2)))
                 tl.store(c_ptr + SUM_SCALE_COLUMN, tl.exp2(tl.minimum(bits, 30.0)), mask=mask)
             tl.store(c_ptr + 5, rate, mask=mask)
@@ -257,7 +259,7 @@ def advance_steps(
         algorithm: A value of `ALGORITHMS`.
         has_steps: Whether the table contains addresses of step counters.
         stochastic: Whether to compute noise keys.
-        spike_aware, update_clipping: Whether to compute the columns that these need.
+        spike_aware, update_clipping: Whether to compute the columns that these options need.
     """
     assert hyper.shape[1] == HYPER_COLUMNS.value, hyper.shape
     n = coefficients.shape[0]

@@ -3,7 +3,7 @@
 The first launch of a variant (constants, device, types of the arguments) uses Triton's JIT, which
 compiles it; later launches pass plain integers to the launcher of the returned `CompiledKernel`.
 This is safe because none of our kernels specializes an argument on its value or alignment, so one
-variant is valid for every call. Passing addresses as integers avoids a driver query for each.
+variant is valid for every call. Passing addresses as integers avoids a driver query per address.
 
 Host time with 8 pointers and 10 constants, without the time of the driver [EPYC, Python 3.11]:
 
@@ -31,9 +31,10 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether Triton interprets kernels on the CPU (`TRITON_INTERPRET=1`), as in the tests."""
 
 WARP = 32 if torch.version.hip is None else 64
-"""Threads per warp. AMD's consumer cards have 32; their programs then have half as many threads."""
+"""Threads per warp. AMD's consumer cards have 32, so programs on them have half as many threads."""
 
-INTERPRETED_PROGRAMS = 3  # the interpreter is slow per program, and block size hardly matters
+# small, since the interpreter is slow per program and block sizes hardly matter
+INTERPRETED_PROGRAMS = 3
 
 
 class Launcher:
@@ -52,7 +53,7 @@ class Launcher:
         self, kernel: Any, num_warps: int, max_registers: int | None = None, fuses: bool = True
     ) -> None:
         self.kernel = kernel
-        # Always set, since the default differs between versions of triton.
+        # The option is always set, since its default differs between versions of triton.
         self.options: dict[str, int] = {"num_warps": num_warps, "enable_fp_fusion": fuses}
         if max_registers is not None and torch.version.hip is None:
             self.options["maxnreg"] = max_registers
@@ -75,7 +76,7 @@ class OneProgram:
     used, since its sums need no barrier between warps.
     """
 
-    MANY = 128  # more segments than this get 8 warps
+    MANY = 128  # with more segments, 8 warps are used
 
     def __init__(self, kernel: Any) -> None:
         self._few, self._many = Launcher(kernel, num_warps=1), Launcher(kernel, num_warps=8)
@@ -154,14 +155,15 @@ def trial_kernel(x_ptr, VALUE: tl.constexpr):
 
 
 def try_launching(device: torch.device) -> None:
-    """Compiles a kernel on a device and launches it in both ways that `Variant` uses; never syncs.
+    """Compiles a kernel and launches it in both ways that `Variant` uses; never syncs.
 
     Args:
         device: The device.
 
     Raises:
-        Exception: Any error of a triton that can be imported but does not work: without a C
-            compiler for its launcher, with a driver that is too old, or with a full disk.
+        Exception: Triton can be imported but does not work, for example because there is no C
+            compiler for its launcher, the driver is too old, or the disk is full. The error may
+            have any type.
     """
     x = torch.empty(1, dtype=torch.float32, device=device)
     launch = Launcher(trial_kernel, num_warps=1).variant(device, VALUE=1.0)

@@ -10,7 +10,7 @@ The grid is persistent: program k processes chunks k, k + P, k + 2P, ... of the 
 last program to finish (one segment) or by a second small launch with one program per segment. The
 same inputs and the same grid give bitwise the same sums. There are no floating-point atomics.
 
-Numerics of p = 2. Float64 squares are exact, but a GPU converts few numbers to float64 per clock
+Numerics of p = 2. Squares in float64 are exact, but a GPU converts few numbers to float64 per clock
 (16 per SM on sm_90, 2 on consumer cards). Therefore `GROUP` neighboring squares are added in
 float32, and only their sum is converted. Squares of fp16 and bf16 are exact in float32; adding two
 of them has a relative error of at most u = 2^-24, or u / 2 in the norm. If all squares of a 16-byte
@@ -26,14 +26,14 @@ per vector and 16 for the blocks of a chunk.
 | fp16, bf16 | 8     | 1                 | less                       | fp64 at 1/32 or slower |
 
 The bounds also hold for repeated values, for which all groups round the same way. Together with
-rounding the norm to float32 (6.0e-8), the errors stay below 1e-7. If the rounding errors were not
-summed, sums of a whole vector would be off by up to 8.9e-8, or 1.5e-7 with that rounding; patterns
-of four and eight values reached these errors.
+rounding the norm to float32 (6.0e-8), the errors stay below 1e-7. Without summing the rounding
+errors, sums of a whole vector would have an error of up to 8.9e-8, or 1.5e-7 including that
+rounding; patterns of four and eight values reached these errors.
 
 A grouped chunk is summed again in float64 if the range of float32 may not suffice: if its sum is
 infinite (|x| > 9e18), or so small (below n * 2^-90) that squares below 2^-126 could matter. Small
 sums are accepted if all elements are zero, which the largest bit pattern shows at one instruction
-per element. fp16 squares lie in [2^-48, 2^32], so they never need this.
+per element. fp16 squares lie in [2^-48, 2^32], so they are never summed again.
 
 If power sums could overflow or underflow float64 (ROOTED: float64 gradients, or p > 6), chunks and
 programs pass on norms instead. A chunk whose sum is infinite, or below n * 2^-960, is summed again
@@ -142,7 +142,8 @@ def measure_kernel(
     ITEM_SIZE: tl.constexpr,
     P: tl.constexpr,
     INF_NORM: tl.constexpr,
-    ROOTED: tl.constexpr,  # norms instead of power sums, which could leave the range of float64
+    # uses norms instead of power sums, which could exceed the range of float64
+    ROOTED: tl.constexpr,
     GROUP: tl.constexpr,
     ONE_SEGMENT: tl.constexpr,
     HAS_SCALE: tl.constexpr,
@@ -169,7 +170,8 @@ def measure_kernel(
     next_address, next_n = chunk_at(addresses_ptr, chunks_ptr, chunk)
     while chunk < n_chunks:
         address, n = next_address, next_n
-        # Prefetches the next row while this chunk is read; unused after the last chunk.
+        # Prefetches the next row while this chunk is read. After the last chunk, the row is not
+        # used.
         ahead = tl.minimum(chunk + n_programs, n_chunks - 1)
         next_address, next_n = chunk_at(addresses_ptr, chunks_ptr, ahead)
         # The hint holds only for whole vectors; an unaligned chunk has none (n_vec = 0).
@@ -217,7 +219,7 @@ def measure_kernel(
             total = tl.sum(acc, axis=0)
             if KEEP_LOST:
                 total += tl.sum(lost.to(tl.float64), axis=0)
-            trusted = tl.abs(total) < float("inf")  # False for NaN
+            trusted = tl.abs(total) < float("inf")  # the comparison is False for NaN
             if WATCH_UNDERFLOW:
                 room = total >= n_vec.to(tl.float64) * 2.0**-90
                 trusted = trusted & (room | (tl.max(seen, axis=0) == 0))
@@ -256,7 +258,7 @@ def measure_kernel(
 
     if ONE_SEGMENT:
         tl.store(partials_ptr + program, mine)
-        tl.debug_barrier()  # all threads must be done before one of them takes the ticket
+        tl.debug_barrier()  # all threads must be done before one thread takes the ticket
         ticket = tl.atomic_add(ticket_ptr, 1, sem="acq_rel", scope="gpu")
         if ticket == n_programs - 1:
             whole = sum_of_partials(partials_ptr, 0, n_programs, P, INF_NORM, ROOTED, REDUCE_SIZE)
@@ -276,7 +278,7 @@ def launcher_of(tuning: Tuning) -> Launcher:
 
 
 def group_of(dtype: torch.dtype, norm_type: float, wide: bool) -> int:
-    """Returns how many squares are added in float32; see the table in the module docstring."""
+    """Returns the number of squares added in float32; see the table in the module docstring."""
     if norm_type != 2.0 or dtype is torch.float64:
         return 1
     if dtype is torch.float32:
@@ -305,7 +307,7 @@ def measure_chunks(
         norm_type: p.
         inv_scale: `()`: factor of the gradients, applied to the results; None: 1.
         rooted: Whether to return norms instead of power sums.
-        tuning: Launch parameters. Default: None, those for the norm and dtype.
+        tuning: Launch parameters. Default: None, the parameters for the norm and dtype.
 
     Returns:
         `summary` float64 `(4, S)` and `counts` int64 `(3, T)`; see `stages.grad_stats.GradStats`.

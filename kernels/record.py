@@ -1,7 +1,7 @@
 """Launch 4, record: packs all device values of a step's record into one float64 row.
 
-I/O: a few numbers of the verdict, and the counts of all tensors if any is bad. One program. In
-PyTorch this takes 25 operations on single numbers, and so 25 launches.
+I/O: a few numbers of the verdict, and the counts of all tensors if any is bad. There is one
+program. In PyTorch, the same work takes 25 operations on single numbers, and thus 25 launches.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def record_kernel(
         mask = i + lanes < n_segments
         coef = tl.load(coef_ptr + i + lanes, mask=mask, other=INF)
         any_nan = tl.maximum(any_nan, (coef != coef).to(tl.int32))
-        smallest = tl.where(coef < smallest, coef, smallest)  # ignores NaN
+        smallest = tl.where(coef < smallest, coef, smallest)  # the comparison ignores NaN
         nan += tl.load(summary_ptr + n_segments + i + lanes, mask=mask, other=0.0)
         posinf += tl.load(summary_ptr + 2 * n_segments + i + lanes, mask=mask, other=0.0)
         neginf += tl.load(summary_ptr + 3 * n_segments + i + lanes, mask=mask, other=0.0)
@@ -100,7 +100,7 @@ def record_kernel(
     found = tl.zeros((), dtype=tl.int32)
     i = 0
     if n_nan + n_posinf + n_neginf == 0.0:
-        i = n_tensors  # nothing to find
+        i = n_tensors  # there is nothing to find
     while i < n_tensors:
         mask = i + lanes < n_tensors
         nan_of = tl.load(counts_ptr + i + lanes, mask=mask, other=0)

@@ -1,4 +1,4 @@
-"""The second pass of `measure` over a chunk: counts non-finite elements, sums the rest exactly.
+"""The second pass of `measure` over a chunk: counts non-finite elements and sums finite ones.
 
 I/O: reads the chunk once in float64, or twice if norms replace power sums. Counts are added with
 integer atomics, whose order does not matter.
@@ -13,7 +13,7 @@ from fastguard.kernels.chunk_address import part_of_piece
 from fastguard.kernels.columns import FIRST_PIECE, PIECE_COLUMNS, PIECE_TENSOR, PIECES
 from fastguard.kernels.elements import powers, root, unit_of, widened
 
-# The second pass is rare, so it uses small blocks, and few registers.
+# The second pass is rare, so it uses small blocks to save registers.
 RECOUNT_SIZE = tl.constexpr(512)
 
 
@@ -61,7 +61,8 @@ def recount(
         start, n = part_of_piece(row_ptr, address, n_elements, pieces_ptr, piece, ITEM_SIZE)
         tensor = tl.load(pieces_ptr + PIECE_COLUMNS * piece + PIECE_TENSOR)
         x_ptr = start.to(tl.pointer_type(DTYPE))
-        # Three 10-bit counts in one register: a lane reads MAX_CHUNK / RECOUNT_SIZE elements.
+        # One register holds three 10-bit counts, since a lane reads MAX_CHUNK / RECOUNT_SIZE
+        # elements.
         found = tl.zeros((RECOUNT_SIZE,), dtype=tl.int32)
         i = 0
         while i < n:

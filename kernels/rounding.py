@@ -15,7 +15,8 @@ SECOND = tl.constexpr(0x85EBCA6B)
 SMALLEST_HALF = tl.constexpr(2.0**-14)  # the smallest normal float16
 ROUNDS_TO_INF = tl.constexpr(65520.0)  # the smallest number that float16 rounds to infinity
 LARGEST_HALF = tl.constexpr(65504.0)
-CANONICAL_NAN = tl.constexpr(0x7FC00000)  # the NaN of a GPU, 0x7FFFFFFF, would carry into the sign
+# rounding a GPU's NaN, 0x7FFFFFFF, would carry into the sign
+CANONICAL_NAN = tl.constexpr(0x7FC00000)
 
 
 @triton.jit
@@ -54,7 +55,7 @@ def narrowed_to_half(x, noise):
     bits = size.to(tl.uint32, bitcast=True) + (noise >> 3)
     normal = ((bits >> 13) << 13).to(tl.float32, bitcast=True)
     normal = tl.where(normal > LARGEST_HALF, LARGEST_HALF, normal)
-    normal = tl.where(size < ROUNDS_TO_INF, normal, size)  # NaN and infinity stay
+    normal = tl.where(size < ROUNDS_TO_INF, normal, size)  # NaN and infinity are kept
     is_small = size < SMALLEST_HALF
     units = (tl.where(is_small, size, 0.0) * 1099511627776.0).to(tl.uint32) + noise
     small = (units >> 16).to(tl.float32) * 5.9604644775390625e-08
@@ -101,7 +102,7 @@ def stored(
 def weight_of_parts(upper, lower):
     """Restores the float32 from a bfloat16 and its remainder."""
     upper = upper.to(tl.int16, bitcast=True).to(tl.int32)
-    # Negative if bit 15 is set, which borrows from the upper half.
+    # The remainder is negative if bit 15 is set, so adding it borrows from the upper half.
     return ((upper << 16) + lower.to(tl.int32)).to(tl.float32, bitcast=True)
 
 

@@ -6,7 +6,7 @@
     windows  float64 (K, W), rings int64 (K, 3): see `fastguard.stages.contract.GuardState`
 
 Each rule is one lane of a tile with `RULES` lanes. The rings are read in blocks of `WINDOW` values,
-so lanes do not exchange data through memory.
+so that lanes do not exchange data through memory.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def judged_rules(
         spiked: Whether any rule detected a spike.
         grad_spiked: Whether a rule detected a spike of the gradient norm.
         skips: Whether any rule that detected a spike skips the step.
-        limit: float64: the limit for the total norm; inf if there is none.
+        limit: float64: the limit for the total norm; inf if there is no limit.
     """
     INF: tl.constexpr = float("inf")
     NAN: tl.constexpr = float("nan")
@@ -87,7 +87,8 @@ def judged_rules(
     threshold = thresholds_of(
         rule_ptr, windows_ptr, ring_stride, k, is_rule, window, filled, RULES, WINDOW
     )
-    exceeds = (value > threshold) & spread(fault == 0, RULES)  # false for NaN, which is a fault
+    # the comparison is false for NaN, which is a fault
+    exceeds = (value > threshold) & spread(fault == 0, RULES)
     persistent = (window > 0) & (consecutive >= window)
     spike = exceeds & (persistent == 0)
     skips = any_of(spike & can_skip)
@@ -112,7 +113,7 @@ def judged_rules(
     tl.store(held_ptr + UNDO_VALUE, held, mask=is_rule)
 
     tl.debug_barrier()  # all threads must have read the rings before any thread writes them
-    tl.store(slot_ptr, entry, mask=moves)  # replaces the oldest value if the ring is full
+    tl.store(slot_ptr, entry, mask=moves)  # overwrites the oldest value if the ring is full
     step = moves.to(tl.int64)
     streak = tl.where(exceeds, consecutive + 1, 0)
     tl.store(ring_ptr + FILLED, tl.minimum(filled + step, window), mask=is_rule)
@@ -137,8 +138,8 @@ def thresholds_of(
 ):
     """Returns the threshold of each rule, float64 `(RULES,)`.
 
-    The first pass over the rings computes the mean, the second the standard deviation. Rings
-    contain only finite values, so the results are not NaN.
+    The first pass over the rings computes the mean, and the second pass the standard deviation.
+    Rings contain only finite values, so the results are not NaN.
     """
     sigma = tl.load(rule_ptr + SIGMA, mask=is_rule, other=0.0)
     warmup = tl.load(rule_ptr + WARMUP, mask=is_rule, other=0.0)

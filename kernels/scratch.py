@@ -1,11 +1,12 @@
-"""Memory shared by the programs of `measure`; reused across steps, so that it is zeroed only once.
+"""Memory shared by the programs of `measure`, reused across steps and zeroed only once.
 
     zeros     int64: a ticket, counts of segments, counts of tensors; zero between two launches
     partials  float64: partial sums per program or chunk; arbitrary between two launches
 
 A program that reads a nonzero count or ticket resets it to zero; see `summary`. Kernels on one
-stream run in order, so there is one scratch per stream. A CUDA graph gets its own, which is zeroed
-at each replay, since its kernels may run concurrently with kernels on other streams.
+stream run in order, so there is one scratch per stream. A CUDA graph gets its own scratch, which is
+zeroed at each replay, since the kernels of the graph may run concurrently with kernels on other
+streams.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Scratch:
     key: tuple[torch.device, int] | None
 
 
-_kept: dict[tuple[torch.device, int], Scratch] = {}  # one entry per stream; torch has few streams
+# one entry per stream, since torch has few streams
+_kept: dict[tuple[torch.device, int], Scratch] = {}
 
 
 def take(device: torch.device, n_zeros: int, n_partials: int) -> Scratch:
@@ -44,7 +46,7 @@ def take(device: torch.device, n_zeros: int, n_partials: int) -> Scratch:
 
     Args:
         device: The device.
-        n_zeros, n_partials: Minimum number of elements of each.
+        n_zeros, n_partials: Minimum number of elements of `zeros` and of `partials`.
     """
     if device.type == "cpu":
         key = (device, 0)

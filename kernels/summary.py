@@ -3,12 +3,12 @@
     summary[:, s] = power sum, NaN, +Inf, -Inf
 
 If power sums could overflow or underflow float64 (ROOTED), partials and sums are norms instead,
-which are divided by the largest of them before they are added.
+which are divided by the largest norm before they are added.
 
     scratch   int64: ticket (1,), counts of segments (3, S), counts of tensors (3, T)
     partials  float64 (P,)
 
-The scratch is zero between two launches (see `scratch`): counts are moved out of it.
+The scratch is zero between two launches (see `scratch`): counts are moved out of the scratch.
 
 I/O: 8 bytes per partial. With one segment, the last program of `measure` writes the column itself;
 with several, a second launch has one program per segment. `decide` reads the summary.
@@ -59,7 +59,7 @@ def move_counts(scratch_ptr, counts_ptr, begin, end, SIZE: tl.constexpr):
     i = begin
     while i < end:
         at = i + tl.arange(0, SIZE)
-        # .cg: from L2, where the atomics of the other programs went
+        # .cg reads from L2, where the other programs' atomics were performed
         n = tl.load(scratch_ptr + at, mask=at < end, other=0, cache_modifier=".cg")
         tl.store(counts_ptr + at, n, mask=at < end)
         tl.store(scratch_ptr + at, tl.zeros((SIZE,), dtype=tl.int64), mask=at < end)
@@ -87,7 +87,7 @@ def store_summary(
     tl.store(summary_ptr + segment, total)
     n_bad = tl.full((), 0.0, tl.float64)
     for kind in tl.static_range(3):
-        # .cg: from L2, where the atomics of the other programs went
+        # .cg reads from L2, where the other programs' atomics were performed
         n = tl.load(segment_counts_ptr + kind * n_segments + segment, cache_modifier=".cg")
         tl.store(summary_ptr + (kind + 1) * n_segments + segment, n.to(tl.float64))
         n_bad += n.to(tl.float64)
@@ -171,7 +171,7 @@ def sum_of_partials(
     acc = tl.zeros((REDUCE_SIZE,), dtype=tl.float64)
     i = start
     while i < end:
-        # .cg: from L2, where the other programs wrote
+        # .cg reads from L2, where the other programs wrote
         part = tl.load(
             partials_ptr + i + offsets, mask=i + offsets < end, other=0.0, cache_modifier=".cg"
         )

@@ -11,15 +11,15 @@ import torch
 from fastguard.kernels.launch import INTERPRETED, INTERPRETED_PROGRAMS, n_processors
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity, so that launches do not hash its fields
+@dataclass(frozen=True, eq=False)  # compared by identity, so that launches do not hash the fields
 class Tuning:
     """Parameters that can be tuned on a card without changing the kernel; see `benchmarks.tune`.
 
     Attributes:
         block_bytes: Bytes that a program reads at a time.
         num_warps: Warps per program.
-        programs: Programs per multiprocessor, limited by registers: all programs must run at the
-            same time, since a program that started only after another had ended would prolong the
+        programs: Programs per multiprocessor, limited by registers. All programs must run at the
+            same time, since a program that starts only after another one has ended prolongs the
             launch.
         max_registers: Maximum registers per thread.
         eviction: Eviction policy of L2 for data that was read.
@@ -36,8 +36,9 @@ class Tuning:
 PLAIN = Tuning(block_bytes=16384, num_warps=8, programs=3, max_registers=80)
 # Other norms need logarithms and exponentials in float64, which limit the speed and take registers.
 ANY_POWER = Tuning(block_bytes=8192, num_warps=8, programs=2, max_registers=120)
-ANY_POWER_16_BIT = replace(ANY_POWER, block_bytes=4096)  # same elements per thread, so no spills
-PLAIN_NORMS = (1.0, 2.0, math.inf)  # norms without a logarithm
+# the same number of elements per thread, so that no register is spilled
+ANY_POWER_16_BIT = replace(ANY_POWER, block_bytes=4096)
+PLAIN_NORMS = (1.0, 2.0, math.inf)  # norms that need no logarithm
 
 
 def tuning_of(norm_type: float, dtype: torch.dtype) -> Tuning:

@@ -21,7 +21,7 @@ from fastguard.kernels.chunk_layout import ALIGNMENT
 from fastguard.kernels.chunks import TABLES, Bucket, is_dense
 from fastguard.kernels.upload import Upload, upload
 
-KEY = -1  # key in a bucket's memo; chunk tables use the number of segments as their key
+KEY = -1  # key in a bucket's memo; the keys of chunk tables are numbers of segments
 
 
 class Units(Protocol):
@@ -141,7 +141,7 @@ def _in_rows(
 
 
 def _has_rows(t: Tensor, n: int) -> bool:
-    """Returns whether the n rows are contiguous and follow one another in memory."""
+    """Returns whether the n rows are contiguous and consecutive in memory."""
     if t.is_contiguous():
         return True
     return is_dense(t) and (n == 1 or t.stride(0) == t.numel() // n)

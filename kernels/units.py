@@ -7,18 +7,18 @@ A unit u is a row of one tensor. Launch 1 reads 2N bytes and writes 8 bytes per 
 these 8 bytes per unit, then reads and writes the rows whose coefficient is not 1.
 
 The grid is persistent: program k processes units k, k + P, k + 2P, ... Since these numbers only
-grow, it finds the tensor of a unit by advancing from the previous one in the table (see
-`unit_table`). Launch 2 goes backwards, since the rows that launch 1 read last are still in the L2
-cache. A program reads one unit at a time, so a model that is a single long vector is read by a
-single program.
+grow, the program finds the tensor of a unit by advancing from the tensor of the previous unit (see
+`unit_table`). Launch 2 processes units in reverse order, since the rows that launch 1 read last are
+still in the L2 cache. A program reads one unit at a time, so a model that is a single long vector
+is read by a single program.
 
 Numerics: power sums are float64; for squares of fp16 and bf16, two neighbors are first added in
 float32 (at most 3e-8 of the norm, see `measure`). A row whose sum is infinite or NaN is read again
 and divided by its largest finite element. There are no atomics.
 
 Loads are 128 bits wide if every row of a tensor begins at a multiple of 16 bytes. Otherwise, each
-thread loads single elements next to those of its neighbors: rows of 147 elements (the first
-convolution of a ResNet) cannot be aligned.
+thread loads single elements next to the elements of neighboring threads: rows of 147 elements (the
+first convolution of a ResNet) cannot be aligned.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ ANY_POWER = Tuning(block_bytes=2048, num_warps=4, programs=3, max_registers=168)
 def row_power_sum(
     address, n, aligned, DTYPE: tl.constexpr, P: tl.constexpr, SIZE: tl.constexpr, VEC: tl.constexpr
 ):
-    """Returns the sum of |x|^P of a row, float64; NaN or Inf if an element is."""
+    """Returns the sum of |x|^P of a row, float64; NaN or Inf if any element is."""
     GROUP: tl.constexpr = 2 if VEC == 8 and P == 2.0 else 1
     offsets = tl.arange(0, SIZE)
     total = tl.zeros((SIZE // VEC,), tl.float64)
-    i = n - n  # 0 in the type of n
+    i = n - n  # gives 0 in the type of n
     if aligned:
         x_ptr = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
         while i < n:
@@ -93,7 +93,7 @@ def exact_row(
     while i < n:
         left = tl.minimum(n - i, SIZE).to(tl.int32)
         x = tl.abs(widened(tl.load(x_ptr + i + offsets, mask=offsets < left, other=0.0)))
-        finite = x < INF  # False for NaN
+        finite = x < INF  # the comparison is False for NaN
         largest = tl.maximum(largest, tl.max(tl.where(finite, x, 0.0), axis=0))
         nan = tl.maximum(nan, tl.max((x != x).to(tl.int32), axis=0))
         infinite = tl.maximum(infinite, tl.max((x == INF).to(tl.int32), axis=0))
@@ -134,7 +134,7 @@ def row_norm(
         norm = root(total, P, False)
         nan = tl.full((), 0, tl.int32)
         infinite = tl.full((), 0, tl.int32)
-        if (total < float("inf")) == 0:  # also true for NaN
+        if (total < float("inf")) == 0:  # the condition is also true for NaN
             norm, nan, infinite = exact_row(address, n, DTYPE, P, False, SIZE)
         return norm, nan, infinite
 
@@ -221,7 +221,7 @@ def scale_units_kernel(
     unit = n_units - 1 - tl.program_id(0)
     while unit >= 0:
         exact = tl.load(coefs_ptr + unit)
-        if exact != 1.0:  # true for NaN
+        if exact != 1.0:  # this is true for NaN
             while unit < tl.load(tensor_ptr + FIRST_UNIT):
                 tensor_ptr -= UNIT_COLUMNS
             n = tl.load(tensor_ptr + ROW_SIZE)

@@ -8,10 +8,10 @@
 Update clipping lowers the learning rates before this pass: see `update_clipping`.
 
 With limits of units (rows), a chunk holds whole rows, and a program processes row by row: it
-computes both norms as `units` does, and then updates the row, whose gradient and weight are still
-in L1 or L2. Nothing more is read from memory, except a 16-bit weight that has a float32 master.
-Rows of more than `LONGEST_ROW` elements would keep a single program busy: their coefficients are
-computed before, and are multipliers of their own segments.
+computes the norms of gradient and weight as `units` does, and then updates the row while both are
+still in L1 or L2. Nothing more is read from memory, except a 16-bit weight that has a float32
+master. Rows of more than `LONGEST_ROW` elements would keep a single program busy. Their
+coefficients are therefore computed before the update, as multipliers of separate segments.
 
 I/O per element, AdamW: 28 bytes in float32; 14 in bfloat16; 28 with bfloat16 weights and gradients
 and a float32 master and moments, 26 with a remainder in place of the master. The gradient is never
@@ -52,9 +52,10 @@ AdamW through the same compiler takes 60 instructions per element in fp32, 65 in
 With limits of units (90 to 106 registers) or statistics, there are two programs per multiprocessor
 instead of three.
 
-One of the instructions is the second product for multipliers below 2^-100. A branch around it,
-shared with cleaning, was expected to save it, but saved nothing. Coefficients are read before the
-loop: inside it they cost 3.5 instructions per element, since a store might have changed them.
+One of the instructions is the second product for multipliers below 2^-100. A branch around that
+product, shared with cleaning, was expected to save the instruction, but saved nothing. Coefficients
+are read before the loop; inside the loop they cost 3.5 instructions per element, since a store
+might have changed them.
 """
 
 from __future__ import annotations
@@ -125,8 +126,8 @@ def update_kernel(
     NESTEROV: tl.constexpr,
     REPRODUCIBLE: tl.constexpr,
     SPIKES: tl.constexpr,
-    UNITS: tl.constexpr,  # clips units; without it, limits and clipped are not read
-    STATISTICS: tl.constexpr,  # without it, partials are not written
+    UNITS: tl.constexpr,  # whether to clip units; if not, limits and clipped are not accessed
+    STATISTICS: tl.constexpr,  # whether to compute statistics; if not, partials are not written
     PROPAGATES: tl.constexpr,  # see `units`
     EXACT_BF16: tl.constexpr,  # rounds with integers, since the interpreter truncates
     BLOCK_SIZE: tl.constexpr,
@@ -142,21 +143,21 @@ def update_kernel(
         tl.store(clipped_ptr + 1, 0.0)
         tl.store(clipped_ptr + 2, 0.0)
         tl.store(clipped_ptr + 3, 0.0)
-    if tl.load(found_inf_ptr) != 0.0:  # also true for NaN
+    if tl.load(found_inf_ptr) != 0.0:  # the condition is also true for NaN
         return
     clean = tl.load(clean_ptr) != 0.0
     done = tl.full((), 0, tl.int32)  # elements of the chunk in earlier units
     n_clipped = tl.full((), 0, tl.int32)
-    # Statistics of earlier units. The compiler removes them, and those below, if they are not used.
+    # Statistics of earlier units. The compiler removes all unused statistics.
     done_squares, done_changes = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
     done_bad = tl.full((), 0, tl.int32)
     k = tl.program_id(0)
     while k < n_chunks:
-        # Backwards, since the gradients that measure read last are still in L2.
+        # Goes backwards, since the gradients that measure read last are still in L2.
         row_ptr = chunks_ptr + UPDATE_COLUMNS * (n_chunks - 1 - k)
         tensor, first, n, n_vec = chunk_at(row_ptr, VEC)
         in_chunk, limited = n, tl.load(row_ptr + UPDATE_ROW).to(tl.int32)
-        if UNITS:  # one unit at a time
+        if UNITS:  # processes one unit at a time
             n = tl.where(limited > 0, limited, n)
             n_vec = tl.where(n_vec > 0, n // VEC * VEC, 0)
             first += done
@@ -173,10 +174,11 @@ def update_kernel(
                     2.0, False, PROPAGATES, UNIT_BYTES,
                 )  # fmt: skip
                 multiplier *= coef
-                n_clipped += (coef != 1.0).to(tl.int32)  # counts NaN
-                # In memory, since registers are short. Threads that read a new value keep it.
+                n_clipped += (coef != 1.0).to(tl.int32)  # NaN counts as clipped
+                # Kept in memory to save registers. A thread that reads a new value does not change
+                # it.
                 old = tl.load(clipped_ptr)
-                if (coef < old) | ((coef != coef) & (old == old)):  # the first NaN stays
+                if (coef < old) | ((coef != coef) & (old == old)):  # keeps the first NaN
                     tl.store(clipped_ptr, coef)
                     tl.store(clipped_ptr + 2, tensor.to(tl.float64))
                     tl.store(clipped_ptr + 3, (first // limited).to(tl.float64))
@@ -193,7 +195,7 @@ def update_kernel(
         reset = tl.load(coef_ptr + RESET_COLUMN) != 0.0 if SPIKES else clean
         scale, factor = factors_of(multiplier, coef_ptr, ARITHMETIC)
 
-        # These hints hold only for whole vectors. Inside a function they would be lost by inlining.
+        # These hints hold only for whole vectors. Inside a function, inlining would lose the hints.
         p_ptr = tl.multiple_of(p_at.to(tl.pointer_type(PARAM)), VEC * PARAM.primitive_bitwidth // 8)
         g_ptr = tl.multiple_of(g_at.to(tl.pointer_type(GRAD)), VEC * GRAD.primitive_bitwidth // 8)
         a_ptr = tl.multiple_of(a_at.to(tl.pointer_type(A)), VEC * A.primitive_bitwidth // 8)

@@ -1,4 +1,4 @@
-"""What the kernels of an update share: a row of the chunk table, and the factor of its gradients.
+"""Shared by the kernels of an update: rows of the chunk table, and factors of gradients.
 
 Everything is inlined into the kernels.
 """
@@ -18,7 +18,7 @@ from fastguard.kernels.columns import (
     UPDATE_TENSOR,
 )
 
-THREADS = 256  # per program; each thread processes one vector of each array
+THREADS = 256  # threads per program; each thread processes one vector of each array
 SLOW_SIZE = tl.constexpr(256)  # elements per block outside of whole vectors
 
 
@@ -44,11 +44,13 @@ def multiplier_at(row_ptr, multiplier_ptr):
 
 @triton.jit
 def factors_of(multiplier, coef_ptr, ARITHMETIC: tl.constexpr):
-    """Returns two factors of a gradient; their product is its multiplier with the sign of its step.
+    """Returns two factors whose product is the multiplier of a gradient, with the sign of its step.
 
-    A multiplier that would be subnormal in float32 is split, to keep its precision.
+    A multiplier that would be subnormal in float32 is split into two factors, to keep its
+    precision.
     """
-    tiny = tl.abs(multiplier) < SMALLEST_FACTOR  # False for NaN, which makes the result NaN
+    # the comparison is False for NaN, which makes the result NaN
+    tiny = tl.abs(multiplier) < SMALLEST_FACTOR
     scale = tl.where(tiny, SMALLEST_FACTOR, 1.0).to(ARITHMETIC)
     factor = tl.where(tiny, multiplier / SMALLEST_FACTOR, multiplier).to(ARITHMETIC)
     return scale, factor * tl.load(coef_ptr + SIGN_COLUMN).to(ARITHMETIC)

@@ -4,10 +4,10 @@
     r        = sum[t] / (scale[t] * size[t])
     lr[t]   <- lr[t] / sqrt(r)                  where r > 1
 
-g and w are the gradient and the second moment as in `update`, which computes them a second time.
+g and w are the gradient and the second moment as in `update`, which computes both a second time.
 The terms of a sum are integers, so neither the order of additions nor the cut into chunks has an
 effect, and atomic additions are deterministic. A term that is NaN or infinite is left out, so that
-one such element does not affect the others.
+a bad element does not affect other elements.
 
 Additional I/O per element of AdamW: 8 bytes in float32 (36 instead of 28), 6 with 16-bit gradients
 and float32 moments. There are two additional launches, which write one number per tensor.
@@ -69,7 +69,7 @@ def terms_of(
         w = as_arithmetic(tl.load(c_ptr + at, mask=mask, other=0.0), ARITHMETIC)
         if SPIKES:
             w = tl.where(reset, 0.0, w)
-        v = tl.where((v > w) | (v != v), v, w)  # NaN if either is NaN
+        v = tl.where((v > w) | (v != v), v, w)  # the result is NaN if either value is NaN
     denominator = root_of(v, REPRODUCIBLE, ARITHMETIC) * c6
     denominator = tl.where((denominator > c4) | (denominator != denominator), denominator, c4)
     if REPRODUCIBLE and ARITHMETIC == tl.float32:
@@ -77,7 +77,7 @@ def terms_of(
     else:
         x = g / denominator
     terms = (x * x) * sum_scale
-    terms = tl.where(terms < float("inf"), terms, 0.0)  # False for NaN
+    terms = tl.where(terms < float("inf"), terms, 0.0)  # the comparison is False for NaN
     return tl.where(mask, terms, 0.0).to(tl.int64)
 
 
@@ -108,7 +108,7 @@ def ratio_kernel(
     VEC: tl.constexpr,
 ):
     """Adds the terms of all chunks to the sums of their tensors, unless the step is skipped."""
-    if tl.load(found_inf_ptr) != 0.0:  # also true for NaN
+    if tl.load(found_inf_ptr) != 0.0:  # the condition is also true for NaN
         return
     clean = tl.load(clean_ptr) != 0.0
     k = tl.program_id(0)
@@ -169,7 +169,7 @@ def rate_kernel(
     SIZE: tl.constexpr,
 ):
     """Lowers the learning rate in the coefficients of each tensor, in float64."""
-    if tl.load(found_inf_ptr) != 0.0:  # skipped: the coefficients are not read
+    if tl.load(found_inf_ptr) != 0.0:  # in a skipped step, the coefficients are not read
         return
     t = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     mask = t < n_tensors
@@ -177,7 +177,7 @@ def rate_kernel(
     size = tl.load(tensors_ptr + TENSOR_COLUMNS * t + SIZE_COLUMN, mask=mask, other=1)
     whole = tl.load(c_ptr + SUM_SCALE_COLUMN, mask=mask, other=1.0) * size.to(tl.float64)
     total = tl.load(sums_ptr + t, mask=mask, other=0).to(tl.float64)
-    ratio = total / whole  # NaN for an empty tensor
+    ratio = total / whole  # the ratio is NaN for an empty tensor
     factor = tl.where(ratio > 1.0, 1.0 / tl.sqrt(ratio), 1.0)
     rate = tl.load(c_ptr + 5, mask=mask, other=0.0)
     kept = tl.load(c_ptr + 7, mask=mask, other=0.0)

@@ -31,8 +31,8 @@ LONGEST_ROW = 2**16
 
 _fused = Launcher(update_kernel, THREADS // WARP, max_registers=80)
 _exact = Launcher(update_kernel, THREADS // WARP, max_registers=80, fuses=False)
-# With units or statistics, two programs per multiprocessor instead of three, which would leave 80
-# registers per thread: up to 24 registers would spill.
+# With units or statistics, there are two programs per multiprocessor. Three programs would leave 80
+# registers per thread, and up to 24 registers would spill.
 LARGE_TUNING = Tuning(
     units.PLAIN.block_bytes, num_warps=THREADS // WARP, programs=2, max_registers=128
 )
@@ -74,13 +74,14 @@ def update_arrays(
         limits: float64 `(3,)`: clip_factor, eps and the inverse of the loss scale, for the units in
             `arrays.rows`; None: units are not clipped.
         propagates: See `fastguard.stages.reference_units.unit_coefs`.
-        statistics: float64 `(T, 3)`, contiguous: see `fastguard.optim.contract.Update`; None: they
-            are not computed.
+        statistics: float64 `(T, 3)`, contiguous: see `fastguard.optim.contract.Update`; None: no
+            statistics are computed.
 
     Returns:
         float64 `(P, 4)`: for each program, the smallest coefficient of a unit, the number of
-        clipped units, and the tensor and the index in it of the unit with the smallest coefficient;
-        `(1, 0, 0, 0)` for a skipped step. None without limits or without elements.
+        clipped units, and for the unit with the smallest coefficient, the index of its tensor and
+        its index in that tensor; `(1, 0, 0, 0)` for a skipped step. None without limits or without
+        elements.
     """
     weights, device = arrays.weights, hyper.device
     is_large = limits is not None or statistics is not None
@@ -158,7 +159,7 @@ def vector_size(
     states: tuple[torch.dtype, ...],
     master: str | None,
 ) -> int:
-    """Returns the elements per thread and array, which fill 16 bytes in the widest array."""
+    """Returns the number of elements per thread and array: 16 bytes of the widest array."""
     widest = max(dtype.itemsize for dtype in (parameter, gradient, *states))
     return 16 // max(widest, {None: 0, "float32": 4, "remainder": 2}[master])
 

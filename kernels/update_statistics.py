@@ -42,7 +42,7 @@ def statistics_of(old, new, parameter, mask, VEC: tl.constexpr, SIZE: tl.constex
     """
     INF: tl.constexpr = float("inf")
     change = new - old
-    old = widened(tl.where(mask & (tl.abs(old) < INF), old, 0.0))  # False for NaN
+    old = widened(tl.where(mask & (tl.abs(old) < INF), old, 0.0))  # the comparison is False for NaN
     change = widened(tl.where(mask & (tl.abs(change) < INF), change, 0.0))
     is_finite = tl.abs(as_arithmetic(parameter, tl.float32)) < INF
     bad = tl.where(mask & (is_finite == 0), 1, 0)
@@ -66,7 +66,7 @@ def combine_kernel(
     SIZE: tl.constexpr,
 ):
     """Adds the partials of the chunks of each tensor; one program per tensor."""
-    if tl.load(found_inf_ptr) != 0.0:  # skipped: there are no partials
+    if tl.load(found_inf_ptr) != 0.0:  # in a skipped step, there are no partials
         return
     tensor = tl.program_id(0)
     row_ptr = tensors_ptr + TENSOR_COLUMNS * tensor

@@ -3,7 +3,7 @@
 As in `chunks`, the layout depends on sizes and alignment, and is cached. Addresses are uploaded
 whenever they change; the addresses of gradients may change in each step. Arrays are cut at vector
 boundaries, so that all chunks of an aligned tensor are aligned. Tensors with limited units are cut
-between units, or within a long one.
+between units, or within a long unit.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Arrays:
         segment_ids, group_ids, counters: T numbers each; counters may be empty.
         vector: Elements per vector; see `update.vector_size`.
         rows: T numbers: the elements of a unit whose coefficient is computed in the update, or 0.
-        long_rows: T numbers: the elements of a unit with a segment of its own, or 0; the units of
+        long_rows: T numbers: the elements of a unit that has a separate segment, or 0; the units of
             a tensor have consecutive segments, from `segment_ids` on.
     """
 
@@ -216,7 +216,8 @@ def cut(
     if not sizes.sum():
         return np.zeros((0, UPDATE_COLUMNS.value), dtype=np.int64)
     size = chunk_size(int(sizes.sum()), n_programs)
-    parts = np.where(long_rows > 0, sizes // np.maximum(long_rows, 1), 1)  # each is cut on its own
+    # each long unit is cut separately
+    parts = np.where(long_rows > 0, sizes // np.maximum(long_rows, 1), 1)
     owner = np.repeat(np.arange(len(sizes)), parts)
     part = np.arange(len(owner)) - (np.cumsum(parts) - parts)[owner]
     length = (sizes // np.maximum(parts, 1))[owner]

@@ -1,13 +1,14 @@
 """Uploads small tables to a device without a sync.
 
-Uploads use pinned memory: a copy from other memory blocks until the driver has read it, and cannot
-be captured in a CUDA graph. Any stream may read an upload, after its kernels have been ordered
-after the copy (`await_on_stream`). While a graph is captured, the copy becomes a part of the graph
-and is repeated at each replay: its source is kept, and its destination is used only by the graph.
+Uploads use pinned memory. A copy from other memory blocks until the driver has read that memory,
+and cannot be captured in a CUDA graph. Any stream may read an upload, after its kernels have been
+ordered after the copy (`await_on_stream`). While a graph is captured, the copy becomes a part of
+the graph and is repeated at each replay. The source of the copy is therefore kept, and only the
+graph uses the destination.
 
-It is unknown when a graph is deleted, so everything that it reads is kept forever. This takes
-little memory: tables that were uploaded before are kept once for all graphs, and the sources of
-tables that graphs upload are kept once per content. Capturing the same step again keeps nothing
+It is unknown when a graph is deleted, so all memory that the graph reads is kept forever. This
+takes little memory: tables that were uploaded before are kept once for all graphs, and the sources
+of tables that graphs upload are kept once per content. Capturing the same step again keeps nothing
 more.
 """
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from fastguard.kernels.launch import raw_stream_of
 
 ALIGNMENT = 16  # bytes; alignment of tables in the spare memory
-SPARE_TABLES = 4  # of the largest size so far: a graph has one per bucket and stage
+SPARE_TABLES = 4  # tables of the largest size so far; a graph has one table per bucket and stage
 
 
 @dataclass(slots=True, eq=False)
@@ -46,7 +47,7 @@ class Upload:
 
     @property
     def is_lasting(self) -> bool:
-        """Whether later steps may use the table; one uploaded by a graph exists only in replays."""
+        """Whether later steps may use the table; a table of a graph exists only in replays."""
         return self.source is None
 
     def await_on_stream(self) -> None:
@@ -68,10 +69,10 @@ class Upload:
         self.streams.add(address)
 
 
-_kept: dict[int, Upload] = {}  # by identity: earlier uploads that a graph may read
-_sources: dict[bytes, Tensor] = {}  # by content: the sources of uploads by graphs
-_spare = torch.from_numpy(np.empty(0, np.uint8))  # replaced by the first upload
-_lock = threading.Lock()  # for the spare: two graphs must not get the same part of it
+_kept: dict[int, Upload] = {}  # by identity, earlier uploads that a graph may read
+_sources: dict[bytes, Tensor] = {}  # by content, the sources of uploads by graphs
+_spare = torch.from_numpy(np.empty(0, np.uint8))  # a placeholder until the first upload
+_lock = threading.Lock()  # for the spare memory, of which two graphs must not get the same part
 
 
 def upload(numbers: np.ndarray, device: torch.device, buffers: tuple[Tensor, ...] = ()) -> Upload:
@@ -86,7 +87,7 @@ def upload(numbers: np.ndarray, device: torch.device, buffers: tuple[Tensor, ...
         return Upload(torch.from_numpy(numbers), buffers)
     if torch.cuda.is_current_stream_capturing():
         source = _source_for_graphs(numbers)
-        # The destination belongs to the graph, like every temporary created during capture.
+        # The destination belongs to the graph, like every temporary tensor created during capture.
         return Upload(source.to(device, non_blocking=True), buffers, source)
     source = _filled(_pinned_now(numbers.nbytes), numbers)
     memory = source.to(device, non_blocking=True)

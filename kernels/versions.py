@@ -13,8 +13,8 @@ import triton
 RUN_IS_KNOWN = (3, 4) <= tuple(int(n) for n in triton.__version__.split(".")[:2]) <= (3, 9)
 """Whether `CompiledKernel.run` takes the arguments that `fastguard.kernels.launch` passes.
 
-Triton's own JIT calls it, but it is not documented. Its source was read in 3.4, 3.5, 3.6 and 3.9;
-newer versions of triton are launched with `compiled[grid](...)`, which takes 3 µs more.
+Triton's own JIT calls this method, which is not documented. Its source was read in 3.4, 3.5, 3.6
+and 3.9; newer versions of triton are launched with `compiled[grid](...)`, which takes 3 µs more.
 """
 
 

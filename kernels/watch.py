@@ -8,12 +8,13 @@ I/O: `bits_kernel` reads N bytes once, for either result or both; `exponents_ker
 every run gives the same bits, which equal the results of `fastguard.stages.reference_watch`. Both
 walk the chunk table of `measure`, and run only in the steps that are watched.
 
-Numerics: integers only, so dtypes of the same size share a kernel. An element is read as a signed
-integer; one of 64 bits as two integers of 32. Sums wrap around mod 2^32. A zero is an element whose
-bits are all 0 except for the sign.
+Numerics: the kernels use only integers, so dtypes of the same size share a kernel. An element is
+read as a signed integer; an element of 64 bits is read as two integers of 32 bits. Sums wrap around
+mod 2^32. A zero is an element whose bits are all 0 except for the sign.
 
 `exponents_kernel` uses narrow loads: neighboring samples are `stride` elements apart, and usually
-in different sectors. 2^18 samples in sectors of 32 bytes are 8 MB, whatever the size of the model.
+in different sectors. 2^18 samples in sectors of 32 bytes are 8 MB, independent of the size of the
+model.
 
 | the main loop of `bits_kernel` [sass, sm_90] | registers | loads in flight | instructions / 16 B |
 |----------------------------------------------|-----------|-----------------|---------------------|
@@ -98,7 +99,8 @@ def bits_kernel(
     next_address, next_n = chunk_at(addresses_ptr, chunks_ptr, chunk)
     while chunk < n_chunks:
         address, n = next_address, next_n
-        # Prefetches the next row while this chunk is read; unused after the last chunk.
+        # Prefetches the next row while this chunk is read. After the last chunk, the row is not
+        # used.
         ahead = tl.minimum(chunk + n_programs, n_chunks - 1)
         next_address, next_n = chunk_at(addresses_ptr, chunks_ptr, ahead)
         # The hint holds only for whole vectors; an unaligned chunk has none (n_vec = 0).
@@ -124,7 +126,7 @@ def bits_kernel(
             tl.atomic_add(found_ptr + segment, total.to(tl.int64), sem="relaxed")
         chunk += n_programs
     if CHECKSUM:
-        # In int64, since the interpreter of triton 3.6 and older does not wrap sums around.
+        # Summed in int64, since the interpreter of triton 3.6 and older does not wrap sums around.
         total = tl.sum(words.to(tl.int64), axis=0) + tl.sum(tail_words.to(tl.int64), axis=0)
         tl.atomic_add(found_ptr + n_segments, total, sem="relaxed")
 
@@ -200,7 +202,7 @@ def read_bits(
         device: Device of the elements.
         item_size: Bytes per element: 2, 4 or 8.
         n_segments: S.
-        nonzero, checksum: Which results are computed; the others are 0.
+        nonzero, checksum: Which results are computed; results that are not computed are 0.
 
     Returns:
         int64 `(S + 1,)`: the number of nonzero elements of each segment, then the checksum, whose

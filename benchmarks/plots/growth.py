@@ -54,7 +54,8 @@ def growth(result: Result) -> Figure | None:
         axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: bytes_of(v)))
     axes[1, 1].yaxis.set_major_formatter(FuncFormatter(lambda v, _: bytes_of(v)))
     frame(figure, result, "How the cost of guarding grows")
-    figure.subplots_adjust(left=0.07, right=0.86, wspace=0.55, hspace=0.36)  # room for the labels
+    # leaves room for the labels
+    figure.subplots_adjust(left=0.07, right=0.86, wspace=0.55, hspace=0.36)
     for axis, labels in ends.items():
         label_ends(axis, labels)
     return figure

@@ -1,4 +1,7 @@
-"""Places labels in a chart so that they do not overlap. Call these after the layout is final."""
+"""Places labels in a chart so that they do not overlap.
+
+Call these functions after the layout is final.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ def spread(wanted: np.ndarray, gap: float) -> np.ndarray:
         array([4.75, 1.  , 5.75])
     """
     order = np.argsort(wanted, kind="stable")
-    pools: list[tuple[float, int]] = []  # mean and length
+    pools: list[tuple[float, int]] = []  # mean and length of each pool
     for rank, index in enumerate(order):
         mean, n = float(wanted[index]) - rank * gap, 1
         while pools and pools[-1][0] > mean:
@@ -79,8 +82,8 @@ def name_points(
 ) -> None:
     """Writes a name below each point, with a thin line to it.
 
-    Names are moved down until they cover neither another name nor one of the `others`, points in
-    data coordinates.
+    Names are moved down until they cover neither another name nor one of the `others`, which are
+    points in data coordinates.
     """
     radius = 4 * axis.figure.dpi / 72
     taken = [
@@ -101,7 +104,7 @@ def name_points(
             arrowprops={"arrowstyle": "-", "color": QUIET, "lw": 0.5, "shrinkA": 0, "shrinkB": 3},
         )
         below = -11.0
-        # that of the text alone: an annotation's own includes the line
+        # the extent of the text alone, since the extent of an annotation includes the line
         while any(Text.get_window_extent(text, renderer).overlaps(box) for box in taken):
             below -= LINE * size
             text.set_position((0, below))

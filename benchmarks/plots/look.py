@@ -46,7 +46,7 @@ SHORT = {
     "fastguard flat trusted": "trusted buckets",
     "isfinite + clip": "isfinite, torch",
 }
-"""Labels at the end of a line, where there is little room."""
+"""Shorter labels for the end of a line, where there is little room."""
 
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -66,7 +66,7 @@ STYLE: Any = {
     "grid.color": FAINT,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
-    "svg.hashsalt": "fastguard",  # makes files reproducible
+    "svg.hashsalt": "fastguard",  # makes SVG files reproducible
 }
 
 

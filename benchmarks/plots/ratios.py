@@ -26,7 +26,7 @@ def ratios(result: Result) -> Figure | None:
             if r["contender"] == "fastguard" and r["situation"] == "nothing to clip"
         )
     )
-    # Compiled cases make another comparison, which the table shows.
+    # Compiled cases compare something else, which the table shows.
     compiled = {r["name"] for r in rows if r["contender"] == "torch compiled"}
     groups = [g for g in groups if g[0] not in compiled]
     if not groups:
@@ -98,7 +98,7 @@ def _norm_errors(axis: Axes, rows: list[dict[str, Any]], groups: Sequence[tuple]
             pair.append(error)
             ms = (
                 9 if contender == "torch foreach" else 5.5
-            )  # larger, to be visible behind ours if both agree
+            )  # larger, so that it is visible behind our marker if both agree
             axis.plot(error, y, "o", color=color_of(contender), ms=ms, zorder=3)
             if float(row["norm_error"]) > 1:
                 axis.text(0.45, y - 0.27, "overflows", fontsize=7, ha="right", color=QUIET)

@@ -75,7 +75,7 @@ def roofline(result: Result) -> Figure | None:
         axis.set_title(f"{situation[0].upper()}{situation[1:]} (must move: {io})")
         axis.set_xlabel("gradients")
     low, high = axes[0].get_ylim()
-    axes[0].set_ylim(low / 2, high)  # room for the lowest name
+    axes[0].set_ylim(low / 2, high)  # leaves room for the lowest name
     axes[0].set_ylabel("GB/s of the bytes that must move")
     handles, _ = axes[0].get_legend_handles_labels()
     frame(figure, result, "How much of the memory's speed is reached", handles=handles)
@@ -85,7 +85,7 @@ def roofline(result: Result) -> Figure | None:
 
 
 def _names(rows: list[dict[str, Any]]) -> list[Label]:
-    """The name of each model or list, below its slowest point."""
+    """Returns the name of each model or list, for a label below its slowest point."""
     slowest: dict[tuple[str, int], float] = {}
     for r in rows:
         shown = r["contender"] in CONTENDERS and not (r["series"] or r["cold"])

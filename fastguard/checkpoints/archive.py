@@ -26,7 +26,9 @@ from fastguard.checkpoints.sharded.open_files import OpenFiles
 from fastguard.ranks.lockstep import Peers
 from fastguard.records.regular_files import NotRegularFile, open_regular
 
-_ATTEMPTS = 2  # a hard link made by a backup, or removed by rotation, looks like a change
+# reads are repeated once, since a new or removed hard link (by a backup or rotation) looks like a
+# change of the file
+_ATTEMPTS = 2
 
 
 def suffix_of(states: Mapping[str, Any], peers: Peers) -> str:
@@ -86,7 +88,7 @@ def read(path: Path, sha256: str, objects: Mapping[str, Any], peers: Peers) -> d
 
 
 def _read_file(path: Path, sha256: str) -> dict[str, Any]:
-    """Hashes and loads a file through one descriptor, so it cannot be swapped in between."""
+    """Hashes and loads a file through one descriptor, so that both read the same file."""
     with open_regular(path, follow_links=False) as file:
         for _ in range(_ATTEMPTS):
             before = _version(file)
@@ -101,7 +103,7 @@ def _read_file(path: Path, sha256: str) -> dict[str, Any]:
 
 
 def _version(file: BinaryIO) -> tuple[int, int, int]:
-    """Returns size, modification time and change time; a program cannot set the last one back."""
+    """Returns size, modification time and change time; programs cannot set the change time."""
     found = os.fstat(file.fileno())
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 

@@ -12,7 +12,7 @@ from fastguard.errors.plain_text import shown
 from fastguard.records.step_record import StepRecord
 
 NOTES = 8
-"""Number of incidents whose text the manifest keeps; the others are only counted."""
+"""Number of incidents whose text the manifest keeps. Other incidents are only counted."""
 
 
 def joined(objects: Mapping[str, Any] | None, named: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,10 +50,10 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
 def counted(
     last: Entry | None, given: int | Iterable[StepRecord | str] | None, skipped: int | None
 ) -> tuple[int, tuple[str, ...]]:
-    """Returns the number of incidents since the last clean checkpoint, and the latest of them.
+    """Returns the number of incidents since the last clean checkpoint, and the latest incidents.
 
     Args:
-        last: The entry of the previous checkpoint, clean or not; None: there is none.
+        last: The entry of the previous checkpoint, clean or not; None if this is the first one.
         given: The `incidents` argument of `CheckpointStore.save`.
         skipped: Number of skipped steps of the run; None: unknown.
     """

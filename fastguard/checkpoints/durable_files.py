@@ -22,7 +22,7 @@ from fastguard.records.regular_files import check_regular, open_regular
 
 try:
     import fcntl
-except ImportError:  # Windows has no lock: the user must ensure there is one writer
+except ImportError:  # on Windows there is no lock, so the user must ensure that there is one writer
     fcntl = None
 
 TEMPORARY = ".tmp-"
@@ -32,8 +32,8 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0)
 class Sink:
     """A file for `torch.save` that keeps disk errors.
 
-    torch's C++ writer would turn them into assertion failures. Here the first `OSError` is kept for
-    `raise_if_failed`, and later writes are discarded.
+    torch's C++ writer would turn disk errors into assertion failures. This class keeps the first
+    `OSError` for `raise_if_failed`, and discards later writes.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -68,7 +68,7 @@ def write_temporary(path: Path, write: Callable[[Sink], object]) -> Path:
         The temporary file; pass it to `commit` or unlink it.
 
     Raises:
-        OSError: The disk is full, read-only or broken, and nothing is left behind; or the temporary
+        OSError: The disk is full, read-only or broken; nothing is left behind. Or the temporary
             name belongs to something other than a regular file, which is not touched.
     """
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
@@ -82,7 +82,8 @@ def write_temporary(path: Path, write: Callable[[Sink], object]) -> Path:
             try:
                 write(sink)
             finally:
-                sink.raise_if_failed()  # replaces the error that torch raised in its place
+                # raises the disk error instead of the error that torch made of it
+                sink.raise_if_failed()
             os.fsync(file.fileno())
     except BaseException:
         with contextlib.suppress(OSError):
@@ -144,7 +145,7 @@ def _open_lock(path: Path) -> int:
 
     Raises:
         NotRegularFile: The path is not a regular file.
-        OSError: It cannot be opened.
+        OSError: The file cannot be opened.
     """
     with contextlib.suppress(FileNotFoundError):
         check_regular(os.lstat(path), path)
@@ -189,8 +190,9 @@ class Lock:
                 f"{folder} is open for writing in process {owner}; wait for that process or stop "
                 "it, choose another directory, or open this one with read_only=True"
             ) from None
-        if os.fstat(self._handle).st_nlink == 1:  # otherwise, it is a hard link to another file
-            # If the disk is full, the lock still holds, but does not contain the process id.
+        # more links: the file is a hard link to another file
+        if os.fstat(self._handle).st_nlink == 1:
+            # If the disk is full, the lock works, but the file does not contain the process id.
             with contextlib.suppress(OSError):
                 os.ftruncate(self._handle, 0)
                 os.pwrite(self._handle, f"{os.getpid()}\n".encode(), 0)

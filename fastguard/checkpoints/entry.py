@@ -66,7 +66,7 @@ class Entry:
 
     @property
     def clean(self) -> bool:
-        """Whether every tensor is finite and the file is known to match what was written."""
+        """Whether every tensor is finite and the file is known to be as it was written."""
         return self.finite and self.verified
 
     @property
@@ -108,17 +108,17 @@ def from_json(values: object) -> Entry:
         ValueError: A value has the wrong type, or a name is not one that a store assigns.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"{shown(values)} instead of a checkpoint entry")
+        raise ValueError(f"a checkpoint entry is {shown(values)}, but must be a dict")
     read = {}
     for field in fields(Entry):
         if field.name in values:
             read[field.name] = checked(field.name, values[field.name], _READ[field.name])
         elif field.default is MISSING:
-            raise ValueError(f"{field.name} is missing")
+            raise ValueError(f"the entry of a checkpoint lacks {field.name}")
     entry = Entry(**read)
     name = names.parse(entry.file)
     if name is None:
-        raise ValueError(f"file={shown(entry.file)}, which is not a checkpoint name")
+        raise ValueError(f"file={shown(entry.file)} is not the name of a checkpoint")
     for key, number in name._asdict().items():
         if number != getattr(entry, key):
             raise ValueError(f"file={entry.file!r} does not match {key}={getattr(entry, key)}")
@@ -134,7 +134,7 @@ def checked(key: str, value: object, read: Callable[[Any], Any]) -> Any:
     try:
         return read(value)
     except (TypeError, ValueError, OverflowError, RecursionError):
-        raise ValueError(f"{key}={shown(value)}") from None
+        raise ValueError(f"{key}={shown(value)} is not a valid value") from None
 
 
 # Parsers for each kind of value; they raise TypeError or ValueError for anything else.
@@ -181,7 +181,7 @@ def plain_json(value: object) -> Any:
             return [copy(v, depth + 1) for v in value]
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError
-        if isinstance(value, int) and value.bit_length() > 10_000:  # str() refuses longer ones
+        if isinstance(value, int) and value.bit_length() > 10_000:  # `str` refuses longer integers
             raise ValueError
         if value is None or type(value) in (bool, int, float, str):
             return value

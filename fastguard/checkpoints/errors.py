@@ -12,7 +12,7 @@ class DamagedFile(CheckpointError):
 
 
 class UnsafeFile(CheckpointError):
-    """A file asks to call a function that no checkpoint needs; none of it was executed."""
+    """A file asks to call a function that no checkpoint needs; nothing was executed."""
 
 
 class StoreLocked(CheckpointError):

@@ -67,10 +67,10 @@ def how_to_read_shards(folder: Path) -> str:
     if is_of_a_store(folder):
         return f"is one checkpoint of a store; pass the store instead: {folder.resolve().parent}"
     return (
-        "was written by torch.distributed.checkpoint, whose shards cannot be read here; convert it "
-        f"to one file (python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} "
-        "whole.pt, or dcp_to_torch_save) and verify that, or save with fastguard.CheckpointStore, "
-        "whose shards are verified"
+        "was written by torch.distributed.checkpoint, whose shards cannot be read here; convert "
+        "the folder to one file (python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
+        f"{folder} whole.pt, or dcp_to_torch_save) and verify that file, or save with "
+        "fastguard.CheckpointStore, which verifies its shards"
     )
 
 
@@ -134,7 +134,7 @@ def _files(folder: Path) -> Iterator[Found]:
 
 
 def _no_checkpoint(path: Path) -> str | None:
-    """Returns why a `.bin` file is not a checkpoint; data sets and programs use that suffix too."""
+    """Returns why a `.bin` file, which may also be data or a program, is not a checkpoint."""
     if path.name == _SETTINGS:
         return "settings of the Hugging Face Trainer"
     try:

@@ -85,7 +85,8 @@ class Folder:
         self.peers = peers
         self._pid = os.getpid()
         self._closed = False
-        self.unreadable: dict[str, str] = {}  # why, by name; files that the manifest lacks
+        # by file name, why a file that the manifest lacks cannot be read
+        self.unreadable: dict[str, str] = {}
         self._release: Callable[[], object] | None = None
         self._manifest = peers.first(
             self._open_read_only if read_only else lambda: self._open(mode, ignore)
@@ -95,8 +96,8 @@ class Folder:
     def manifest(self) -> Manifest:
         """The contents of the folder.
 
-        A single read-only process sees changes made by a writer. With several read-only ranks, the
-        contents are those at the time of opening.
+        A single read-only process sees changes that a writer makes. Several read-only ranks see the
+        contents at the time of opening.
         """
         if self.read_only and self.peers.size == 1:
             self._manifest = manifest.read(self.path) or self._manifest
@@ -108,7 +109,7 @@ class Folder:
         if self._release is not None:
             self._release()
 
-    # Changes.
+    # Changes the folder.
 
     def add(self, entry: Entry, payload: Mapping[str, Any], staying: Rotation) -> Entry:
         """Writes a checkpoint, reads it back, and removes checkpoints that rotation drops.
@@ -189,7 +190,7 @@ class Folder:
             self._change(after)
         except OSError as error:
             log.warning("cannot write the manifest of %s: %s", self.path, error)
-            self._manifest = after  # at least this process knows the result
+            self._manifest = after  # so that at least this process knows the result
 
     def roll_back(self, target: Entry) -> tuple[Entry, ...]:
         """Sets aside everything saved after `target`, making `target` the last checkpoint.
@@ -231,8 +232,8 @@ class Folder:
             self._manifest = after
             self._match_files_to_manifest()
         except BaseException:
-            # The manifest may or may not have been replaced, so read it. Keep `after` in memory: it
-            # may contain verdicts that could not be written earlier.
+            # The manifest on disk may or may not have been replaced, so read it. In that case
+            # `after` stays in memory, as it may contain verdicts that could not be written earlier.
             with contextlib.suppress(CheckpointError, OSError):
                 known = manifest.read(self.path)
                 if known is not None and known.files == after.files:
@@ -240,8 +241,9 @@ class Folder:
             raise
 
     def _match_files_to_manifest(self) -> None:
-        """Renames and removes files to match the manifest; the next writer repeats it after a
-        crash."""
+        """Renames and removes files to match the manifest. After a crash, the next writer does
+        so.
+        """
         for entry in self._manifest.replaced:
             path = self.path / entry.file
             try:
@@ -259,12 +261,12 @@ class Folder:
                 stuck.append(name)
                 log.warning("cannot remove %s: %s", self.path / name, error)
         self._manifest = replace(self._manifest, removing=tuple(stuck))
-        # Written again without the removed names, so that a file that is later restored under such
-        # a name is not removed.
+        # Writes the manifest again without the removed names, so that a file that a user later
+        # restores under such a name is not removed.
         with contextlib.suppress(OSError):
             self._manifest.write(self.path)
 
-    # Opening.
+    # Opens the folder.
 
     def _open_read_only(self) -> Manifest:
         if not self.path.is_dir():
@@ -282,13 +284,13 @@ class Folder:
             lock = files.Lock(self.path)
         except NotRegularFile as error:
             raise CheckpointError(
-                f"{error.filename} {error.strerror}; nothing was changed. Remove it if you trust "
-                "the folder, or open the store with read_only=True"
+                f"{error.filename} {error.strerror}; nothing was changed. Remove this file if you "
+                "trust the folder, or open the store with read_only=True"
             ) from None
         except OSError as error:
             raise CheckpointError(
                 f"cannot write to {self.path}: {error.strerror}; choose another directory, or open "
-                "it with read_only=True"
+                "this one with read_only=True"
             ) from None
         self._release = weakref.finalize(self, lock.release)
         try:
@@ -305,7 +307,7 @@ class Folder:
             self.close()
             raise CheckpointError(
                 f"cannot open {self.path} for writing: {error}; free some space, choose another "
-                "directory, or open it with read_only=True"
+                "directory, or open this one with read_only=True"
             ) from error
         except BaseException:
             self.close()
@@ -329,7 +331,7 @@ class Folder:
         return found
 
     def _with_found(self, found: Manifest, serial: int, name: str) -> Manifest:
-        """Returns the manifest with a checkpoint added that was found on disk but not listed."""
+        """Returns the manifest with an entry added for a checkpoint that it does not list."""
         try:
             seen = archive.report_on(self.path / name, Peers())
             entry = from_json({**(seen.header or {}), "serial": serial, "file": name})
@@ -369,8 +371,8 @@ class Folder:
         if os.getpid() != self._pid:
             raise StoreLocked(
                 f"{self.path} was opened for writing in process {self._pid}, and this process "
-                f"({os.getpid()}) is a fork of it whose saves would be lost; save in process "
-                f"{self._pid}, or open a CheckpointStore in another directory here"
+                f"({os.getpid()}) is a fork of that process whose saves would be lost; save in "
+                f"process {self._pid}, or open a CheckpointStore in another directory here"
             )
 
     def _with_report(

@@ -131,13 +131,15 @@ def _whole(value: int | float | str) -> int:
 def good_source(target: Path, ignore: Sequence[str] = ()) -> tuple[Path | None, list[str]]:
     """Finds the checkpoint beside `target` to roll back to.
 
-    It is the complete and finite file with the latest epoch, not later than that of the target. If
-    no epoch is known, the step decides; if no step is known, the modification time.
+    The result is the complete and finite file with the latest epoch that is not later than the
+    epoch of the target. If no epoch is known, the step decides; if no step is known, the
+    modification time.
 
     Files without tensors (settings, a schedule) are never chosen. Since a folder may contain
     several models, a candidate must share tensors with the target, by name and shape: at least half
-    of the tensors of the smaller file. Half, because data positions and histories change their
-    shapes; of the smaller file, because an optimizer has no state before its first step.
+    of the tensors of the smaller file. The share is one half because data positions and histories
+    change their shapes. It refers to the smaller file because an optimizer has no state before its
+    first step.
 
     Args:
         target: The file to be replaced; it may be damaged or missing.
@@ -168,7 +170,7 @@ def _age(found: Description) -> tuple[int, int, float]:
 def _mismatch(candidate: Description, now: Description | None) -> str | None:
     if not candidate.n_tensors:
         return NO_TENSORS
-    if now is None or now.problem:  # unknown contents, but most likely a model
+    if now is None or now.problem:  # an unreadable target is most likely a model
         return None if candidate.has_weights else NO_WEIGHTS
     if now.has_weights and not candidate.has_weights:
         return NO_WEIGHTS
@@ -247,13 +249,16 @@ def roll_back_file(
     if flaw := _flaw(found, ignore):
         raise CheckpointError(refused + flaw)
     if not holds_weights(found.contents) and _had_weights(target):
-        raise CheckpointError(f"{refused}{NO_WEIGHTS}, as {target} does or did")
+        raise CheckpointError(
+            f"{refused}{NO_WEIGHTS}, but {target} holds weights, or held them before it was damaged"
+        )
     temporary = files.copy_temporary(source, target)
     try:
         if sha256_of(temporary) != found.sha256:
             raise DamagedFile(
-                f"the copy of {source} differs from what was verified: another process writes to "
-                "it, or the disk is failing"
+                f"the copy of {source} differs from the verified file, because another process "
+                "writes to that file or the disk is failing; nothing was changed. Stop the other "
+                "process, or check the disk"
             )
         backup = _keep(target) if target.exists() else None
         files.commit(temporary, target)
@@ -273,7 +278,7 @@ def _had_weights(target: Path) -> bool:
 
 
 def _keep(path: Path) -> Path:
-    """Gives the file a second name, which remains when the first is replaced."""
+    """Gives the file a second name, which remains when the file of the first name is replaced."""
     n = 1
     while (backup := path.with_name(f"{path.name}.replaced-{n}")).exists():
         n += 1

@@ -18,7 +18,7 @@ from fastguard.errors import several
 from fastguard.records.regular_files import open_regular
 
 _NAME = re.compile(r".+\.(safetensors|bin)\.index(\.[^.]+)?\.json", re.IGNORECASE)
-_LARGEST = 100 * 2**20  # bytes; the limit of a safetensors header, which also lists every tensor
+_LARGEST = 100 * 2**20  # bytes; the limit for a safetensors header, which also lists every tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class IndexCheck:
     Attributes:
         n_tensors: Number of tensors in the index.
         files: Files named by the index that exist, by name.
-        problems: What is missing or cannot be read, one line per problem.
+        problems: Missing or unreadable files and tensors, one line per problem.
     """
 
     n_tensors: int
@@ -46,7 +46,7 @@ def check_index(path: Path) -> IndexCheck:
 
     Raises:
         DamagedFile: The file is not an index, or names a file outside its folder.
-        OSError: It cannot be opened, or is not a regular file.
+        OSError: The file cannot be opened, or is not a regular file.
     """
     by_file: dict[str, list[str]] = {}
     places = _places(path)
@@ -88,7 +88,7 @@ def _places(path: Path) -> Mapping[str, str]:
         raise DamagedFile(f"{path}: not an index: it has no weight_map from tensors to files")
     for file in places.values():
         if file in ("", ".", "..") or set(file) & {"/", "\\", "\0"}:
-            raise DamagedFile(f"{path}: it points to {file!r}, which is not in its folder")
+            raise DamagedFile(f"{path}: the index points to {file!r}, which is not in its folder")
     return places
 
 

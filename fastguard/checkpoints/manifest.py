@@ -40,7 +40,8 @@ from fastguard.records.regular_files import NotRegularFile, open_regular
 NAME = "manifest.json"
 FORMAT = "fastguard checkpoints"
 VERSION = 1
-_LARGEST = 32 * 2**20  # bytes, about 50,000 checkpoints; parsed JSON takes twenty times as much
+# bytes, enough for 50,000 checkpoints; parsed JSON takes twenty times as much memory
+_LARGEST = 32 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +96,9 @@ def read(folder: Path) -> Manifest | None:
 
     Raises:
         CheckpointError: The manifest is from a newer version.
-        DamagedFile: The checksum is right but the contents are invalid, or it is not a regular
-            file.
-        OSError: It cannot be read.
+        DamagedFile: The checksum is right but the contents are invalid, or the manifest is not a
+            regular file.
+        OSError: The file cannot be read.
     """
     body = _parsed(folder)
     if body is None or body.get("format") != FORMAT:
@@ -119,9 +120,9 @@ def read(folder: Path) -> Manifest | None:
         return _manifest(body)
     except ValueError as error:
         raise DamagedFile(
-            f"{folder / NAME} is invalid: it has {error}, which no store writes; nothing was "
-            "changed. If you trust the folder, move that file away: it is rebuilt from the "
-            "checkpoints"
+            f"{folder / NAME} is invalid: {error}. No store writes this, so nothing was changed. "
+            "If you trust the folder, move the file away; the next run that opens the store for "
+            "writing rebuilds it from the checkpoints"
         ) from None
 
 
@@ -136,20 +137,20 @@ def _manifest(body: Mapping[str, Any]) -> Manifest:
     removing = checked("removing", body.get("removing"), texts)
     for name in removing:
         if names.parse(name.removesuffix(names.REPLACED)) is None:
-            raise ValueError(f"removing={shown(name)}, which is not a checkpoint name")
+            raise ValueError(f"removing={shown(name)} is not the name of a checkpoint")
     every_name = [*(e.file for e in entries), *(e.file for e in replaced), *removing]
     for name, times in Counter(every_name).items():
         if times > 1:
-            raise ValueError(f"{name} more than once")
+            raise ValueError(f"{name} is listed more than once")
     next_serial = checked("next_serial", body.get("next_serial"), count)
     newest = max((e.serial for e in (*entries, *replaced)), default=0)
     if next_serial <= newest:
-        raise ValueError(f"next_serial={next_serial} after serial={newest}")
+        raise ValueError(f"next_serial={next_serial} is not larger than serial={newest}")
     if next_serial >= names.MAX_NUMBER:
-        raise ValueError(f"next_serial={next_serial}")
+        raise ValueError(f"next_serial={next_serial} is too large")
     mode = checked("mode", body.get("mode"), text)
     if mode not in ("min", "max"):
-        raise ValueError(f"mode={shown(mode)}")
+        raise ValueError(f"mode={shown(mode)} is neither 'min' nor 'max'")
     return Manifest(
         entries,
         replaced,
@@ -163,7 +164,7 @@ def _manifest(body: Mapping[str, Any]) -> Manifest:
 def _entries(body: Mapping[str, Any], key: str) -> tuple[Entry, ...]:
     values = body.get(key)
     if not isinstance(values, list):
-        raise ValueError(f"{key}={shown(values)}")
+        raise ValueError(f"{key}={shown(values)} is not a list")
     return tuple(map(from_json, values))
 
 
@@ -174,7 +175,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def is_foreign(folder: Path) -> bool:
-    """Whether another tool wrote `manifest.json`; web apps and downloaders use that name too."""
+    """Whether another tool, such as a web app or a downloader, wrote `manifest.json`."""
     body = _parsed(folder)
     return body is not None and body.get("format") != FORMAT
 
@@ -183,8 +184,8 @@ def _parsed(folder: Path) -> dict[str, Any] | None:
     """Returns the manifest as a JSON object; None if it is missing or damaged.
 
     Raises:
-        DamagedFile: It is a pipe, a device or the like.
-        OSError: It cannot be read.
+        DamagedFile: The manifest is a pipe, a device or the like.
+        OSError: The file cannot be read.
     """
     try:
         with open_regular(folder / NAME) as file:

@@ -23,7 +23,7 @@ _SHARD = re.compile(r"__(\d{1,9})_\d{1,9}\.distcp")
 
 
 def missing_parts(names: Iterable[str]) -> Iterator[str]:
-    """Yields what is missing from models in numbered files, unless an index covers them.
+    """Yields what is missing from models in numbered files that no index lists.
 
     Args:
         names: The checkpoint files and indexes of one folder.

@@ -15,7 +15,7 @@ REPLACED = ".replaced"
 _CHECKPOINT = re.compile(
     rf"step-(?P<step>[0-9]+)\.(?P<serial>[0-9]+)(?:{re.escape(FILE)}|{re.escape(FOLDER)})"
 )
-_DIGITS = 18  # more do not fit in int64
+_DIGITS = 18  # more digits do not fit in int64
 MAX_NUMBER = 10**_DIGITS - 1
 """Largest step and serial number in a name."""
 

@@ -1,7 +1,7 @@
 """Converts objects to nested containers of tensors, and restores them.
 
-Everything in a checkpoint must load with `torch.load(weights_only=True)`. This is checked when
-saving, so that the error comes at once and names the value ("scheduler.fn is a function").
+Everything in a checkpoint must load with `torch.load(weights_only=True)`. The check is made when
+saving, so that the error comes immediately and names the value ("scheduler.fn is a function").
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def plain(value: Any, path: str) -> Any:
     """Returns the value with numpy scalars converted to Python numbers.
 
     Raises:
-        TypeError: It contains something other than tensors, plain values and containers of them.
+        TypeError: The value contains something other than tensors, plain values and containers.
         ValueError: A tensor has no data: it is on the meta device, lazy, or a placeholder.
     """
     if isinstance(value, Tensor):
@@ -116,7 +116,7 @@ def plain(value: Any, path: str) -> Any:
         if is_lazy(value):
             raise ValueError(
                 f"{path} belongs to a lazy module and has no data before its first forward pass; "
-                "run one, or save later"
+                "run a forward pass, or save later"
             )
         if not (has_plain_type(value) or is_dtensor(value)):
             _check_subclass(value, path)
@@ -151,8 +151,8 @@ def _check_subclass(value: Tensor, path: str) -> None:
     if not _is_registered(kind):
         raise TypeError(
             f"{path} is a {kind.__qualname__}, a tensor subclass that "
-            "torch.load(weights_only=True) refuses; register it where it is saved and loaded: "
-            f"torch.serialization.add_safe_globals([{kind.__qualname__}])"
+            "torch.load(weights_only=True) refuses; register the class where tensors are saved and "
+            f"loaded: torch.serialization.add_safe_globals([{kind.__qualname__}])"
         )
     for name, item in vars(value).items():
         if not _is_registered(type(item)):

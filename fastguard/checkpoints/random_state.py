@@ -50,8 +50,8 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     """
     if "ranks" in state:
         raise CheckpointError(
-            f"the random state is from {state['ranks']} ranks, which is not the number of ranks of "
-            "this run; load with rng=False to start new random streams"
+            f"the random state is from {state['ranks']} ranks, but this run has another number of "
+            "ranks; load with rng=False to start new random streams"
         )
     cuda = state.get("cuda")
     if cuda is not None and len(cuda) != torch.cuda.device_count():

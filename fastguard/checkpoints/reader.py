@@ -25,7 +25,7 @@ class Checkpoint:
     """A loaded checkpoint.
 
     Attributes:
-        entry: Its metadata: step, epoch, metric, tag, and the rest.
+        entry: The metadata of the checkpoint, such as step, epoch, metric and tag.
         state: States and values, by name, that were not restored into an object.
     """
 
@@ -46,7 +46,7 @@ class Check:
     """The result of `verify` for one checkpoint.
 
     Attributes:
-        entry: Its entry, updated.
+        entry: The updated entry of the checkpoint.
         problem: What is wrong with the file; None if it is intact.
     """
 
@@ -60,7 +60,7 @@ class Check:
 
 
 class StoreView:
-    """The part of `CheckpointStore` that reads; it changes only the verdicts in the manifest."""
+    """The reading part of `CheckpointStore`, which changes only the verdicts in the manifest."""
 
     directory: Path
     _folder: Folder
@@ -102,7 +102,8 @@ class StoreView:
         """
         entries = self.list() if which == "all" else (self._find(which),)
         checks = [Check(*self._folder.verify(entry)) for entry in entries]
-        still_there = {entry.file for entry in self.list()}  # a writer may have rotated meanwhile
+        # a writer may have removed checkpoints meanwhile
+        still_there = {entry.file for entry in self.list()}
         return tuple(check for check in checks if check.entry.file in still_there)
 
     def load(
@@ -129,7 +130,7 @@ class StoreView:
             The checkpoint: its entry and the states that were not restored.
 
         Raises:
-            CheckpointError: There is no such checkpoint, or it lacks one of the names.
+            CheckpointError: There is no such checkpoint, or the checkpoint lacks one of the names.
             DamagedFile: The file differs from what was written.
             OSError: The file cannot be read.
         """

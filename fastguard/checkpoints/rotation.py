@@ -30,8 +30,8 @@ def best(entries: Sequence[Entry], mode: str) -> Entry | None:
 def kept(entries: Sequence[Entry], keep: int, keep_clean: int, mode: str) -> tuple[Entry, ...]:
     """Returns the entries to keep: the newest, the newest clean ones, and the best.
 
-    A checkpoint saved before the first step needs no special rule: it is kept, because it is clean,
-    until there are `keep_clean` later clean ones.
+    A checkpoint saved before the first step needs no special rule. Because it is clean, it is kept
+    until there are `keep_clean` later clean checkpoints.
     """
     clean = [entry for entry in entries if entry.clean]
     staying = {entry.serial for entry in [*entries[-keep:], *clean[-keep_clean:]]}

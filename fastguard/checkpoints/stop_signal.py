@@ -31,7 +31,10 @@ class SignalFlag:
                 self._previous[number] = signal.signal(number, self._remember)
             except ValueError as error:
                 self.restore()
-                raise ValueError(f"cannot handle signal {number!r}: {error}") from None
+                raise ValueError(
+                    f"cannot handle signal {number!r}: {error}; call this in the main thread, with "
+                    "a signal that a process can handle"
+                ) from None
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._pid:  # a forked worker, which never calls maybe_save

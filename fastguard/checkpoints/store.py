@@ -95,13 +95,14 @@ class CheckpointStore(StoreView):
         self.keep: int = integer("keep", keep, 1)
         self.keep_clean: int = integer("keep_clean", keep_clean, 1)
         self.on_error = on_error
-        self.directory: Path = Path(directory).absolute()  # programs change the working directory
+        # absolute, since programs change the working directory
+        self.directory: Path = Path(directory).absolute()
         self._flags: list[tuple[SignalFlag, bool]] = []
         self._folder = Folder(
             self.directory, read_only=read_only, mode=mode, ignore=ignore, peers=Peers(group)
         )
 
-    # Saving.
+    # Saves checkpoints.
 
     def save(
         self,
@@ -150,9 +151,9 @@ class CheckpointStore(StoreView):
                 raise
             unsure = entry.serial in {e.serial for e in self.list()}
             log.error(
-                "step %d was %s: %s; training continues; the last clean checkpoint is %s",
+                "step %d was %s: %s. Training continues; the last clean checkpoint is %s",
                 entry.step,
-                "saved, but may not survive a power failure" if unsure else "NOT saved",
+                "saved, but may be lost in a power failure" if unsure else "NOT saved",
                 error,
                 self.last_clean(),
             )
@@ -173,8 +174,8 @@ class CheckpointStore(StoreView):
     ) -> Entry | None:
         """Saves every `every` steps, and after a signal that ends the run.
 
-        Call it at the end of the loop body, when model, optimizer, scheduler and data position all
-        belong to the same step. If nothing is due, it only makes a comparison.
+        Call this method at the end of the loop body, when model, optimizer, scheduler and data
+        position all belong to the same step. If nothing is due, it only makes a comparison.
 
         Args:
             objects, step, **rest: As in `save`.
@@ -186,8 +187,9 @@ class CheckpointStore(StoreView):
         Raises:
             ValueError: `every` is not an integer >= 1.
             TypeError, ValueError, OSError, DamagedFile: As in `save`.
-            SystemExit: A signal was received; the status is 128 + its number. The checkpoint has
-                been saved and verified, the previous handlers restored, and the store closed.
+            SystemExit: A signal was received; the status is 128 plus the signal number. The
+                checkpoint has been saved and verified, the previous handlers restored, and the
+                store closed.
         """
         if every is not None:
             every = integer("every", every, 1)
@@ -219,7 +221,7 @@ class CheckpointStore(StoreView):
         Args:
             *signals: The signals; SIGTERM if none is given.
             exit: Whether `maybe_save` raises SystemExit after saving. If False, check
-                `store.stop_requested` before calling it.
+                `store.stop_requested` before calling `maybe_save`.
 
         Returns:
             A context manager; leaving it, or calling its `restore()`, reinstalls the previous
@@ -245,7 +247,7 @@ class CheckpointStore(StoreView):
         """
         return any(flag.received is not None for flag, _ in self._flags)
 
-    # Going back.
+    # Goes back to an earlier checkpoint.
 
     def rollback(self, to: Which = "last-clean") -> Entry:
         """Atomically makes an earlier checkpoint the last one; later checkpoints are set aside.
@@ -302,7 +304,7 @@ class CheckpointStore(StoreView):
         tag: Any,
         incidents: int | Iterable[StepRecord | str] | None,
     ) -> tuple[Entry, dict[str, Any]]:
-        """Returns the entry, as far as it is known before writing, and the data to write."""
+        """Returns the metadata known before writing, as an entry, and the data to write."""
         step = integer("step", step, 0)
         if step > MAX_NUMBER:
             raise ValueError(f"step={step} is too large for the name of a checkpoint")

@@ -76,7 +76,8 @@ class _CommandParser(Parser):
         self.load()
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown and "_ARGCOMPLETE" not in os.environ:
-            # Reported here to show the command's usage; argparse would show the top-level usage.
+            # Reports the error here to show the command's usage; argparse would show the top-level
+            # usage.
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return parsed, unknown
 
@@ -141,7 +142,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _complete(parser: argparse.ArgumentParser, commands: Mapping[str, _CommandParser]) -> None:
-    """Answers a shell completion request through `argcomplete` and exits, if there is one."""
+    """If there is a shell completion request, answers it through `argcomplete` and exits."""
     if "_ARGCOMPLETE" not in os.environ:
         return
     try:

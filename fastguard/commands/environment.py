@@ -54,7 +54,7 @@ def environment() -> dict[str, Any]:
 
     `"diagnostics"` counts avoidable costs since the process began: `copied_gradients` is the number
     of gradients that had to be copied for a kernel because their strides leave holes or overlap.
-    To check a training run, call this from within it.
+    To check a training run, call this function in its process.
     """
     return {
         "versions": {

@@ -22,7 +22,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         >>> target.read_text()
         '1 2 3'
     """
-    # Keep the suffix last: matplotlib and others infer the format from it.
+    # The suffix stays last, because matplotlib and other libraries infer the format from it.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary

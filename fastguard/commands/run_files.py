@@ -71,7 +71,7 @@ def refuse_foreign_lines(run: Path) -> None:
             with open_regular(path) as file:
                 lines = [*islice(file.read(PREFIX_BYTES).splitlines(), 1000)]
                 writer = detect_writer(lines)
-        except FileNotFoundError:  # a rotation renamed it after it was listed
+        except FileNotFoundError:  # a rotation renamed the file after it was listed
             continue
         name = printable(shlex.quote(str(path)))
         if writer == "another program":
@@ -97,8 +97,8 @@ def raise_no_records(path: Path, damaged: int) -> NoReturn:
     """
     if not damaged:
         raise UsageError(
-            f"{path} is empty: no step has been recorded yet; use fastguard monitor --wait to wait "
-            "for the first"
+            f"{path} is empty: no step has been recorded yet; use fastguard monitor --wait to "
+            "wait for the first record"
         )
     name = printable(shlex.quote(str(path)))
     start = b""
@@ -112,7 +112,7 @@ def raise_no_records(path: Path, damaged: int) -> NoReturn:
             f"{name} seems to hold fastguard records, but not one per line as JsonLinesSink writes "
             "them; pass the original file"
         )
-    lines = "its only line is not a record" if damaged == 1 else f"{damaged:,} lines were read"
+    lines = "the only line is not a record" if damaged == 1 else f"{damaged:,} lines were read"
     raise UsageError(
         f"{name} holds no fastguard record ({lines}); if another program wrote it, use: "
         f"fastguard scan {name}"
@@ -132,7 +132,9 @@ def find_run(run: str | os.PathLike[str]) -> Path:
     if path.is_dir():
         files = _current_files(path)
         if not files:
-            raise UsageError(f"no records in {run}: it holds no .jsonl file; pass the file itself")
+            raise UsageError(
+                f"no records in {run}: the folder holds no .jsonl file; pass the file itself"
+            )
         if len(files) > 1 and path / "records.jsonl" not in files:
             names = ", ".join(file.name for file in files)
             raise UsageError(f"{run} holds several runs ({names}); pass one of the files")
@@ -153,8 +155,8 @@ def records_file(run: str | os.PathLike[str]) -> Path:
     """Returns the current file of a run, after checking that it can hold fastguard records.
 
     Raises:
-        UsageError: There is no file, there are several, it is a pipe or a device, or it holds the
-            JSON lines of another program.
+        UsageError: There is no file or there are several files, or the file is a pipe or a device,
+            or holds the JSON lines of another program.
     """
     path = find_run(run)
     if path.exists() and not path.is_file():

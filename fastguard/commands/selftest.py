@@ -2,8 +2,8 @@
 
 On each device it measures gradients of many dtypes and sizes, with and without NaN and Inf; makes
 decisions; scales and cleans gradients; reads their bits and exponents; and checks that a guarded
-optimizer skips a bad step and clips a good one as torch does. Takes a few seconds. Exit status 1 if
-anything differs.
+optimizer skips a bad step and clips a good one as torch does. The command takes a few seconds. The
+exit status is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fastguard.stages.watch import WORD, count_exponents, read_bits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NORMS = (2.0, 1.0, 3.5, math.inf)
-SIZES = (1, 7, 1024, 4099, 65536, 65537, 300_001)  # around the vector, block and chunk sizes
+SIZES = (1, 7, 1024, 4099, 65536, 65537, 300_001)  # around the sizes of vectors, blocks and chunks
 NAN, INF = math.nan, math.inf
 
 NORM_RTOL = 1e-7
@@ -106,7 +106,7 @@ def _without_kernels(device: torch.device) -> str | None:
     if device.type == "cpu" or backend.backend_of(device) == "triton":
         return None
     why = backend.why_not_triton(device)
-    return f"no kernel was run on {device}, which uses the reference: {why}"
+    return f"no kernel ran on {device}, which uses the reference: {why}"
 
 
 def check_device(device: torch.device) -> Iterator[Check]:
@@ -119,7 +119,7 @@ def check_device(device: torch.device) -> Iterator[Check]:
             for difference in differences(device):
                 cases += 1
                 problem = problem or difference
-        except Exception as error:  # a kernel that cannot be compiled or launched
+        except Exception as error:  # some kernels cannot be compiled or launched
             problem = f"{type(error).__name__}: {error}"
         text = None if problem is None else printable(" ".join(problem.split()), 400)
         yield Check(str(device), stages, what, cases, text)
@@ -128,7 +128,7 @@ def check_device(device: torch.device) -> Iterator[Check]:
 def gradients(device: torch.device, dtype: torch.dtype, *, bad: bool) -> list[Tensor]:
     """Creates one gradient per size in `SIZES`, with the same values in every call.
 
-    With `bad`, some of them contain NaN or Inf.
+    With `bad`, some of the gradients contain NaN or Inf.
     """
     generator = torch.Generator().manual_seed(0)
     grads = [torch.randn(n, generator=generator).to(dtype) for n in SIZES]
@@ -189,10 +189,11 @@ def _changes(device: torch.device) -> Iterator[str | None]:
             multiplier = torch.tensor([0.3, 1.0], dtype=torch.float64, device=device)
             flag = torch.tensor(clean, device=device)
             (one,), (other,) = ours.buckets, expected.buckets
-            backend.stages(device).measure_bucket(one, 2, len(SIZES), 2.0)  # as in a step
+            # measures as a step does
+            backend.stages(device).measure_bucket(one, 2, len(SIZES), 2.0)
             backend.stages(device).apply(one, multiplier, flag)
             reference.apply(other, multiplier, flag)
-            rtol = 2 * torch.finfo(dtype).eps  # the factor and the product are rounded once each
+            rtol = 2 * torch.finfo(dtype).eps  # both the factor and the product are rounded once
             for size, a, b in zip(SIZES, one.grads, other.grads, strict=True):
                 yield _differs(f"{size} elements of {dtype}, clean={clean:g}", a, b, rtol)
 

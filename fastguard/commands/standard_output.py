@@ -40,8 +40,8 @@ class PipeSafeStream:
         try:
             action()
         except BrokenPipeError:
-            # Redirect the descriptor, not only this object, so that buffered text and the output
-            # of child processes are discarded too.
+            # Redirects the descriptor and not only this object, so that buffered text and the
+            # output of child processes are discarded too.
             devnull = os.open(os.devnull, os.O_WRONLY)
             os.dup2(devnull, self._stream.fileno())
             os.close(devnull)

@@ -1,4 +1,4 @@
-"""Printing for the commands: escaped text, and tables (rich tables where rich is installed)."""
+"""Prints escaped text and tables for the commands, with rich where it is installed."""
 
 from __future__ import annotations
 

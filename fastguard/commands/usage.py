@@ -15,7 +15,7 @@ FINE, FOUND_BAD, USAGE_ERROR, INTERRUPTED = 0, 1, 2, 130
 
 
 class UsageError(Exception):
-    """A command was used wrongly. The message is one line: the wrong value and how to fix it."""
+    """A command was used wrongly. The message names the wrong value and the fix, in one line."""
 
 
 def need(*packages: str, extra: str) -> None:
@@ -42,7 +42,7 @@ def output_folder(path: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+    except (OSError, ValueError) as error:  # a null byte in the name raises a ValueError
         reason = getattr(error, "strerror", None) or error
         raise UsageError(
             f"cannot write to --out {path!r}: {reason}; choose another folder"

@@ -223,7 +223,7 @@ class GuardConfig:
             path: The file.
 
         Raises:
-            FileNotFoundError, IsADirectoryError: There is no such file.
+            FileNotFoundError, IsADirectoryError: The path does not exist, or is a folder.
             TypeError, ValueError: The file has another suffix, is larger than 128 KiB, cannot be
                 parsed, or has an invalid setting.
             OSError: The file cannot be read, or is a pipe or a device.
@@ -248,8 +248,8 @@ class GuardConfig:
         """Wraps an optimizer in a guard, and opens the destinations of its records.
 
         A param group is split if a pattern in `groups` matches only some of its parameters, so
-        create schedulers afterward, for the returned optimizer. If this raises, the optimizer is
-        unchanged.
+        create schedulers afterward, for the returned optimizer. If this method raises an error, the
+        optimizer is unchanged.
 
         Args:
             model: The model, which provides the names of the parameters.
@@ -261,7 +261,7 @@ class GuardConfig:
 
         Raises:
             TypeError, ValueError: A pattern matches no parameter of the optimizer, or a setting
-                does not fit it.
+                does not fit the optimizer.
             ImportError, OSError: A destination of records cannot be opened.
         """
         if not isinstance(model, torch.nn.Module):
@@ -273,7 +273,8 @@ class GuardConfig:
         before = optimizer.param_groups
         groups = self._with_own_limits(before, names)
         with ExitStack() as undo:
-            sinks = self._open_sinks(undo)  # first, so that a failure to open changes nothing
+            # opened first, so that a failure to open changes nothing
+            sinks = self._open_sinks(undo)
             undo.callback(setattr, optimizer, "param_groups", before)
             optimizer.param_groups = groups
             guarded = GuardedOptimizer(
@@ -326,7 +327,7 @@ class GuardConfig:
         return check_batch(batch, **dataclasses.asdict(self.batch))
 
     def guard_activations(self, model: torch.nn.Module) -> ActivationGuard | None:
-        """Attaches an `ActivationGuard` as configured; None if there is no such section."""
+        """Attaches an `ActivationGuard` as configured; None without a section `activations`."""
         if self.activations is None:
             return None
         return ActivationGuard(model, **dataclasses.asdict(self.activations))

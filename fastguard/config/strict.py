@@ -22,11 +22,11 @@ from fastguard.records.regular_files import open_regular
 from fastguard.stages.spike_rules import SpikeRule, Threshold
 
 WITH_EXPONENT = re.compile(r"[-+]?[\d.]+e[-+]?\d+", re.IGNORECASE)
-YAML_TEXT = "; YAML reads it as a string: write it with a point and a sign, as in 1.0e-6"
+YAML_TEXT = "; YAML reads this number as a string: write it with a point and a sign, as in 1.0e-6"
 
-_LARGEST = 1 << 17  # bytes; PyYAML takes 20 µs for a value of two bytes
-_MAX_DOTS = 1000  # in a line; the time that tomllib takes for `a.a.a = 1` is quadratic in them
-_TOO_DEEP = "it is nested too deeply for a configuration"
+_LARGEST = 1 << 17  # bytes; a limit, since PyYAML takes 20 µs for a value of two bytes
+_MAX_DOTS = 1000  # dots per line; tomllib takes quadratic time for keys such as `a.a.a = 1`
+_TOO_DEEP = "the values are nested too deeply for a configuration"
 
 T = TypeVar("T")
 
@@ -52,8 +52,8 @@ def read_text(path: Path) -> str:
     """Returns the text of a configuration file, in UTF-8.
 
     Raises:
-        ValueError: It is not text in UTF-8, or too large for a configuration.
-        OSError: It cannot be read, or is a pipe or a device.
+        ValueError: The file is not text in UTF-8, or is too large for a configuration.
+        OSError: The file cannot be read, or is a pipe or a device.
     """
     with open_regular(path) as file:
         raw = file.read(_LARGEST + 1)
@@ -81,7 +81,7 @@ def _parse(text: str, suffix: str) -> Any:
 
     class Loader(yaml.SafeLoader):
         def flatten_mapping(self, node: Any) -> None:
-            """Merges `<<`, keeping one value of each key.
+            """Merges the mappings of `<<`, and keeps one value per key.
 
             PyYAML keeps all values until the mapping is built, so nested merges (ten copies of ten
             copies, and so on) would take unbounded memory.
@@ -102,13 +102,13 @@ def _parse(text: str, suffix: str) -> Any:
 def _refuse_repeated_keys(root: Any) -> None:
     """Raises a ValueError if a mapping in a composed YAML document repeats a key.
 
-    PyYAML would silently keep the last value; a TOML parser raises by itself.
+    PyYAML would silently keep the last value; a TOML parser raises an error by itself.
     """
     pending, seen = [root], set()
     while pending:
         node = pending.pop()
         if id(node) in seen or not isinstance(getattr(node, "value", None), list):
-            continue  # a scalar, an empty document, or an alias of a visited node
+            continue  # the node is a scalar, an empty document, or an alias of a visited node
         seen.add(id(node))
         if node.id == "sequence":
             pending += node.value
@@ -124,7 +124,7 @@ def _refuse_repeated_keys(root: Any) -> None:
             if first is not None:
                 raise ValueError(
                     f"{shown(key.value)} appears twice, in lines {first} and {line}; YAML would "
-                    "keep only the last one: merge them into one"
+                    "keep only the last entry; merge these entries into one"
                 )
 
 
@@ -186,7 +186,10 @@ def refuse_empty_sections(cls: type, settings: Any, path: str = "") -> None:
 
 
 def _check(value: Any, hint: Any, path: str) -> Any:
-    """Returns a value of the requested type; converts only integers to floats, and containers."""
+    """Returns a value of the requested type.
+
+    Only integers (to float) and containers are converted.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         return _check_any(value, args, path)
@@ -227,8 +230,8 @@ def _check_any(value: Any, hints: tuple[Any, ...], path: str) -> Any:
         both = ", ".join(str(key) for key in value if key in relative)
         if both:
             raise ValueError(
-                f"{path} has max, which makes a Threshold, and {both} of a SpikeRule; remove one "
-                "of them"
+                f"{path} has max, a setting of Threshold, and {both} of SpikeRule; remove one of "
+                "the two"
             )
         return build(Threshold, value, path)
     if len(hints) == 1:

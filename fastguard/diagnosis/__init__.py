@@ -1,7 +1,7 @@
 """`diagnose`: runs all checks on a model, a batch and a loss, ordered by what breaks first.
 
-All checks use the same evidence: one step as the model is trained, the same step in float32, and a
-few real steps. A failed check does not stop the others.
+All checks use the same evidence: one step under training conditions, the same step in float32, and
+a few real steps. A failed check does not stop the other checks.
 """
 
 from __future__ import annotations
@@ -45,9 +45,10 @@ def diagnose(
     Checks initialization, data, forward pass, loss, backward pass, precision and optimizer, and
     takes a few real steps on the batch. All state is restored afterward, bit for bit: parameters,
     buffers, gradients, the optimizer's state and param groups, training flags and random number
-    generators; hooks of the optimizer do not run. Needs memory for one copy of the model and of the
-    optimizer's state. Runs in one process: DataParallel and DistributedDataParallel are unwrapped,
-    and compiled parts run eagerly. Synchronizes with the GPU.
+    generators; hooks of the optimizer do not run. The function needs memory for one copy of the
+    model and of the optimizer's state. It runs in one process: DataParallel and
+    DistributedDataParallel are unwrapped, and compiled parts run eagerly. It synchronizes with the
+    GPU.
 
     Args:
         model: The model, in the mode and with the weights to be diagnosed.
@@ -59,8 +60,8 @@ def diagnose(
             None: the loss is the output's `loss`.
         optimizer: The optimizer that trains the model; a `GuardedOptimizer` is unwrapped. None: a
             few AdamW steps show whether the model can learn at all.
-        data: Further batches, such as a DataLoader; the first 8 are checked. If it is an iterator,
-            they are consumed.
+        data: Further batches, such as a DataLoader; the first 8 are checked. If `data` is an
+            iterator, these batches are consumed.
         step: Replaces `loss_fn`: `step(model, batch)` returns the loss, a dict of parts whose sum
             is the loss, or a dict, object or tuple that contains the loss under `loss` or as its
             first entry. It must not call backward or step the optimizer.
@@ -92,7 +93,8 @@ def diagnose(
             torch.enable_grad(),
             torch.compiler.set_stance("force_eager"),
             unguarded(),
-            warnings.catch_warnings(action="ignore"),  # warnings become findings
+            # warnings are hidden, since they become findings
+            warnings.catch_warnings(action="ignore"),
         ):
             evidence = Evidence(subject, kept)
             findings = [f for name, check in FAMILIES.items() for f in _run(name, check, evidence)]
@@ -109,7 +111,7 @@ def _run(name: str, check: Check, evidence: Evidence) -> list[Finding]:
         findings.extend(check(evidence))
     except Exception as error:  # the model's code may behave differently in a later pass
         seen = f"the check stopped with {type(error).__name__}: {error}"
-        remedy = "its findings up to then are included; the other checks continued."
+        remedy = "the findings from before the error are included, and all other checks ran."
         findings.append(Finding(name, "not-checked", "warning", seen, remedy=remedy))
     if not any(f.severity in ("error", "warning", "ok") for f in findings):
         if not any(f.kind == "not-checked" for f in findings):

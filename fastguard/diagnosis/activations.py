@@ -1,9 +1,9 @@
 """`ActivationGuard`: counts, or removes, NaN and Inf in the outputs of modules.
 
 Memory traffic: one read of every watched output, plus one write in `"clean"` mode. On a CPU a
-finite output costs one read (`aminmax`). On other devices, to avoid a sync, the elements are
-compared and summed, which takes one read if `torch.compile` fuses it and about five otherwise. The
-counters are one int64 table on the device, `(modules, 3)`; memory use does not grow.
+finite output costs one read (`aminmax`). On other devices, the elements are compared and summed to
+avoid a sync. This takes one read if `torch.compile` fuses the operations, and about five reads
+otherwise. The counters are one int64 table on the device, `(modules, 3)`; memory use does not grow.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class ActivationGuard:
     non-finite in the backward pass, are not changed; use `GuardedOptimizer` for those.
 
     With `torch.compile`, create the guard first and then call the compiled model: the hooks are
-    traced into the same graph. Compiled code may not see a guard created later (until
-    `torch._dynamo.reset()`), but it sees one being removed. A recomputed forward pass (activation
-    checkpointing) counts twice.
+    traced into the same graph. Compiled code may not see a guard that is created later (until
+    `torch._dynamo.reset()`), but it notices when a guard is removed. A recomputed forward pass
+    (activation checkpointing) counts twice.
 
     Args:
         model: The model whose modules are watched.
@@ -80,7 +80,7 @@ class ActivationGuard:
         ActivationCounts(nan=1, inf=1, over_limit=0)
     """
 
-    _without_numbers = False  # the last output was on the meta device, or a placeholder
+    _without_numbers = False  # whether the last output was on the meta device, or a placeholder
 
     def __init__(
         self,
@@ -92,13 +92,13 @@ class ActivationGuard:
         if mode not in MODES:
             raise ValueError(f"mode={shown(mode)} is unknown; use one of {', '.join(MODES)}")
         limit = None if limit is None else number_of("limit", limit, "use None or a number > 0")
-        if limit is not None and not limit > 0:  # also rejects NaN
+        if limit is not None and not limit > 0:  # this form of the comparison also rejects NaN
             raise ValueError(f"limit={limit!r} must be None or a number > 0")
         watched = _matching(model, modules)
         parameter = next(model.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
         if device.type == "meta":
-            device = torch.device("cpu")  # until an output shows the device
+            device = torch.device("cpu")  # until the first output shows the device
         self.mode: Mode = mode
         self.limit: float = math.inf if limit is None else limit
         self._names = list(watched)
@@ -169,7 +169,7 @@ class ActivationGuard:
         return tree_map(lambda t: self._cleaned(t) if _is_watched(t) else t, output)
 
     def _counted(self, x: Tensor) -> Tensor | None:
-        """Returns int64 `(3,)`, or None if all counts are zero or cannot be determined."""
+        """Returns int64 `(3,)`; None if all counts are zero or cannot be determined."""
         unknown = x.is_meta or not (torch.compiler.is_compiling() or has_numbers(x))
         if unknown != self._without_numbers:
             self._without_numbers = unknown
@@ -181,7 +181,7 @@ class ActivationGuard:
                 return None
             low, high = (v.item() for v in x.aminmax())
             if -self.limit <= low and high <= self.limit and -math.inf < low and high < math.inf:
-                return None  # comparisons with NaN are false
+                return None  # no count is needed, since comparisons with NaN are false
         size, infinite = x.abs(), x.isinf()
         over = (size > self.limit) & ~infinite
         return torch.stack([x.isnan().sum(), infinite.sum(), over.sum()])
@@ -205,7 +205,7 @@ class _Watch:
 
 @contextmanager
 def unguarded() -> Iterator[None]:
-    """Disables all guards, so that replays see the values that a guard would hide."""
+    """Disables all guards, so that replays see values that a guard would remove."""
     global _unguarded
     before, _unguarded = _unguarded, True
     try:
@@ -217,7 +217,7 @@ def unguarded() -> Iterator[None]:
 def _is_watched(x: Any) -> bool:
     if not (isinstance(x, Tensor) and x.is_floating_point() and x.layout is torch.strided):
         return False
-    return x.dtype is not torch.float4_e2m1fn_x2  # this dtype has no NaN and no Inf
+    return x.dtype is not torch.float4_e2m1fn_x2  # `float4_e2m1fn_x2` has no NaN and no Inf
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
     low[t], high[t] = min and max of tensor t     (NaN propagates to both)
 
 Each tensor is read once, by `aminmax`, on its own device; there is no sync until `problems()` is
-called. These two numbers reveal NaN, Inf, constant values (both numbers are equal) and values out
+called. The minimum and the maximum reveal NaN, Inf, constant values (both are equal) and values out
 of range. If a tensor contains NaN, its other problems are not reported.
 """
 
@@ -38,7 +38,7 @@ class BatchProblem(NamedTuple):
     """One problem with a tensor of a batch.
 
     Attributes:
-        name: The tensor: `inputs`, `targets.boxes[2]`.
+        name: The name of the tensor, such as `inputs` or `targets.boxes[2]`.
         kind: `"nonfinite"`, `"constant"`, `"low"` or `"high"`.
         detail: A description for users.
     """
@@ -73,12 +73,12 @@ class BatchCheck:
     def signals(self, prefix: str = "batch.") -> dict[str, Tensor]:
         """Returns the result as losses for the guarded step. Never synchronizes.
 
-        For each tensor there is one float64 `()`: 0 if it is fine, 1 if it is constant or out of
-        range, NaN if it is not finite. Pass them to
-        `opt.step(loss={"loss": loss, **check.signals()})`: a non-finite batch then skips its step
-        on the device, whatever the loss is, and the record names the tensor. With
-        `spike={"batch.inputs": Threshold(max=0.5)}`, constant and out-of-range tensors skip the
-        step too; add `action="record"` to only record them.
+        For each tensor there is one float64 `()`: 0 if the tensor is fine, 1 if it is constant or
+        out of range, NaN if it is not finite. Pass these losses to the step:
+        `opt.step(loss={"loss": loss, **check.signals()})`. The guard then skips the step of a
+        non-finite batch on the device, regardless of the loss, and the record names the tensor.
+        With `spike={"batch.inputs": Threshold(max=0.5)}`, constant and out-of-range tensors skip
+        the step too; add `action="record"` to only record them.
 
         Args:
             prefix: Start of each name.
@@ -133,8 +133,9 @@ def check_batch(
 
     Args:
         batch: A tensor, or nested dicts, lists and tuples of tensors; other values are ignored.
-        low, high: Smallest and largest allowed value: a number for all floating-point tensors, or a
-            dict by name or pattern, `{"inputs*": 1.0, "targets[2]": 9}`. None: no limit.
+        low, high: Smallest and largest allowed value. A number applies to all floating-point
+            tensors; a dict has limits by name or pattern: `{"inputs*": 1.0, "targets[2]": 9}`.
+            None: no limit.
         names: Names for the first items of a list or tuple; later items are named `[2]`, and a lone
             tensor has the first name.
 
@@ -184,7 +185,9 @@ def read_batch(
     )
     for (name, _), (smallest, largest) in zip(tensors, limits, strict=True):
         if smallest > largest:
-            raise ValueError(f"low={smallest} of {name} is above high={largest}; swap them")
+            raise ValueError(
+                f"low={smallest} of {name} is above high={largest}; swap the two limits"
+            )
     ends = torch.stack([_ends(t).to(home, non_blocking=True) for _, t in tensors], dim=1)
     return BatchCheck(
         names=tuple(name for name, _ in tensors),
@@ -221,13 +224,14 @@ def _named(part: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 def _ends(x: Tensor) -> Tensor:
     """Returns float64 `(2,)`: minimum and maximum, in one read."""
     if x.layout is not torch.strided:
-        x = x._values() if x.layout is torch.sparse_coo else x.values()  # coalesce() would sync
+        # `coalesce` would synchronize with the GPU
+        x = x._values() if x.layout is torch.sparse_coo else x.values()
     if x.is_complex():
         x = torch.view_as_real(x.resolve_conj())
     if x.dtype is torch.bool:
         x = x.view(torch.uint8)
     elif x.is_floating_point() and x.dtype.itemsize == 1:
-        x = x.float()  # 8-bit floats have no minimum
+        x = x.float()  # torch has no minimum for 8-bit floats
     x = x.to(_COMPARABLE.get(x.dtype, x.dtype))
     if not x.numel():
         return torch.tensor([math.inf, -math.inf], dtype=torch.float64)
@@ -249,9 +253,9 @@ def checked_limits(what: str, given: Limit) -> dict[str, float] | float | None:
 
 
 def _number(name: str, value: object) -> float:
-    number = number_of(name, value, "leave it out for no limit")
+    number = number_of(name, value, "omit it for no limit")
     if math.isnan(number):
-        raise ValueError(f"{name}={value!r} is NaN; use a number, or leave it out for no limit")
+        raise ValueError(f"{name}={value!r} is NaN; use a number, or omit it for no limit")
     return number
 
 
@@ -273,10 +277,11 @@ def check_order(low: Limit, high: Limit) -> None:
         for name in low.keys() & high.keys():
             if low[name] > high[name]:
                 raise ValueError(
-                    f"low[{name!r}]={low[name]} is above high[{name!r}]={high[name]}; swap them"
+                    f"low[{name!r}]={low[name]} is above high[{name!r}]={high[name]}; swap the two "
+                    "limits"
                 )
     elif isinstance(low, float) and isinstance(high, float) and low > high:
-        raise ValueError(f"low={low} is above high={high}; swap them")
+        raise ValueError(f"low={low} is above high={high}; swap the two limits")
 
 
 def _problems(
@@ -285,7 +290,7 @@ def _problems(
     if math.isnan(low) or math.isnan(high):
         yield BatchProblem(name, "nonfinite", "holds NaN")
         return
-    if low > high:  # empty
+    if low > high:  # an empty tensor
         return
     if math.isinf(low) or math.isinf(high):
         ends = ["-Inf"] * (low == -math.inf) + ["+Inf"] * (high == math.inf)

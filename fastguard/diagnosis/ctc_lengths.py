@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 REMEDY = (
-    "drop such samples from the data, or keep more time steps: less striding and pooling. Check "
-    "that input_lengths counts the model's output steps, not its input samples."
+    "drop such samples from the data, or keep more time steps by using less striding and pooling. "
+    "Check that input_lengths counts the model's output steps, not its input samples."
 )
 
 
@@ -20,10 +20,10 @@ class Unaligned(NamedTuple):
     """A sample that cannot be aligned.
 
     Attributes:
-        sample: Its index in the batch.
+        sample: The index of the sample in the batch.
         steps: Number of time steps.
         labels: Number of labels.
-        repeats: Number of labels equal to the one before.
+        repeats: Number of labels that are equal to the previous label.
     """
 
     sample: int
@@ -54,7 +54,7 @@ def unaligned(targets: Tensor, input_lengths: Any, target_lengths: Any) -> Itera
 
 
 def lengths_of(given: Any) -> list[int]:
-    """Returns lengths per sample, in any form that `F.ctc_loss` accepts, as integers."""
+    """Returns lengths per sample as integers, from any form that `F.ctc_loss` accepts."""
     if isinstance(given, Tensor):
         return given.flatten().tolist()
     return [given] if isinstance(given, int) else list(given)

@@ -33,7 +33,7 @@ class Evidence:
     """Lazily computed observations of a subject. Each pass starts from the saved state.
 
     Attributes:
-        subject: What is diagnosed.
+        subject: The model, the batch and the step to diagnose.
     """
 
     def __init__(self, subject: Subject, kept: State) -> None:
@@ -50,7 +50,7 @@ class Evidence:
 
     @cached_property
     def step(self) -> Observation:
-        """One step, as the subject is trained."""
+        """One step under training conditions."""
         return self.isolated(lambda: observe(self.subject))
 
     @cached_property
@@ -68,13 +68,13 @@ class Evidence:
 
     @cached_property
     def gradients(self) -> dict[str, Values]:
-        """The gradients of the step that exist, by parameter."""
+        """The gradients that the step produced, by parameter."""
         found = self.step.gradients or {}
         return {name: Values.of(g) for name, g in found.items() if g is not None}
 
     @cached_property
     def trained(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters that the optimizer holds, or all of them if it holds none."""
+        """The trainable parameters of the optimizer, or all if the optimizer has none."""
         trainable = {n: p for n, p in self.subject.parameters.items() if p.requires_grad}
         optimizer = self.subject.optimizer
         groups = [] if optimizer is None else optimizer.param_groups
@@ -106,7 +106,7 @@ class Evidence:
 
     @property
     def no_steps_reason(self) -> str:
-        """Why no real steps can be taken; empty if they can."""
+        """Why no real steps can be taken; empty if steps can be taken."""
         step = self.step
         if step.failed("backward"):
             return "the backward pass raises"
@@ -130,7 +130,7 @@ class Evidence:
 
     @cached_property
     def explained(self) -> NonFiniteReport | None:
-        """Where the first non-finite value appeared; None if all is finite or it cannot be found.
+        """Where the first non-finite value appeared; None if there is none, or if it is not found.
 
         If there is no loss, the values that reach the output are examined instead.
         """
@@ -139,7 +139,7 @@ class Evidence:
         loss_fn, step = self.subject.loss_fn, self.subject.given_step
         if self.step.failures:
             loss_fn, step = _mean_of_output, None
-        with contextlib.suppress(Exception):  # errors here also occur in `step`, which reports them
+        with contextlib.suppress(Exception):  # `step` raises and reports the same errors
             report = self.isolated(
                 lambda: explain_nonfinite(
                     self.subject.model,
@@ -154,7 +154,7 @@ class Evidence:
 
     @cached_property
     def repaired(self) -> Evidence:
-        """Evidence for the same batch with NaN and Inf set to 0, if they reach the loss.
+        """Evidence for the batch with NaN and Inf set to 0, if they reach the loss.
 
         A non-finite batch would cause all later findings; with the repaired batch, checks can find
         other problems.

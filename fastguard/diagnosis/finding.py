@@ -40,7 +40,7 @@ KINDS = (
     "wrong-axis",
     "swapped-arguments",
     "unaligned-targets",
-    # Results are destroyed; an earlier kind causes the later ones.
+    # Results are destroyed. Each kind can cause the kinds that follow.
     "nonfinite-weight",
     "negative-variance",
     "nonfinite-activation",
@@ -84,7 +84,7 @@ KINDS = (
     "precision-loss",
     "eps-dominates",
     "ignored-nonfinite",
-    # For the record.
+    # Notes.
     "decayed-norms",
     "unprotected-buffers",
     "frozen",
@@ -104,13 +104,14 @@ class Finding:
     Attributes:
         check: The family, one of `CHECKS`.
         kind: One of `KINDS`, which are ordered by importance.
-        severity: `"error"`: the run cannot learn, or will be destroyed. `"warning"`: it will learn
-            worse than it could. `"note"`: worth knowing. `"ok"`: the family found no problems.
-        seen: What was observed, in words and numbers.
+        severity: `"error"`: the run cannot learn, or will be destroyed. `"warning"`: the run will
+            learn worse than it could. `"note"`: an observation that is not a fault. `"ok"`: the
+            family found no problems.
+        seen: The observation, in words and numbers.
         where: The module, parameter, part of the batch or param group; empty for the whole model.
         value: The measured number, in the unit given in `seen`.
         limit: The limit for `value`; None if there is none.
-        remedy: What to do about it.
+        remedy: What to do about the problem.
     """
 
     check: str
@@ -150,12 +151,12 @@ class Family(str):
         return Finding(str(self), kind, "warning", seen, **more)
 
     def note(self, kind: str, seen: str, **more: Any) -> Finding:
-        """Returns a note: worth knowing, but no fault."""
+        """Returns a note: an observation that is not a fault."""
         return Finding(str(self), kind, "note", seen, **more)
 
 
 def by_importance(finding: Finding) -> tuple[int, int, int]:
-    """Returns the sort key of a finding: severity, then kind, then what breaks first."""
+    """Returns the sort key of a finding: severity, then kind, then family."""
     return (
         SEVERITIES.index(finding.severity),
         _RANK[finding.kind],

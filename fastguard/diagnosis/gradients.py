@@ -14,8 +14,8 @@ def gradients_of(total: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | N
     """Returns the gradient of each parameter, or None if the loss does not depend on it.
 
     `.grad` and its hooks are not touched, with one exception: reentrant activation checkpoints hide
-    their parameters from the graph and write gradients to `.grad` only. For those, `.grad` is used
-    and restored, and its hooks run.
+    their parameters from the graph and write gradients to `.grad` only. For such checkpoints,
+    `.grad` is used and restored, and its hooks run.
     """
     if not hides_parameters(total):
         return list(torch.autograd.grad(total, parameters, allow_unused=True))

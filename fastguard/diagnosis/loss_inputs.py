@@ -20,10 +20,10 @@ from torch import Tensor
 from fastguard.diagnosis.ctc_lengths import lengths_of, unaligned
 
 Argument = Callable[..., Any]
-"""`argument(position, *names, default)` of a call."""
+"""A function `argument(position, *names, default)` that returns an argument of a call."""
 
 TOLERANCE = 0.02
-"""Tolerance for a sum of probabilities, which eps, smoothing or 16 bits change a little."""
+"""Tolerance for a sum of probabilities, which eps, smoothing or 16-bit rounding change slightly."""
 ENOUGH = 32
 """Minimum number of values between 0 and 1 that are suspected to be probabilities."""
 
@@ -38,7 +38,7 @@ _MAKES = {
     "log_softmax": LOG_SOFTMAX,
     "logsigmoid": LOG_SOFTMAX,
 }
-# By autograd node, for compiled and scripted parts, which call no torch functions.
+# By autograd node, since compiled and scripted parts call no torch functions.
 _MADE_BY = {
     "Sigmoid": SIGMOID,
     "Softmax": SOFTMAX,
@@ -65,10 +65,10 @@ class LossInput:
         function: The loss function.
         argument: `"input"` or `"target"`.
         problem: `"activated"`: the activation that the loss applies was already applied. `"twice"`:
-            likewise, but applying it twice changes nothing. `"form"`: a logarithm is missing, or
-            one too many. `"axis"`: normalized over an axis other than the classes. `"swapped"`:
-            input and target are exchanged. `"length"`: targets longer than their inputs are
-            dropped from the loss.
+            the same, but applying the activation twice changes nothing. `"form"`: there is one
+            logarithm too few or too many. `"axis"`: normalized over an axis other than the classes.
+            `"swapped"`: input and target are exchanged. `"length"`: targets longer than their
+            inputs are dropped from the loss.
         seen: A description.
         is_certain: Whether there is more evidence than the range of the values; for `"length"`,
             whether no sample is left.
@@ -84,10 +84,10 @@ class LossInput:
 
 
 class Makers:
-    """Remembers which activation produced a tensor, even if its shape or dtype changed since."""
+    """Remembers which activation produced a tensor, even after changes of shape or dtype."""
 
     def __init__(self) -> None:
-        # By id of the tensor. Holding the tensor prevents reuse of its id.
+        # The keys are ids of tensors. Holding the tensors prevents reuse of their ids.
         self._made: dict[int, tuple[Tensor, str]] = {}
 
     def of(self, tensor: Any) -> str:
@@ -106,7 +106,8 @@ class Makers:
                 if made and tensor.is_floating_point():
                     self._made[id(tensor)] = (tensor, made)
                 else:
-                    self._made.pop(id(tensor), None)  # another operation overwrote it in place
+                    # another operation overwrote the tensor in place
+                    self._made.pop(id(tensor), None)
 
     def forget(self) -> None:
         """Releases the tensors."""
@@ -116,7 +117,7 @@ class Makers:
 def find_problems(
     function: str, argument: Argument, makers: Makers, in_loss: bool
 ) -> Iterable[LossInput]:
-    """Returns the problems with a function's arguments; none if it is not a loss.
+    """Returns the problems with the arguments of a function; empty if it is not a loss.
 
     Args:
         function: Name of the torch function.
@@ -131,7 +132,7 @@ def find_problems(
     if not isinstance(first, Tensor) or not first.is_floating_point() or first.numel() < 2:
         return ()
     if bool(first.isnan().any()) or bool((first == math.inf).any()):
-        return ()  # other checks report it
+        return ()  # other checks report an empty input
     return check(function, first, argument, makers)
 
 
@@ -277,7 +278,7 @@ _HANDWRITTEN: dict[str, LossCheck] = dict.fromkeys(
 
 
 def form_of(x: Tensor, axis: int) -> tuple[str, int]:
-    """Returns `"probabilities"` or `"log-probabilities"` and the axis they sum to 1 over; or `""`.
+    """Returns `"probabilities"`, `"log-probabilities"` or `""`, and the axis of the sum of 1.
 
     The class axis is tried first, then the other axes with several elements.
     """
@@ -286,11 +287,11 @@ def form_of(x: Tensor, axis: int) -> tuple[str, int]:
     if math.isnan(high) or high > 1 + TOLERANCE:
         return "", axis
     low = float(x.min())
-    # All zeros are logarithms of 1, not probabilities.
+    # If all values are 0, they are logarithms of 1, not probabilities.
     is_linear = low >= 0 and high > 0
     if not is_linear and high > TOLERANCE:
         return "", axis
-    wide = x if x.dtype is torch.float64 else x.float()  # no more memory than the loss itself uses
+    wide = x if x.dtype is torch.float64 else x.float()  # takes no more memory than the loss itself
     mass = wide if is_linear else wide.exp()
     others = [i for i in range(x.ndim) if i != axis]
     for i in [axis, *others]:
@@ -302,7 +303,7 @@ def form_of(x: Tensor, axis: int) -> tuple[str, int]:
 def _is_bounded_by_hand(x: Tensor) -> bool:
     """Whether the tensor looks like a handwritten sigmoid or clamp, such as `1 / (1 + exp(-z))`.
 
-    The values alone prove nothing: a layer's output may lie between 0 and 1 by chance.
+    The values alone prove nothing, since a layer's output may lie between 0 and 1 by chance.
     """
     node = _below_shapes(x)
     if node is None:

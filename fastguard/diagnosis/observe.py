@@ -1,7 +1,8 @@
-"""`observe`: runs the forward and backward pass of one step; records activations and gradients.
+"""`observe`: runs the forward and backward pass of one step, and records what they compute.
 
-If a stage fails, earlier results are kept. Without a loss, the backward pass starts at the model's
-output. Without an output, only the activations up to the module that raised are recorded.
+If a stage fails, the results of earlier stages are kept. Without a loss, the backward pass starts
+at the model's output. If the model raises an error, only the activations before the failing module
+are recorded.
 """
 
 from __future__ import annotations
@@ -44,13 +45,13 @@ class Values:
 
     Attributes:
         numel: Number of elements.
-        nonfinite: How many are NaN, +Inf or -Inf.
-        nan: How many are NaN.
+        nonfinite: Number of elements that are NaN, +Inf or -Inf.
+        nan: Number of elements that are NaN.
         largest: Magnitude of the largest finite element.
         rms: Root mean square of the finite elements.
-        zeros: How many are exactly 0.
-        over: How many finite elements overflow in float16.
-        under: How many nonzero elements round to 0 in float16.
+        zeros: Number of elements that are exactly 0.
+        over: Number of finite elements that overflow in float16.
+        under: Number of nonzero elements that round to 0 in float16.
     """
 
     numel: int
@@ -132,11 +133,11 @@ class Observation:
         failures: Errors, at most one per stage.
         output: The model's output, detached; None if the model returned None, raised, or was called
             only through its submodules.
-        result: What the step returned, detached.
+        result: The return value of the step, detached.
         parts: The parts of the loss; empty if there is no loss.
         gradients: Dense gradients by parameter name; None for a parameter that the backward pass
             did not reach. None instead of a dict if there was no backward pass.
-        from_output: Whether the backward pass started at the output, because there was no loss.
+        from_output: Whether the backward pass started at the output because there was no loss.
     """
 
     functions: FunctionWatch

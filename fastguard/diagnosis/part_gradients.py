@@ -1,10 +1,10 @@
-"""`part_gradients`: the effect of each part of a loss on each parameter, measured by its gradient.
+"""`part_gradients`: the gradient norm of each part of a loss with respect to each parameter.
 
 The value of a part does not show its effect: PPO's policy loss is about 0 at every step, and an
 entropy bonus is negative. A small gradient has two possible causes. A part at its optimum, such as
-the entropy of a new policy or a KL term that starts at 0, has a small gradient only there. A part
-whose weight is too small has a small gradient everywhere. `perturb` moves the weights, so that the
-gradient can be measured elsewhere too.
+the entropy of a new policy or a KL term that starts at 0, has a small gradient only at the current
+weights. A part whose factor is too small has a small gradient at all weights. `perturb` changes the
+weights, so that the gradient can be measured at other weights too.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def part_gradients(
 ) -> dict[str, dict[str, float]]:
     """Returns gradient norms by part of the loss and parameter; unreached parameters are missing.
 
-    Runs one step. Empty if the loss is a single number, or if a reentrant activation checkpoint
-    hides the parameters.
+    Runs one step. The result is empty if the loss is a single number, or if a reentrant activation
+    checkpoint hides the parameters.
     """
     with subject.autocast:
         parts = loss_parts(subject.step(subject.model, copied(subject.batch)))
@@ -57,7 +57,10 @@ def part_gradients(
 
 @torch.no_grad()
 def perturb(parameters: dict[str, nn.Parameter]) -> None:
-    """Adds noise to the weights: half of their rms, or of a usual initial rms if that is larger."""
+    """Adds noise to the weights.
+
+    The noise is half of the weights' rms, or half of a usual initial rms if that is larger.
+    """
     for parameter in parameters.values():
         if parameter.ndim > 1 and parameter.is_floating_point():
             rms = float(parameter.detach().double().square().mean().sqrt())

@@ -35,7 +35,7 @@ class Diagnosis:
         return [finding for finding in self.findings if finding.kind in kinds]
 
     def at_least(self, severity: Severity) -> list[Finding]:
-        """Returns the findings at least as severe as this."""
+        """Returns the findings that are at least as severe as `severity`."""
         bad = SEVERITIES[: SEVERITIES.index(severity) + 1]
         return [finding for finding in self.findings if finding.severity in bad]
 

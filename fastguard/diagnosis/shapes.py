@@ -1,4 +1,4 @@
-"""Compares the shapes of a model's outputs with those of its targets."""
+"""Compares the shapes of a model's outputs with the shapes of its targets."""
 
 from __future__ import annotations
 

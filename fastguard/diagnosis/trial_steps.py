@@ -19,7 +19,7 @@ from fastguard.functional.clip import clip_grad_norm_
 
 N_STEPS = 5
 SECONDS = 8.0
-"""No further step starts after this time, to keep a diagnosis below half a minute."""
+"""No further step starts after this time, so that a diagnosis takes less than half a minute."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class RealSteps:
 
 
 def take_steps(subject: Subject, trained: dict[str, nn.Parameter]) -> RealSteps:
-    """Trains on the batch. The caller must restore everything that changes.
+    """Trains on the batch. The caller must restore all state.
 
     If the subject has no optimizer, AdamW with its defaults is used. Every step uses the same
     random numbers, so that dropout does not hide a falling loss. The optimizer's hooks do not run,
@@ -87,7 +87,8 @@ def take_steps(subject: Subject, trained: dict[str, nn.Parameter]) -> RealSteps:
     start = time.perf_counter()
     for step in range(N_STEPS):
         evaluated.clear()
-        # The class's method: schedulers wrap `step` on the instance to count calls.
+        # Calls the method of the class, since schedulers wrap `step` on the instance to count
+        # calls.
         type(optimizer).step(optimizer, closure)  # type: ignore[arg-type]
         seen.losses.append(evaluated[0])
         if step == 0:

@@ -20,7 +20,7 @@ from fastguard.diagnosis.replay.subject import is_readable, tensors
 
 Shape = tuple[int, ...]
 
-# These broadcast without an error; some only emit a Python warning.
+# These functions broadcast without an error; some only emit a Python warning.
 ELEMENTWISE_LOSSES = frozenset(
     "mse_loss l1_loss smooth_l1_loss huber_loss kl_div poisson_nll_loss gaussian_nll_loss "
     "soft_margin_loss binary_cross_entropy binary_cross_entropy_with_logits".split()
@@ -43,11 +43,11 @@ _NONE: frozenset[str] = frozenset()
 
 
 class IndexOutOfRange(IndexError):
-    """Raised before torch's own error, which would make a GPU unusable in this process."""
+    """Raised instead of torch's error, which would make the GPU unusable in this process."""
 
 
 class NoProbability(ValueError):
-    """Raised before torch's own error for a binary cross-entropy of values outside [0, 1]."""
+    """Raised instead of torch's error for a binary cross-entropy of values outside [0, 1]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class ShapeMismatch:
 
     Attributes:
         function: The function.
-        output, target: Their shapes.
+        output, target: The shapes of output and target.
         result: The broadcast shape; None if they cannot be broadcast and the function raised.
         both_ways: Whether both were expanded, so that each output was compared with several
             targets.
@@ -77,7 +77,7 @@ class Indices:
         function: The function that received them.
         n: Number of classes or rows: 0 to n - 1 are allowed.
         ignored: The value of `ignore_index`, if any.
-        low, high: Smallest and largest index that is not ignored.
+        low, high: Smallest and largest of the indices that are not ignored.
         bad_share: Share of indices out of range.
     """
 
@@ -94,7 +94,7 @@ class Saturation:
     """How much of an activation is saturated, with a derivative of (almost) 0.
 
     Attributes:
-        where: The module that called it.
+        where: The module that called the activation.
         function: `"relu"`, `"sigmoid"`, `"tanh"`, `"softmax"`.
         share: Share of the elements, or of the rows of a softmax.
     """
@@ -109,9 +109,9 @@ class Large:
     """A value inside the model that overflows in float16.
 
     Attributes:
-        where: The module that computed it.
-        function: The function that computed it.
-        largest: Magnitude of its largest finite element.
+        where: The module that computed the value.
+        function: The function that computed the value.
+        largest: Magnitude of the largest finite element.
     """
 
     where: str
@@ -147,7 +147,7 @@ class FunctionWatch(TorchFunctionMode):
         self._makers = Makers()
         self._has_output = False
         self._where = where
-        # By id of the tensor. Holding the tensor prevents reuse of its id.
+        # The keys are ids of tensors. Holding the tensors prevents reuse of their ids.
         self._roles: dict[int, tuple[Tensor, frozenset[str]]] = {}
         self._mark(targets, frozenset((TARGET,)))
 
@@ -204,7 +204,7 @@ class FunctionWatch(TorchFunctionMode):
                     self._observe_saturation(name, out, args, kwargs)
         return out
 
-    # Shapes.
+    # Compares shapes.
 
     def _shape_mismatch(self, name: str, given: list[Tensor]) -> ShapeMismatch | None:
         if len(given) < 2 or not given[0].numel() > 1 < given[1].numel():
@@ -223,13 +223,13 @@ class FunctionWatch(TorchFunctionMode):
             return ShapeMismatch(name, *shapes, None, False)
         both_ways = result not in shapes
         deliberate = RESHAPED in self._roles_of(first) | self._roles_of(second)
-        # If an axis was added deliberately, arithmetic is meant to compare all pairs.
+        # If the code added an axis deliberately, it is meant to compare all pairs.
         outer = both_ways and len(shapes[0]) != len(shapes[1]) and not deliberate
         if name in ELEMENTWISE_LOSSES or (name in ARITHMETIC and outer):
             return ShapeMismatch(name, *shapes, result, both_ways)
         return None
 
-    # Values.
+    # Checks values.
 
     def _observe_indices(self, name: str, argument: Argument) -> None:
         first = argument(0, "input", "self")
@@ -269,7 +269,7 @@ class FunctionWatch(TorchFunctionMode):
         if out.dtype.itemsize < 2 or out.layout is not torch.strided:
             return
         low, high = out.detach().aminmax()
-        # False for NaN, which other checks report.
+        # The comparison is False for NaN, which other checks report.
         if max(-float(low), float(high)) > FLOAT16_MAX:
             size = out.detach().abs()
             largest = float(torch.where(size.isfinite(), size, torch.zeros_like(size)).max())
@@ -288,7 +288,7 @@ class FunctionWatch(TorchFunctionMode):
 
 
 def _axis(out: Tensor, dim: Any) -> int:
-    """Returns the axis of a softmax, or torch's default if none is given."""
+    """Returns the axis of a softmax, or torch's default axis."""
     if not isinstance(dim, int):
         return 0 if out.ndim in (0, 1, 3) else 1
     return dim % out.ndim if out.ndim else 0
@@ -304,7 +304,7 @@ def indices_of(name: str, indices: Tensor, n: int, ignored: int | None) -> Indic
     return Indices(name, n, ignored, low, high, bad)
 
 
-# Where the derivative has dropped to about a thousandth of its maximum.
+# Elements where the derivative is at most about a thousandth of its maximum.
 _SATURATED: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": lambda y: y == 0,
     "sigmoid": lambda y: (y - 0.5).abs() > 0.4997,

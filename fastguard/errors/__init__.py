@@ -15,10 +15,10 @@ Culprit = tuple[str, int, int, int]
 """`(parameter name, NaN elements, +Inf elements, -Inf elements)`."""
 
 NAMED_CULPRITS = 8
-"""How many parameters an error or a record lists; the rest are counted."""
+"""Number of parameters that an error or a record lists; further ones are only counted."""
 
 MAX_NAME_LENGTH = 400
-"""Maximum characters of a name in a message."""
+"""Maximum number of characters of a name in a message."""
 
 
 def describe_culprits(culprits: Sequence[Culprit], n_culprits: int | None = None) -> str:
@@ -34,12 +34,12 @@ def describe_culprits(culprits: Sequence[Culprit], n_culprits: int | None = None
 
 
 def several(names: Sequence[str], n: int = 3, total: int | None = None) -> str:
-    """Lists the first names and how many more there are.
+    """Lists the first names, and the number of further names.
 
     Args:
         names: The names, or the first of them.
         n: Number of names to list.
-        total: Number of all names. Default: those in `names`.
+        total: Number of all names. Default: the length of `names`.
 
     Example:
         >>> several(["a", "b", "c", "d", "e"])

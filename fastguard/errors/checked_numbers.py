@@ -1,8 +1,8 @@
 """Checks numbers in a user's arguments.
 
-`float()` converts True, "1.0" and buffers with that text to 1.0, so a misplaced flag or a setting
-read as text would be accepted silently. Therefore bools and text raise an error wherever a number
-is expected.
+`float()` converts True, "1.0" and byte buffers with this text to 1.0, so a misplaced flag or a
+setting read as text would be accepted silently. Therefore bools and text raise an error wherever a
+number is expected.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from fastguard.errors.plain_text import shown
 
 TEXT = (str, bytes, bytearray, memoryview, UserString)
-# Tuples, because torch.compile of torch 2.8 cannot trace unions of types.
+# The types are tuples, because torch.compile of torch 2.8 cannot trace unions of types.
 _BOOL_OR_TEXT = (bool, *TEXT)
 _PLAIN = (int, float)
 LARGEST_COUNT = 2**63 - 1
@@ -35,18 +35,19 @@ def number_of(name: str, value: Any, remedy: str = "use a number") -> float:
         TypeError: The value is a bool, text, or something else that is not a number.
         ValueError: A finite number is beyond the largest float.
     """
-    if isinstance(value, float):  # first, since it is the usual case and needed at each step
+    if isinstance(value, float):  # checked first, since it is the usual case in each step
         return float(value)
     refuse_bool_and_text(name, value, remedy)
     try:
         if not (hasattr(value, "__float__") or hasattr(value, "__index__")):
-            raise TypeError  # float() would parse the bytes of an `array` or another buffer
+            raise TypeError  # `float` would parse the bytes of an `array` or another buffer
         number = float(value)
     except OverflowError:
         number = math.inf
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name}={shown(value)} is not a number; {remedy}") from None
-    if number in (math.inf, -math.inf) and value != number:  # a Decimal does not raise
+    # a Decimal becomes infinite without an error
+    if number in (math.inf, -math.inf) and value != number:
         raise ValueError(
             f"{name}={shown(value)} is beyond the largest float; use float('inf') if it is infinite"
         )
@@ -81,7 +82,7 @@ def finite_number_of(name: str, value: Any, remedy: str = "use a finite number")
         ValueError: The value is NaN or infinite.
     """
     number = number_of(name, value, remedy)
-    # rejects NaN too; torch.compile cannot trace math.isfinite
+    # this form also rejects NaN; torch.compile cannot trace math.isfinite
     if not -math.inf < number < math.inf:
         raise ValueError(f"{name}={value!r} must be a finite number; {remedy}")
     return number

@@ -1,8 +1,9 @@
 """The logger `fastguard`, which prints its messages if the program has not configured logging.
 
-Python would print such messages of level WARNING and above to stderr (`logging.lastResort`).
-`LastResort` does this for the logger `fastguard`, with colors on a terminal. As soon as the program
-adds a handler to this logger or to the root logger, `LastResort` prints nothing.
+In that case, Python itself would print messages of level WARNING and above to stderr
+(`logging.lastResort`). `LastResort` replaces this output for the logger `fastguard`, with colors on
+a terminal. As soon as the program adds a handler to this logger or to the root logger, `LastResort`
+prints nothing.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ class LastResort(logging.Handler):
             return
         try:
             print(_colored(self.format(record), record.levelno, sys.stderr), file=sys.stderr)
-        except Exception:  # such as a closed stream; logging reports it
+        except Exception:  # for example, the stream is closed; logging reports such errors
             self.handleError(record)
 
     def is_in_charge(self) -> bool:
         """Whether this handler prints, because the program has not configured logging."""
-        if logging.lastResort is None:  # the way to disable such messages
+        if logging.lastResort is None:  # a program disables such messages in this way
             return False
         others = [handler for handler in log.handlers if handler is not self]
         return not others and log.propagate and not logging.getLogger().handlers

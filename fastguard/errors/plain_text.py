@@ -1,9 +1,10 @@
 """Makes untrusted text safe to print: names in files, tags, messages of other libraries.
 
 Such text may contain escape codes that clear a screen, line breaks that forge a line of output,
-direction overrides that print a line backwards, or bytes that a stream cannot encode; and the `str`
-of an object may raise. Here it becomes one line of plain characters, before it reaches a terminal,
-a log or an error message. All messages of the logger `fastguard` are treated this way.
+direction overrides that print a line backwards, or bytes that a stream cannot encode. The `str` of
+an object may also raise an error. This module turns such text into one line of plain characters,
+before it reaches a terminal, a log or an error message. All messages of the logger `fastguard` are
+treated this way.
 """
 
 from __future__ import annotations
@@ -66,9 +67,9 @@ _BRACKETS = {list.__repr__: "[]", tuple.__repr__: "()", dict.__repr__: "{}"}
 
 
 def shown(value: object, limit: int = 60, form: Callable[[object], str] = repr) -> str:
-    """Returns the `repr` of any object, or another form, printable and shortened. Never raises.
+    """Returns the `repr` (or another `form`) of any object, printable and shortened. Never raises.
 
-    Of lists, tuples and dicts, at any depth, only the part that is shown is formatted.
+    At any depth of lists, tuples and dicts, only the part that is shown is formatted.
 
     Example:
         >>> shown([1, "a"]), shown("x" * 1000, limit=4)
@@ -78,7 +79,7 @@ def shown(value: object, limit: int = 60, form: Callable[[object], str] = repr) 
     """
     try:
         text = _bounded_repr(value, limit) if form is repr else form(value)
-    except Exception as error:  # `repr` of any class may raise anything
+    except Exception as error:  # the `repr` of a class may raise any error
         if type(value) is int:  # Python refuses to print more than 4300 digits
             return f"an integer of {value.bit_length()} bits"
         text = f"<{type(value).__name__} that cannot be shown: {type(error).__name__}>"
@@ -91,18 +92,18 @@ class _OneLine(logging.Filter):
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        # Not the formatted message, since log services group messages by the template.
+        # Keeps the template separate, since log services group messages by the template.
         record.msg = f"{PREFIX}{record.msg}"
         try:
             message = record.getMessage()
-        except Exception as error:  # a logging handler would let a RecursionError through
+        except Exception as error:  # a logging handler would not catch a RecursionError
             problem = f"{type(error).__name__} in showing the values"
             record.msg, record.args = f"{record.msg} ({problem})", None
             message = record.getMessage()
         if not message.isprintable():
             record.msg, record.args = printable(message), None
         if record.exc_info and record.exc_info[1] is not None:
-            # Formatters print this instead of formatting the exception.
+            # Formatters print this text instead of formatting the exception.
             parts = map(_traceback_part, traceback.format_exception(record.exc_info[1]))
             record.exc_text = "\n".join(parts)
         return True

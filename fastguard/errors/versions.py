@@ -1,9 +1,9 @@
 """The differences between the supported versions of torch, from 2.8 to the newest.
 
 No other module checks the version of torch. Differences between versions of Triton are in
-`fastguard.kernels.versions`, because kernels import nothing else of fastguard. `FEATURES` lists
-what older versions of torch lack; `fastguard env` shows it, and docs/compatibility.md has the
-table.
+`fastguard.kernels.versions`, because kernels import no other module of fastguard. `FEATURES` lists
+what older versions of torch lack. The command `fastguard env` shows the list, and
+docs/compatibility.md contains it as a table.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Feature(NamedTuple):
 
     Attributes:
         name: The name in the documentation.
-        since: The first version of torch that has it.
+        since: The first version of torch that has the feature.
         without: The behavior of older versions.
     """
 
@@ -72,7 +72,7 @@ TENSOR_PLATEAU = Feature(
 STRICT_LAMBDAS = Feature(
     "LambdaLR that refuses a param group added later",
     (2, 10),
-    "torch leaves the learning rate of the new group as it is, without an error",
+    "torch does not change the learning rate of the new group, and raises no error",
 )
 FUSED_ADAGRAD = Feature(
     "fused Adagrad that obeys found_inf",
@@ -105,7 +105,7 @@ def grad_dtype_of(p: Tensor) -> torch.dtype:
     """
     if GRAD_DTYPE.missing:
         return p.dtype
-    return p.grad_dtype or p.dtype  # None: any dtype
+    return p.grad_dtype or p.dtype  # a `grad_dtype` of None allows any dtype
 
 
 def root_mesh_of(mesh: DeviceMesh) -> DeviceMesh:
@@ -124,13 +124,13 @@ def root_mesh_of(mesh: DeviceMesh) -> DeviceMesh:
 def tensor_guards(tensors: Sequence[Tensor]) -> Any:
     """Returns torch's check of the inputs of compiled code, for these tensors.
 
-    The class is private, and the same in torch 2.8 to 2.13. A newer torch may rename it or change
-    its arguments, hence the broad `except`.
+    The class is private, and identical in torch 2.8 to 2.13. A newer torch may rename the class or
+    change its arguments, hence the broad `except`.
 
     Returns:
         An object whose `check(*tensors)` returns whether tensors have the same layout as these;
-        None if this torch has no such check. Each step then inspects every gradient again, which
-        takes 0.05 µs per tensor and does not change the results.
+        None if this torch has no such check. Without the check, each step inspects every gradient
+        again, which takes 0.05 µs per tensor and does not change the results.
     """
     try:
         from torch._C._dynamo.guards import TensorGuards
@@ -145,7 +145,7 @@ def tensor_guards(tensors: Sequence[Tensor]) -> Any:
 def as_if_compiling() -> Iterator[None]:
     """Makes `torch.compiler.is_compiling()` return True, for tracing without dynamo.
 
-    torch's optimizers then compute with tensors only. The flag is private; it is the same in torch
+    torch's optimizers then compute with tensors only. The flag is private, and identical in torch
     2.8 to 2.13.
     """
     before = torch.compiler._is_compiling_flag

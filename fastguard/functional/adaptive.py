@@ -38,8 +38,8 @@ def clip_grad_adaptive_(
 
     A unit is a slice along the first dimension (a row of a linear layer, a filter of a
     convolution); a tensor with at most one dimension is a single unit. Source: Brock et al. 2021,
-    arXiv 2102.06171. The results equal those of `timm.utils.agc.adaptive_clip_grad`, except that
-    there is no lower bound of 1e-6 for the norm of a gradient.
+    arXiv 2102.06171. The results equal the results of `timm.utils.agc.adaptive_clip_grad`, except
+    that there is no lower bound of 1e-6 for the norm of a gradient.
 
     Args:
         parameters: A tensor, or an iterable of tensors or of `(name, tensor)` pairs such as
@@ -52,10 +52,10 @@ def clip_grad_adaptive_(
         exclude: Parameters that are not clipped, as tensors or as names, see `AGC`. The paper
             excludes the last linear layer. Default: none.
         nonfinite: How to handle NaN and Inf in gradients. `"propagate"`: a NaN makes all gradients
-            of its unit NaN; an Inf becomes NaN and makes the others of its unit 0; other units are
-            not affected. `"zero"`: NaN and Inf are set to 0, and the norm is computed from the
-            rest. `"raise"`: an error is raised before anything is changed. `"zero"` and `"raise"`
-            also apply to excluded parameters. Default: `"propagate"`.
+            of its unit NaN; an Inf becomes NaN, and all other gradients of its unit become 0; other
+            units are not affected. `"zero"`: NaN and Inf are set to 0, and the norm is computed
+            from the remaining elements. `"raise"`: an error is raised before anything is changed.
+            `"zero"` and `"raise"` also apply to excluded parameters. Default: `"propagate"`.
 
     Raises:
         NonFiniteGradError: A gradient is non-finite, in raise mode; this waits for a GPU.
@@ -97,7 +97,7 @@ def _clip(
     norm_type: float,
     mode: str,
 ) -> None:
-    """Clips; before that, raises an error for non-finite gradients or cleans them, as in `mode`.
+    """Clips units, after raising an error for non-finite gradients or cleaning them.
 
     Args:
         grads, weights, names: Gradients, weights and names of all parameters.

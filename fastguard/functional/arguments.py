@@ -43,7 +43,7 @@ def limit_of(name: str, value: object, *, quiet: bool = False) -> float:
         ValueError: `value` is negative, NaN, or exceeds the largest float.
     """
     limit = number_of(name, value, "use a number >= 0")
-    if not limit >= 0.0:  # also refuses NaN
+    if not limit >= 0.0:  # this form of the comparison also rejects NaN
         without = "clamp nothing" if name == "clip_value" else "measure only"
         raise ValueError(
             f"{name}={value!r} must be >= 0: a negative or NaN limit would flip or destroy "
@@ -57,8 +57,8 @@ def limit_of(name: str, value: object, *, quiet: bool = False) -> float:
 class _Warned:
     """The lines of code for which a warning was given, and the warning filters at that time.
 
-    When the filters change, the lines are cleared, as Python does with its own registry. So a
-    `warnings.catch_warnings` block gets all warnings again.
+    When the filters change, the lines are cleared, as Python does with its own registry. For
+    example, a `warnings.catch_warnings` block gets all warnings again.
     """
 
     filters: object = None
@@ -68,7 +68,7 @@ class _Warned:
 def warn_of_zero(name: str) -> None:
     """Warns about a limit of 0, once per line of user code.
 
-    As in torch, 0 sets gradients to zero; in many other libraries it turns clipping off.
+    As in torch, a limit of 0 sets gradients to zero; in many other libraries it turns clipping off.
     """
     without = "leave clip_value out" if name == "clip_value" else "pass max_norm=None"
     _warn_once(
@@ -111,7 +111,8 @@ def limit_like(max_norm: float, like: Tensor) -> Tensor:
 def limit_tensor(max_norm: float, device: torch.device) -> Tensor:
     """Returns a limit as a plain tensor, float64 `(1,)`; cached and therefore read-only."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return _filled(max_norm, device)  # part of the graph, filled in each replay
+        # the tensor is part of the graph and filled in each replay
+        return _filled(max_norm, device)
     return _kept_limit(max_norm, device, current_stream_of(device))
 
 
@@ -155,10 +156,10 @@ def listed(parameters: Parameters, stacklevel: int = 5) -> Tensor | list[Any]:
 
     Args:
         parameters: The argument.
-        stacklevel: For the warning about an empty generator, which is the same as torch's.
+        stacklevel: The `stacklevel` of the warning about an empty generator.
 
     Raises:
-        TypeError: It is neither a tensor nor iterable.
+        TypeError: The argument is neither a tensor nor iterable.
     """
     if isinstance(parameters, Tensor):
         return parameters
@@ -173,13 +174,13 @@ def _warn(message: str, stacklevel: int) -> None:
     warnings.warn(message, stacklevel=stacklevel)
 
 
-# The effect of torch.compiler.assume_constant_result, without importing the compiler (0.2 s).
+# Has the effect of torch.compiler.assume_constant_result, without importing the compiler (0.2 s).
 _warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def as_list(name: str, value: Iterable[Any]) -> list[Any]:
-    """Returns `value` as a list; raises a TypeError that names the argument if not iterable."""
+    """Returns `value` as a list; if it is not iterable, raises a TypeError with its name."""
     try:
         return list(value)
     except TypeError:
@@ -189,7 +190,7 @@ def as_list(name: str, value: Iterable[Any]) -> list[Any]:
         ) from None
 
 
-# The gradients of parameters, and the check whether tensors can be parameters.
+# Collects the gradients of parameters, and checks whether tensors can be parameters.
 
 
 def gradients_for(
@@ -238,7 +239,8 @@ def buckets_for(
         norm_type=norm_type,
         sharing=sharing,
     )
-    if not buckets.buckets:  # with a group, an error would make the other ranks wait forever
+    # no error with a group, since it would make the other ranks wait forever
+    if not buckets.buckets:
         _check_no_gradient(parameters, strict and process_group_of(group) is None)
     return buckets
 
@@ -252,7 +254,7 @@ def _sharing_of_gradients(parameters: list[Tensor], group: Group) -> Sharing | N
 def _check_no_gradient(parameters: Tensor | list[Any], strict: bool) -> None:
     """Warns or raises an error if none of the tensors can have a gradient.
 
-    They are then probably gradients instead of parameters, or all frozen.
+    If so, they are probably gradients instead of parameters, or all frozen.
 
     Args:
         parameters: The tensors; none of them has a gradient.
@@ -266,9 +268,9 @@ def _check_no_gradient(parameters: Tensor | list[Any], strict: bool) -> None:
     if len(tensors) == 0 or any(map(_may_have_gradient, tensors)):
         return
     message = (
-        f"none of the {len(tensors)} tensors passed as parameters has a .grad or requires grad, so "
-        "there is nothing to clip or measure; if they are gradients, pass the parameters instead "
-        "(model.parameters()); if all parameters are frozen, leave out the call"
+        f"none of the {len(tensors)} tensors passed as parameters has a .grad or requires grad, "
+        "so there is nothing to clip or measure; pass parameters (model.parameters()) instead of "
+        "gradients, or leave out the call if all parameters are frozen"
     )
     if strict:
         raise TypeError(message)
@@ -276,5 +278,5 @@ def _check_no_gradient(parameters: Tensor | list[Any], strict: bool) -> None:
 
 
 def _may_have_gradient(p: Tensor) -> bool:
-    # A gradient computed with create_graph=True requires grad, but is not a leaf.
+    # A gradient that was computed with create_graph=True requires grad, but is not a leaf.
     return p.requires_grad and (p.is_leaf or p.retains_grad)

@@ -1,8 +1,8 @@
 """The gradient functions of `torch.nn.utils`, with the same arguments and results.
 
-Each runs the four stages (measure, reduce, decide, apply) without state. Differences from torch:
-norms have a relative error below 1e-7, gradients are read once and remain bitwise unchanged if the
-coefficient is 1, and `max_norm=inf` never multiplies.
+Each function runs the four stages (measure, reduce, decide, apply) without state. Differences from
+torch: norms have a relative error below 1e-7, gradients are read once and remain bitwise unchanged
+if the coefficient is 1, and `max_norm=inf` never multiplies.
 """
 
 from __future__ import annotations
@@ -63,9 +63,10 @@ def clip_grad_norm_(
         norm_type: p > 0 of the p-norm; `inf`: the largest magnitude. Default: 2.
         error_if_nonfinite: True: the same as `nonfinite="raise"`. Default: False.
         foreach: Accepted for compatibility; there is one implementation per device.
-        nonfinite: How to handle NaN and Inf. `"propagate"`: as in torch. `"zero"`: they are set to
-            0, and the norm is computed from the rest. `"raise"`: an error is raised before anything
-            is changed. To skip steps, use `GuardedOptimizer`. Default: `"propagate"`.
+        nonfinite: How to handle NaN and Inf. `"propagate"`: as in torch. `"zero"`: NaN and Inf are
+            set to 0, and the norm is computed from the remaining elements. `"raise"`: an error is
+            raised before anything is changed. To skip steps, use `GuardedOptimizer`. Default:
+            `"propagate"`.
         group: The ranks whose gradients form the norm. None: this process, or the ranks that the
             meshes of DTensors span. A process group: all its ranks, which hold different tensors
             (pipeline stages, experts). `fastguard.Replicated(process_group)`: all its ranks, which
@@ -79,7 +80,7 @@ def clip_grad_norm_(
 
     Raises:
         NonFiniteGradError: A gradient is non-finite, in raise mode; this waits for a GPU. With
-            `error_if_nonfinite`, its message begins with torch's.
+            `error_if_nonfinite`, the message begins with torch's message.
         TypeError, ValueError: An argument has the wrong type or is out of range; or none of the
             tensors can have a gradient (with `nonfinite="propagate"` only a warning, because torch
             does nothing).
@@ -95,7 +96,8 @@ def clip_grad_norm_(
     """
     p = norm_type_of(norm_type)
     mode = mode_of(nonfinite, error_if_nonfinite)
-    strict = nonfinite != "propagate"  # not an argument of torch, so an error breaks no torch code
+    # `nonfinite` is not an argument of torch, so an error breaks no torch code
+    strict = nonfinite != "propagate"
     check_foreach(foreach)
     parameters = listed(parameters)
     if torch.compiler.is_compiling():
@@ -240,10 +242,10 @@ def clip_grads_with_norm_(
         compiled.leave_graph(clip_grads_with_norm_, parameters, max_norm, total_norm)
         return
     if not isinstance(total_norm, Tensor):
-        # torch.as_tensor would cause a recompilation for every value.
+        # `torch.as_tensor` would cause a recompilation for every value.
         total_norm = limit_like(number_of("total_norm", total_norm), torch.empty(0, device="cpu"))
     norm = total_norm
-    if is_dtensor(norm):  # torch returns the norm of DTensors as a Partial, not yet reduced
+    if is_dtensor(norm):  # torch returns the norm of DTensors as a Partial that is not reduced yet
         norm = norm.full_tensor()
     if norm.numel() != 1:
         raise ValueError(
@@ -299,7 +301,7 @@ def clip_grad_value_(
     if several_ranks():  # reduces `Partial` DTensors; clamping itself needs no collective
         make_whole_(parameters_of(parameters))
     grads, names = gradients_for(parameters, strict=False)
-    buckets = bucketize(grads, names=names)  # refuses before any change
+    buckets = bucketize(grads, names=names)  # raises errors before any change
     for i, grad in enumerate(grads):
         if grad is not None and grad.is_complex():
             raise TypeError(

@@ -1,10 +1,10 @@
 """The functions of `fastguard.functional.clip` under `torch.compile`: one custom op per stage.
 
-Single process only: calls that need collectives break the graph and run eagerly.
+They are for a single process: calls that need collectives break the graph and run eagerly.
 
 The ops report invalid gradients and limits while the graph runs. An invalid choice
-(`nonfinite="drop"`, `foreach="yes"`) is found while tracing: it breaks the graph and raises its
-error, but with `fullgraph=True` dynamo reports `Unsupported: Observed exception` instead.
+(`nonfinite="drop"`, `foreach="yes"`) is found while tracing. It breaks the graph and raises an
+error; with `fullgraph=True`, dynamo reports `Unsupported: Observed exception` instead.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def decided(
 def clip_grads_with_norm_(grads: list[Tensor | None], max_norm: float, norm: Tensor) -> None:
     """Clips gradients by a given norm, float64 `(1,)`."""
     refuse_bool_and_text("max_norm", max_norm)
-    # The norm is passed as an inf-norm, whose power sum is the norm itself. NaN is passed as the
+    # The norm is passed as an inf-norm, whose power sum is the norm itself. A NaN is passed as a
     # count of one NaN element. The op checks the limit.
     summary = torch.cat([norm, norm.isnan().double(), norm.new_zeros(2)]).reshape(4, 1)
     counts = torch.zeros(3, 0, dtype=torch.int64, device=norm.device)
@@ -86,7 +86,7 @@ def measure(
     """Measures the gradients; None entries count as tensors without elements."""
     ids = [i for i, g in enumerate(grads) if g is not None]
     present = _present(grads)
-    if len(present) == 0:  # an op cannot be traced with an empty list
+    if len(present) == 0:  # ops cannot be traced with an empty list
         n_segments = len(grads) if per_tensor else 1
         nothing = torch.zeros(4, n_segments, dtype=torch.float64, device="cpu")
         counts = torch.zeros(3, len(grads), dtype=torch.int64, device="cpu")
@@ -102,7 +102,7 @@ def measure(
 
 
 def _spread(columns: Tensor, ids: list[int], n: int) -> Tensor:
-    """Returns a tensor of n columns, with the given ones at the positions `ids`, else zeros."""
+    """Returns a tensor of n columns: the given columns at the positions `ids`, else zeros."""
     spread = columns.new_zeros(columns.shape[0], n)
     spread[:, ids] = columns
     return spread
@@ -120,7 +120,7 @@ def clip_grad_value_(grads: list[Tensor | None], clip_value: float) -> None:
 def sanitize_grads_(
     grads: list[Tensor | None], names: list[str] | None, fill: dict[str, float]
 ) -> GradStats:
-    """Replaces non-finite elements; returns the stats of the gradients before."""
+    """Replaces non-finite elements; returns the stats of the original gradients."""
     stats = measure(grads, names, 2.0)
     present = _present(grads)
     if len(present) == 0:
@@ -155,5 +155,5 @@ def spans_ranks(parameters: Tensor | list[Any], group: Group) -> bool:
 
 @torch._disable_dynamo
 def leave_graph(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls a function eagerly; an error under `fullgraph=True`."""
+    """Calls a function eagerly, which is an error under `fullgraph=True`."""
     return function(*args, **kwargs)

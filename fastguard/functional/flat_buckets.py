@@ -1,12 +1,12 @@
 """`FlatGradBuckets`: gradients in one buffer per (device, dtype), for any number of tensors.
 
 Every `p.grad` is a view of a buffer, called its slot. Zeroing is one fill, and measuring is one
-long read, whether there are ten tensors or ten thousand. This has two costs: autograd accumulates
-into `.grad` instead of storing its own tensor; and a parameter that gets no gradient in a step has
-a zero gradient, as with `zero_grad(set_to_none=False)`, unless its `.grad` is None.
+long read, for any number of tensors. This has two costs: autograd accumulates into `.grad` instead
+of storing its own tensor; and a parameter that gets no gradient in a step has a zero gradient, as
+with `zero_grad(set_to_none=False)`, unless its `.grad` is None.
 
-Slots start at multiples of 16 bytes. The gaps between them always contain zeros; so a coefficient
-that is NaN or Inf is multiplied gradient by gradient, never with a whole run.
+Slots start at multiples of 16 bytes. The gaps between them always contain zeros; therefore a
+coefficient that is NaN or Inf is applied gradient by gradient, never to a whole run.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ class FlatGradBuckets:
         parameters: Tensors or `(name, tensor)` pairs; tensors that do not require grad are ignored.
         trusted: Whether to skip the check for replaced `.grad` tensors, which takes 0.1 µs per
             tensor. Default: False.
-        segments: The segment of each parameter; None: one for all.
+        segments: The segment of each parameter; None: a single segment.
         n_segments: The number of segments. Default: 1.
         fill: Whether gradients that are None become zero immediately. If False, they remain None
             until `zero_`, and it is allowed that no parameter requires grad yet. Default: True.
 
     Attributes:
         parameters: The parameters with a slot.
-        views: Their slots.
+        views: The slots of the parameters.
         buffers: The buffers of the slots; a new list each time that slots are laid out.
         in_place: Whether the last `buckets()` found every gradient in its slot; always True if
             `trusted`.
@@ -129,7 +129,7 @@ class FlatGradBuckets:
         for p, view in zip(self.parameters, self.views, strict=True):
             grad = p.grad
             if not p.requires_grad:
-                p.grad = None  # weight decay changes even a frozen parameter if it has a gradient
+                p.grad = None  # weight decay changes even frozen parameters that have a gradient
             elif grad is view:
                 continue
             elif grad is not None and is_part_of_buffer(grad):
@@ -147,13 +147,13 @@ class FlatGradBuckets:
         all slots are laid out again.
         """
         self.in_place: bool = False
-        if self._kind is PLAIN and watched():  # plain tensors when slots were laid out
+        if self._kind is PLAIN and watched():  # the tensors were plain when slots were laid out
             return self._current_buckets()
         if self.trusted:
             self._add_lazy()
             self.in_place = True
             return self._buckets
-        if self._moved():  # checked first, since it loads the views into a CPU cache
+        if self._moved():  # checked first, since this check loads the views into a CPU cache
             self._attach()
         elif all(map(is_, map(_GRAD, self.parameters), self.views)):
             self.in_place = True
@@ -166,7 +166,7 @@ class FlatGradBuckets:
         return self._buckets if self._move_into_slots() else self._current_buckets()
 
     def replaced(self, turn: int) -> Tensor | None:
-        """Checks a share of the parameters, for callers that do not check all in every step.
+        """Checks a share of the parameters, for callers that do not check all of them.
 
         Args:
             turn: The number of the check; 64 consecutive checks cover all parameters.
@@ -299,9 +299,9 @@ class FlatGradBuckets:
 
     @torch.no_grad()
     def _attach(self, may_be_empty: bool = True) -> None:
-        """Lays out slots for all parameters that have or require a gradient; moves gradients in.
+        """Lays out slots for parameters that have or require a gradient; moves gradients in.
 
-        The attributes are set last: after an interrupt, the next call starts again.
+        The attributes are set last, so that after an interrupt the next call starts again.
         """
         items, names, segments = self._all_parameters, self._all_names, self._all_segments
         check_flat(items, names)
@@ -352,7 +352,7 @@ class FlatGradBuckets:
         return list(map(Tensor.data_ptr, self.views)) if self._kind is PLAIN else []
 
     def __getstate__(self) -> dict[str, Any]:
-        # Slots share memory, which a pickle does not preserve; a copy creates its own.
+        # Slots share memory, which a pickle does not preserve, so a copy creates its own slots.
         kept = ("_all_parameters", "_all_names", "_all_segments", "n_segments", "trusted")
         return {name: getattr(self, name) for name in kept}
 

@@ -15,7 +15,8 @@ from fastguard.gradients.tensor_kinds import is_wrapped
 from fastguard.ranks.dtensors import is_dtensor
 
 ALIGN = 16  # bytes, as needed for 128-bit loads and vectorized optimizer kernels
-SMALLEST_SHARE, TURNS = 16, 64  # parameters per turn, turns until all have been checked
+# minimum number of parameters per turn; number of turns that cover all parameters
+SMALLEST_SHARE, TURNS = 16, 64
 
 
 @dataclass(slots=True)
@@ -25,7 +26,7 @@ class FlatBuffer:
     Attributes:
         flat: The memory.
         ids: Positions of the parameters, in the order of their slots.
-        segments: The segment of each.
+        segments: The segment of each parameter.
         runs: The parts of `flat`, one per segment.
     """
 
@@ -54,7 +55,7 @@ def new_buffer(
 ) -> FlatBuffer:
     """Creates the buffer for the parameters with these positions; stores slots in `views`."""
     device, dtype = key
-    ids = sorted(ids, key=lambda i: segment_of[i])  # stable; gives one run per segment
+    ids = sorted(ids, key=lambda i: segment_of[i])  # a stable sort, which gives one run per segment
     unit = ALIGN // dtype.itemsize
     starts, at = [], 0
     for i in ids:
@@ -80,7 +81,7 @@ def check_flat(parameters: Sequence[Tensor], names: Sequence[str] | None) -> Non
         if id(p) in seen:
             raise ValueError(f"{name} appears twice; pass each parameter once")
         seen.add(id(p))
-        if not (p.is_leaf or p.retains_grad):  # such as a gradient of create_graph=True
+        if not (p.is_leaf or p.retains_grad):  # for example, a gradient of create_graph=True
             raise TypeError(
                 f"{name} is the result of a computation, which gets no .grad; pass "
                 "model.parameters(), not their gradients"
@@ -102,19 +103,19 @@ def check_flat(parameters: Sequence[Tensor], names: Sequence[str] | None) -> Non
         elif is_wrapped(p):
             raise TypeError(
                 f"{name} is a {type(p).__name__}, whose gradient may wrap several tensors, but "
-                f"flat buckets support only plain ones; {_LEAVE_OUT}"
+                f"flat buckets support only plain tensors; {_LEAVE_OUT}"
             )
 
 
 def has_slot(p: Tensor) -> bool:
-    """Whether a parameter has or requires a gradient, and is not lazy (a lazy one has no shape)."""
+    """Whether a parameter has or requires a gradient, and a shape, unlike a lazy parameter."""
     return not is_lazy(p) and (p.requires_grad or p.grad is not None)
 
 
 def slot_in(flat: Tensor, start: int, p: Tensor) -> Tensor:
     """Returns the slot for the gradient of `p` in `flat`.
 
-    It has the strides of `p` if these leave no gaps, as fused optimizers need.
+    The slot has the strides of `p` if these leave no gaps, as fused optimizers require.
     """
     piece = flat.narrow(0, start, p.numel())
     strides = torch.empty_like(p, device="meta").stride()
@@ -143,11 +144,11 @@ def is_movable(grad: Tensor) -> bool:
     return not grad.requires_grad and not is_part_of_buffer(grad)
 
 
-_LEAVE_OUT = "use no flat buckets, or leave this parameter out"
+_LEAVE_OUT = "do not use flat buckets, or leave this parameter out"
 
 
 def _refuse_odd(grad: Tensor) -> None:
-    """Raises a TypeError for a gradient whose values are not in memory of its own shape."""
+    """Raises a TypeError for a gradient that is sparse, or that wraps other tensors."""
     if is_wrapped(grad):
         raise TypeError(
             f"a gradient is a {type(grad).__name__}, which wraps other tensors, but flat buckets "
@@ -172,7 +173,7 @@ def is_part_of_buffer(grad: Tensor) -> bool:
 
 
 def share_of(n: int, turn: int) -> slice:
-    """Returns which of n parameters to check in a turn: at least 16; 64 turns cover all of them."""
+    """Returns which of n parameters (at least 16) to check in a turn; 64 turns cover all."""
     size = max(SMALLEST_SHARE, -(-n // TURNS))
     n_shares = max(1, -(-n // size))
     start = turn % n_shares * size

@@ -56,9 +56,10 @@ def sanitize_grads_(
     """
     fill = {"nan": nan, "posinf": posinf, "neginf": neginf}
     for name, value in fill.items():
-        # While tracing, the value of a tensor or a numpy number is not known; the op checks it.
+        # While tracing, the value of a tensor or a numpy number is unknown, so the op checks the
+        # value.
         if not (torch.compiler.is_compiling() and isinstance(value, (Tensor, *_NUMPY))):
-            fill[name] = finite_number_of(name, value, "it replaces non-finite elements")
+            fill[name] = finite_number_of(name, value, "the number replaces non-finite elements")
     parameters = listed(parameters)
     if torch.compiler.is_compiling():
         if compiled.spans_ranks(parameters, group):

@@ -25,7 +25,8 @@ from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.measure import measure as measure_stage
 
 _library = torch.library.Library("fastguard", "DEF")
-# An empty list has no device to dispatch on, and addresses may change between replays of a graph.
+# Reasons for the tags: an empty list has no device to dispatch on, and addresses may change between
+# replays of a graph.
 _KEY = "CompositeExplicitAutograd"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
 
@@ -38,9 +39,10 @@ def define(
     """Registers an op.
 
     Args:
-        schema: Its name and signature.
+        schema: The name and the signature of the op.
         implementation: The function that runs for all devices.
-        shapes: The function that returns empty outputs, for tracing. Default: there are none.
+        shapes: The function that returns empty outputs, for tracing. Default: the op has no
+            outputs.
     """
     name = schema.split("(")[0]
     _library.define(schema, tags=_TAGS)
@@ -79,7 +81,7 @@ define(
 
 
 def _check_limit(name: str, limit: Tensor) -> None:
-    if limit.device.type != "cpu":  # reading it would wait for the device
+    if limit.device.type != "cpu":  # reading the limit would wait for the device
         return
     if limit == 0:
         warn_of_zero(name)
@@ -104,8 +106,8 @@ def _decide(
     policy = Policy(max_norm.reshape(1), nonfinite)  # type: ignore[arg-type]
     verdict = decide_stage(stats, Signals.none(summary.device), None, policy)
     norm = verdict.torch_norm if nonfinite == "propagate" else verdict.total_norm
-    # Compiled code may overwrite the outputs of an op. So they must not share memory with its
-    # arguments (the norm may be a view of `summary`) or with constants that verdicts share.
+    # Compiled code may overwrite the outputs of an op. So the outputs must not share memory with
+    # the arguments (the norm may be a view of `summary`) or with constants that verdicts share.
     return norm.clone(), verdict.multiplier, verdict.clean.clone()
 
 
@@ -141,7 +143,7 @@ def _clip_value(grads: list[Tensor], clip_value: Tensor) -> None:
     clamp_(buckets, clip_value.item())
 
 
-# clip_value is a CPU tensor
+# `clip_value` is a CPU tensor
 define("clip_value(Tensor(a!)[] grads, Tensor clip_value) -> ()", _clip_value)
 
 
@@ -150,11 +152,11 @@ def _sanitize(grads: list[Tensor], values: Tensor) -> None:
     nan, posinf, neginf = values.tolist()
     fill = {"nan": nan, "posinf": posinf, "neginf": neginf}
     for name, value in fill.items():
-        finite_number_of(name, value, "it replaces non-finite elements")
+        finite_number_of(name, value, "the number replaces non-finite elements")
     check_fill(buckets, fill)
     fill_nonfinite_(buckets, fill)
 
 
-# values is a CPU tensor with the replacements for NaN, +Inf and -Inf. Numbers would become
+# `values` is a CPU tensor with the replacements for NaN, +Inf and -Inf. Numbers would become
 # constants of the compiled code.
 define("sanitize(Tensor(a!)[] grads, Tensor values) -> ()", _sanitize)

@@ -1,4 +1,4 @@
-"""`patch_torch()`: replaces the gradient functions of `torch.nn.utils` by those of fastguard.
+"""`patch_torch()`: replaces gradient functions of `torch.nn.utils` with functions of fastguard.
 
 The results have the types that callers expect from torch. For DTensors, the norm is taken over the
 ranks of their own mesh and is a DTensor: trainers call `full_tensor()` on it, and combine the norms
@@ -56,7 +56,7 @@ def get_total_norm(
 
 
 def _as_torch_type(norm: Tensor, items: Tensor | list, *, are_gradients: bool) -> Tensor:
-    """Returns the norm; for DTensors, as a DTensor replicated over the mesh of the first one."""
+    """Returns the norm; for DTensors, as a DTensor replicated over the first tensor's mesh."""
     if not (dist.is_available() and dist.is_initialized()):
         return norm
     tensors = parameters_of(items)
@@ -71,7 +71,8 @@ def _as_torch_type(norm: Tensor, items: Tensor | list, *, are_gradients: bool) -
     return DTensor.from_local(norm, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
-# Two of the four have private names in torch.nn.utils.clip_grad, which sharded trainers call.
+# Two of the four functions have private names in torch.nn.utils.clip_grad, which sharded trainers
+# call.
 _REPLACEMENTS: dict[ModuleType, dict[str, Any]] = {
     torch.nn.utils: {
         "clip_grad_norm_": clip_grad_norm_,
@@ -109,15 +110,16 @@ class _Patched:
 def patch_torch() -> _Patched:
     """Replaces the four gradient functions of `torch.nn.utils` and `torch.nn.utils.clip_grad`.
 
-    The patch applies to the whole process. Calls are counted: each needs one `unpatch_torch()`, and
-    the last of these restores exactly the previous functions. Code that ran `from torch.nn.utils
-    import get_total_norm` *before* the patch keeps torch's function. A `clip_grad_norm_` imported
-    before the patch also remains torch's, but computes norm and scaling with fastguard, because it
-    calls the functions for these by their private names.
+    The patch applies to the whole process. Calls are counted. Each call needs one
+    `unpatch_torch()`, and the last `unpatch_torch()` restores exactly the previous functions. Code
+    that ran `from torch.nn.utils import get_total_norm` *before* the patch keeps torch's function.
+    A `clip_grad_norm_` that was imported before the patch also remains torch's function, but
+    computes norm and scaling with fastguard, because it looks up the functions for both under
+    private names.
 
     The replacements also accept the keyword arguments of fastguard (`group=`, `nonfinite=`).
-    Without these they behave as torch's functions: the norm of DTensors is taken over the ranks of
-    their own mesh, and is a DTensor.
+    Without these arguments, they behave as torch's functions: the norm of DTensors is taken over
+    the ranks of their own mesh, and is a DTensor.
 
     Returns:
         A context manager that undoes this call.

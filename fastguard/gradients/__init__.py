@@ -1,6 +1,6 @@
 """Sorts gradients, and the tensors that belong to them, into buckets by device and dtype.
 
-Modules, each building on those before it:
+Modules; each one uses only modules listed before it:
     tensor_kinds    classifies tensors: plain tensors, placeholders, wrappers
     vectors         tensors as vectors of lengths that suit a CPU: joined, or split into pieces
     tensor_parts    splits composite tensors into parts, for copies

@@ -31,7 +31,7 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A contiguous piece of memory with gradients of one segment, and zeros between them."""
+    """A contiguous piece of memory with gradients of one segment, and zeros in the gaps."""
 
     flat: Tensor
     segment: int
@@ -133,10 +133,10 @@ class GradBuckets:
         n_tensors: T, the length of the caller's list, including tensors without a gradient.
         n_segments: S, the number of clip coefficients.
         names: One name per tensor; None: messages use numbers.
-        device: Device of the results of the stages: the requested one; by default the device of
-            the first gradient, or the CPU if there is none.
+        device: Device of the results of the stages: the requested device; by default the device of
+            the first gradient, or the CPU if there are no gradients.
         sharing: Weight of each tensor in the sums over ranks; None in a single process. If tensors
-            have different weights, those of weight class c and segment s have the segment id
+            have different weights, the tensors of weight class c and segment s have the segment id
             `c * S + s`.
     """
 
@@ -171,7 +171,7 @@ def parameters_of(parameters: Tensor | Iterable[Any]) -> list[Tensor]:
     named = len(items) > 0 and isinstance(items[0], tuple)
     try:
         return [p for _, p in items] if named else items
-    except (TypeError, ValueError):  # not a pair
+    except (TypeError, ValueError):  # the item is not a pair
         raise _no_parameter(items, named) from None
 
 
@@ -190,13 +190,13 @@ def gradients_of(
     if isinstance(parameters, Tensor):
         return [parameters.grad], None
     items = parameters if isinstance(parameters, list) else list(parameters)
-    # Not bool(items), which torch.compile(fullgraph=True) of torch 2.11 cannot trace.
+    # torch.compile(fullgraph=True) of torch 2.11 cannot trace `bool(items)`.
     named = len(items) > 0 and isinstance(items[0], tuple)
     try:
         if named:
             return [p.grad for _, p in items], [name for name, _ in items]
         return [p.grad for p in items], None
-    except (AttributeError, TypeError, ValueError):  # not a tensor, or not a pair
+    except (AttributeError, TypeError, ValueError):  # the item is not a tensor, or not a pair
         raise _no_parameter(items, named) from None
 
 
@@ -226,7 +226,7 @@ def bucketize(
         n_segments: Number of segments. Default: 1.
         names: One name per tensor. Default: None.
         norm_type: The norm that will be computed; must be 2 for complex gradients. Default: 2.
-        device: Device of the results of the stages; None: that of the first gradient.
+        device: Device of the results of the stages; None: the device of the first gradient.
         sharing: Weight of each tensor in the sums over ranks. Default: None.
 
     Raises:
@@ -268,11 +268,11 @@ def bucketize(
             members, resolved = _resolved(members)
         if dtype.is_complex:
             members, dtype = _real_views(members, positions, ids, names, norm_type)
-            own_form = sizes = None  # the real views have another form
+            own_form = sizes = None  # the real views of complex gradients have another form
         if dtype not in FLOATING:
             raise TypeError(
                 f"the gradient of {name_of(ids[positions[0]], names)} is {dtype}; fastguard "
-                "measures float16, bfloat16, float32, float64 and complex gradients: leave this "
+                "measures float16, bfloat16, float32, float64 and complex gradients; leave this "
                 "tensor out"
             )
         whole = len(positions) == n_tensors
@@ -335,7 +335,7 @@ def _is_lazy(grad: Tensor) -> bool:
 
 
 def _groups(grads: list[Tensor], kind: Kind) -> tuple[Group, ...]:
-    if kind is not PLAIN:  # only Python knows the device of a placeholder
+    if kind is not PLAIN:  # the device of a placeholder is known only in Python
         found: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         for i, grad in enumerate(grads):
             found.setdefault((grad.device, grad.dtype), []).append(i)
@@ -344,7 +344,7 @@ def _groups(grads: list[Tensor], kind: Kind) -> tuple[Group, ...]:
     if len(dtypes) == 1 and set(map(Tensor.get_device, grads)) == {grads[0].get_device()}:
         return (Group(grads[0].device, grads[0].dtype, range(len(grads))),)
     grouped = _group_tensors_by_device_and_dtype([grads], with_indices=True)  # type: ignore[arg-type]
-    # Sorted by first position, since torch returns them in the order of a hash table.
+    # Sorts groups by first position, since torch returns them in the order of a hash table.
     listed = sorted(grouped.items(), key=lambda group: group[1][1][0])
     return tuple(Group(*key, positions) for key, (_, positions) in listed)  # type: ignore[misc]
 
@@ -365,9 +365,9 @@ def _refuse_sparse(
 ) -> None:
     position, grad = next((i, g) for i, g in enumerate(grads) if g.layout is not torch.strided)
     raise TypeError(
-        f"the gradient of {name_of(ids[position], names)} is sparse ({grad.layout}); "
-        "fastguard guards dense gradients: use sparse=False in the embedding, or give this "
-        "parameter an optimizer of its own"
+        f"the gradient of {name_of(ids[position], names)} is sparse ({grad.layout}); fastguard "
+        "guards only dense gradients; use sparse=False in the embedding, or a separate optimizer "
+        "for this parameter"
     )
 
 
@@ -381,7 +381,7 @@ def _real_views(
     if norm_type != 2.0:
         raise TypeError(
             f"the gradient of {name_of(ids[positions[0]], names)} is complex and norm_type is "
-            f"{norm_type}; complex gradients have only the 2-norm here: use norm_type=2.0"
+            f"{norm_type}; only the 2-norm of complex gradients is supported; use norm_type=2.0"
         )
     views = list(map(torch.view_as_real, members))
     return views, views[0].dtype

@@ -26,7 +26,7 @@ def check_real(grads: Iterable[Tensor]) -> None:
 
 
 def clamp_finite_(grads: Sequence[Tensor], limit: float, inv_scale: Tensor | None = None) -> None:
-    """Clamps the finite elements to [-limit, limit] in place; NaN and Inf remain, for detection.
+    """Clamps finite elements to [-limit, limit] in place; NaN and Inf remain to be detected.
 
     Args:
         grads: Real gradients of any dtype and device.

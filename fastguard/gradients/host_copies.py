@@ -1,8 +1,8 @@
 """Copies nested states to host memory, reusing the buffers of an earlier copy.
 
 Plain tensors become tensors in host memory (pinned for copies from a GPU), composite tensors become
-`Parts`, and everything else is copied by `copy.deepcopy`. Copies from a GPU can run on a stream of
-their own. Copies on a CPU can check each piece for NaN and Inf while it is in a cache.
+`Parts`, and everything else is copied by `copy.deepcopy`. Copies from a GPU can run on a separate
+stream. Copies on a CPU can check each piece for NaN and Inf while the piece is in a cache.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from fastguard.gradients.tensor_parts import (
 )
 
 PIECE = 1 << 21
-"""Elements that are copied at a time; so few that they are still in a cache afterward."""
+"""Number of elements that are copied at a time, few enough to stay in a cache."""
 
 
 class HostCopier:
     """Copies nested states to the host, into the buffers of an earlier copy if they fit.
 
     Args:
-        optimizer: The optimizer whose parameters and state do not change until its next step; on a
-            GPU they are therefore copied on a separate stream. Other tensors are copied on the
-            current stream.
+        optimizer: An optimizer. Its parameters and state do not change until its next step, so on a
+            GPU they are copied on a separate stream. All other tensors are copied on the current
+            stream.
         checked_share: The share of the bytes of host tensors to check for NaN and Inf, from 0 to 1.
 
     Attributes:
@@ -52,7 +52,8 @@ class HostCopier:
         self._optimizer = optimizer
         self._checked_share = checked_share
         self._bytes = self._checked_bytes = 0
-        self.finite: set[Tensor] = set()  # by identity, since that is how tensors hash
+        # contains tensors by identity, since tensors hash by identity
+        self.finite: set[Tensor] = set()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def copied(self, value: Any, into: Any) -> Any:
@@ -60,7 +61,7 @@ class HostCopier:
 
         Args:
             value: A nested state.
-            into: An earlier copy to overwrite; None without one.
+            into: An earlier copy to overwrite; None: there is no earlier copy.
 
         Raises:
             CannotCopy: A part of the value cannot be copied.
@@ -76,7 +77,7 @@ class HostCopier:
             return (
                 self._copied_tensor(value, into) if isinstance(value, Tensor) else deepcopy(value)
             )
-        except Exception as error:  # a class can refuse in any way
+        except Exception as error:  # a class may raise any error
             if isinstance(error, CannotCopy) or comes_from_outside(error):
                 raise
             raise CannotCopy(value, error) from error
@@ -116,8 +117,8 @@ class HostCopier:
         is_finite = True
         for source, made in pieces:
             made.copy_(source)
-            # A sum with NaN or Inf is not finite. If a sum of finite elements overflows, the tensor
-            # is merely checked a second time.
+            # A sum with NaN or Inf is not finite. If a sum of finite elements overflows, the only
+            # consequence is a second check of the tensor.
             is_finite = is_finite and math.isfinite(source.sum())
         if is_finite:
             self.finite.add(into)
@@ -209,8 +210,8 @@ def restored(value: Any) -> Any:
 def _like(value: Mapping[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
     """Returns a dict of the same class and attributes, with these items.
 
-    The class matters because `MultiStepLR` keeps its milestones in a Counter and uses its methods;
-    `Module.state_dict` adds the attribute `_metadata`.
+    The class matters because `MultiStepLR` uses methods of the Counter in which it keeps its
+    milestones. The attributes matter because `Module.state_dict` adds `_metadata`.
     """
     if not isinstance(value, dict):
         return items

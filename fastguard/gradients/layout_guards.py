@@ -1,8 +1,8 @@
 """Recognizes the layout of a gradient list with a single call.
 
 Each step has new gradient tensors, but usually with the same types, layouts, dtypes, devices,
-shapes and strides as in the last step. Comparing these in Python takes 0.05 µs per tensor; torch
-has a check of the inputs of compiled code, which compares all tensors in one call.
+shapes and strides as in the last step. A comparison in Python takes 0.05 µs per tensor. This module
+uses a check that torch has for the inputs of compiled code, which compares all tensors in one call.
 
 Host time for 2000 tensors on an EPYC: building the buckets takes 117 µs instead of 371; all host
 work of a clipping, without kernel launches, 690 µs instead of 1240 (torch 2.13), or 471 instead of
@@ -21,7 +21,7 @@ from torch import Tensor
 from fastguard.errors.versions import tensor_guards
 
 FORMS = 8  # number of cached forms; several are needed if steps differ in which gradients are None
-MIN_TENSORS = 4  # for a shorter list, comparing in Python is as fast
+MIN_TENSORS = 4  # tensors; for shorter lists, a comparison in Python is as fast
 
 
 class Group(NamedTuple):
@@ -61,7 +61,7 @@ class Form:
         return len(grads) == self._n and self._guards.check(*grads)
 
 
-_forms: tuple[Form, ...] = ()  # replaced, never modified: other threads may be reading it
+_forms: tuple[Form, ...] = ()  # replaced and never modified, since other threads may be reading it
 _lock = threading.Lock()
 
 
@@ -85,6 +85,6 @@ def new_form(grads: list[Tensor], groups: tuple[Group, ...], keep: bool = True) 
     global _forms
     form = Form(grads, groups, keep)
     if form.known_again:
-        with _lock:  # so that no form is lost if two threads add one at the same time
+        with _lock:  # otherwise a form could be lost if two threads add one at the same time
             _forms = (form, *_forms[: FORMS - 1])
     return form

@@ -1,11 +1,11 @@
 """Classifies tensors as plain tensors, placeholders, or wrappers of other tensors.
 
-The fast paths read memory directly, through numpy on a CPU and by address on a GPU. That is correct
-only for plain tensors. Under `FakeTensorMode` (memory estimation), `make_fx` and AOT tracing, a
-tensor is a placeholder without values. Under `torch.func`, and in wrapper subclasses, a tensor
-wraps another one.
+The fast paths read memory directly, through numpy on a CPU and by address on a GPU. Such reads are
+correct only for plain tensors. Under `FakeTensorMode` (memory estimation), `make_fx` and AOT
+tracing, a tensor is a placeholder without values. Under `torch.func`, and in wrapper subclasses, a
+tensor wraps another one.
 
-Tensors that are cached for later calls must be plain, so they are created in `lasting`.
+Tensors that are cached for later calls must be plain, so they are created in the context `lasting`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Kind(Enum):
     Attributes:
         PLAIN: From memory.
         TRACED: Not at all. Operations on them are recorded; each stage is recorded as one op.
-        WRAPPED: Only by torch's operations, which reach the inner tensors.
+        WRAPPED: Only by torch's operations, which act on the inner tensors.
     """
 
     PLAIN = 0
@@ -86,7 +86,8 @@ UNSUPPORTED_ERRORS = (NotImplementedError, RecursionError, TypeError)
 def refuse_wrapped(tensors: Iterable[Tensor], error: Exception) -> None:
     """Raises a TypeError that names the tensor classes that redefine operations.
 
-    Call it after an error in `UNSUPPORTED_ERRORS`. Returns normally if there is no such class.
+    Call this function after an error in `UNSUPPORTED_ERRORS`. It returns normally if there is no
+    such class.
     """
     kinds = sorted({type(t).__name__ for t in tensors if wraps(type(t))})
     if kinds:
@@ -121,7 +122,7 @@ def _tracing_mode() -> bool:
 
 
 def _placeholders() -> tuple[type, ...]:
-    """Returns the placeholder classes. Imports none: a class not yet imported has no instances."""
+    """Returns the placeholder classes that are imported; all others have no instances."""
     names = (
         ("torch._subclasses.fake_tensor", "FakeTensor"),
         ("torch._subclasses.functional_tensor", "FunctionalTensor"),

@@ -1,8 +1,8 @@
 """Splits composite tensors into plain ones: DTensors and subclasses that wrap tensors.
 
-Such a subclass, for example a quantized optimizer state, may not support copying. But if it
-supports `torch.compile`, `__tensor_flatten__` splits it into plain tensors, and
-`__tensor_unflatten__` rebuilds it from them.
+A subclass that wraps tensors, for example a quantized optimizer state, may not support copying. But
+if the subclass supports `torch.compile`, `__tensor_flatten__` splits it into plain tensors, and
+`__tensor_unflatten__` rebuilds it from these parts.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def parts_of(tensor: Any) -> Parts | None:
         return None
     names, context = tensor.__tensor_flatten__()
     size, stride = tensor.size(), tensor.stride()
-    # Holds no reference to the tensor, so that a copy does not keep its memory alive.
+    # Keeps no reference to the tensor, so that a copy does not keep the memory of the original.
     return Parts(
         {name: getattr(tensor, name) for name in names},
         lambda tensors: kind.__tensor_unflatten__(tensors, context, size, stride),
@@ -121,7 +121,7 @@ def _cloned_subclass(value: Tensor) -> Tensor:
 
 
 def has_memory(value: Tensor) -> bool:
-    """Whether the tensor has memory of its own; one that only wraps other tensors has none."""
+    """Whether the tensor has its own memory; a tensor that only wraps others has none."""
     try:
         return value.data_ptr() != 0 or value.numel() == 0
     except RuntimeError:
@@ -147,7 +147,7 @@ class CannotCopy(TypeError):
     """
 
     def __init__(self, value: Any, error: BaseException) -> None:
-        kind, remedy = type(value).__name__, "keep it out of state_dict()"
+        kind, remedy = type(value).__name__, "remove the object from state_dict()"
         if isinstance(value, Tensor) and not has_plain_type(value):
             remedy = "give the class __tensor_flatten__ and __tensor_unflatten__, or a __deepcopy__"
         elif isinstance(value, Tensor):
@@ -157,11 +157,11 @@ class CannotCopy(TypeError):
 
 
 def copies_for_deepcopy(state: Any) -> dict[int, Any]:
-    """Returns a `memo` for `copy.deepcopy`, with copies of the tensors that it cannot copy, by id.
+    """Returns a `memo` for `copy.deepcopy` with copies, by id, of tensors that it cannot copy.
 
-    These are tensors that wrap others, whose `clone` it would call, and placeholders. For a
-    placeholder, it would also copy the mode, and the weak references of the mode would be released
-    twice, which corrupts the heap.
+    These are tensors that wrap others, because `deepcopy` would call their `clone`, and
+    placeholders. For a placeholder, `deepcopy` would also copy the mode, and then the weak
+    references of the mode would be released twice, which corrupts the heap.
     """
     memo: dict[int, Any] = {}
 

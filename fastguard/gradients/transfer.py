@@ -11,12 +11,15 @@ from fastguard.gradients.tensor_kinds import watched
 
 
 def moved(t: Tensor, device: torch.device) -> Tensor:
-    """Returns a tensor on another device. Waits only for a copy to the CPU.
+    """Returns a tensor on another device.
+
+    Waits for the device only if the copy goes to the CPU. With `t.to("cpu", non_blocking=True)`,
+    the result would be undefined until the data has arrived.
 
     That copy must be waited for: `t.to("cpu", non_blocking=True)` returns before the data has
     arrived, so the result would have undefined contents at first.
     """
-    if t.device == device:  # takes half the time of a `to` that does nothing
+    if t.device == device:  # this check takes half the time of a `to` that does nothing
         return t
     return t.to(device, non_blocking=device.type != "cpu")
 
@@ -28,7 +31,7 @@ def numbers_on(
 
     A copy from pageable memory would sync. A single number is passed as the argument of a fill
     kernel; several numbers are copied from pinned memory. During a capture, each number gets its
-    own fill, since every replay of the graph would read the pinned memory again.
+    own fill kernel, because a copy in the graph would read the pinned memory again in every replay.
     """
     if device.type != "cuda" or watched():
         return moved(torch.tensor(values, dtype=dtype, device="cpu"), device)
@@ -44,7 +47,7 @@ def numbers_on(
 def current_stream_of(device: torch.device) -> int:
     """Returns the address of a GPU's current stream; 0 for other devices.
 
-    Cached data is valid for one stream only, since work on another stream may run before the data
-    has arrived.
+    Data that is cached on the device is valid for one stream only, since work on another stream may
+    run before the data has arrived.
     """
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

@@ -54,7 +54,7 @@ def n_units(weight: Tensor) -> int:
 
 
 def has_rows(weight: Tensor) -> bool:
-    """Whether the units of a weight follow one another in memory, as in a dense copy of it."""
+    """Whether the units of a weight are consecutive in memory, as in a dense copy."""
     if weight.is_contiguous() or weight.dim() < 2 or len(weight) < 2:
         return True
     inner = zip(weight.stride()[1:], weight.shape[1:], strict=True)
@@ -129,15 +129,15 @@ def refuse_shards(weights: Sequence[Tensor], names: Sequence[str] | None) -> Non
     """Raises an error for DTensors, and for tensors that FSDP1 or DeepSpeed has split or flattened.
 
     Raises:
-        TypeError: There is such a tensor; the message names it.
+        TypeError: One of the tensors is of this kind; the message names it.
     """
     refuse_dtensors(weights, names)
     engine = engine_of(weights)
     if engine is not None:
         i = next(i for i, w in enumerate(weights) if is_managed(w))
         raise TypeError(
-            f"{name_of(i, names)} is a part of a flat tensor of {engine}, in which units cannot be "
-            f"told apart; {_REMEDY}"
+            f"{name_of(i, names)} is a part of a flat tensor of {engine}, in which units cannot "
+            f"be distinguished; {_REMEDY}"
         )
 
 
@@ -154,6 +154,6 @@ def refuse_dtensors(weights: Sequence[Tensor], names: Sequence[str] | None) -> N
 
 
 _REMEDY = (
-    "adaptive gradient clipping does not support it, so use another limit, such as max_norm=1.0, "
-    "or leave this parameter out"
+    "adaptive gradient clipping does not support such parameters; use another limit, such as "
+    "max_norm=1.0, or exclude this parameter"
 )

@@ -1,10 +1,10 @@
 """Tensors as vectors, in memory order, of lengths that suit a CPU.
 
 A call of torch takes as long as reading 10 kB. torch splits an operation on 32,768 or more elements
-among its threads; MKL does so for a dot product of any length. If the cores are idle, this halves
-the time. If other processes, such as data workers, keep them busy, the operation waits until the
-scheduler gives each thread a core: 10 to 50 ms for an operation that takes 20 µs [2 cores, 2 busy
-processes]. Therefore
+among its threads; MKL splits a dot product of any length. If the cores are idle, two threads take
+half the time. If other processes, such as data workers, keep them busy, the operation waits until
+the scheduler gives each thread a core: 10 to 50 ms for an operation that takes 20 µs [2 cores, 2
+busy processes]. Therefore
 
 * small tensors, however many, are concatenated into vectors that one thread reads, just as torch
   reads a single small tensor on one thread (`gathered`);
@@ -23,12 +23,12 @@ from torch import Tensor
 
 from fastguard.gradients.tensor_kinds import lasting
 
-Tensors = list[Tensor] | tuple[Tensor, ...]  # accepted by torch's foreach functions
+Tensors = list[Tensor] | tuple[Tensor, ...]  # the types that torch's foreach functions accept
 
 DOT = 2**13  # elements per dot product; OpenBLAS uses one thread for up to 10,000
-GRAIN = 2**15 - 16  # elements per piece: whole cache lines, and below torch's limit of 32,768
-FEW = 2**20  # with fewer elements, a second thread saves less than 0.2 ms
-ALIGN = 16  # elements: a float32 vector starts at a cache line
+GRAIN = 2**15 - 16  # elements per piece; whole cache lines, below torch's limit of 32,768
+FEW = 2**20  # elements; with fewer, a second thread saves less than 0.2 ms
+ALIGN = 16  # elements; makes a float32 vector start at a cache line
 _local = threading.local()
 # Flattens and concatenates without a Python object per tensor.
 flattened = torch._C._nn.flatten_dense_tensors  # type: ignore[attr-defined]
@@ -58,7 +58,7 @@ def _by_stride(t: Tensor) -> Tensor:
 def few(sizes: Iterable[int]) -> bool:
     """Whether tensors of these sizes should be processed on one thread.
 
-    True if those larger than `GRAIN` have fewer than `FEW` elements in total.
+    True if the tensors larger than `GRAIN` have fewer than `FEW` elements in total.
     """
     return sum(n for n in sizes if n > GRAIN) < FEW
 
@@ -68,7 +68,7 @@ def in_pieces(tensors: Tensors, sizes: Sequence[int] | None = None) -> Tensors:
 
     Args:
         tensors: The tensors.
-        sizes: Number of elements of each, if known. Default: None.
+        sizes: Number of elements of each tensor, if known. Default: None.
 
     Returns:
         The views. The tensors themselves if all are small, if they are not `few`, or if they are
@@ -112,7 +112,7 @@ def gathered(
     """
     if sizes is None:
         sizes = list(map(Tensor.numel, tensors))
-    if max(sizes, default=0) > GRAIN:  # torch would concatenate it with several threads
+    if max(sizes, default=0) > GRAIN:  # torch would concatenate larger tensors with several threads
         joined = min(joined, GRAIN)
     joined = min(joined, limit)
     if 0 < sum(sizes) <= joined:
@@ -133,13 +133,15 @@ def gathered(
 
 
 def concatenated(tensors: Sequence[Tensor]) -> Tensor:
-    """Returns the elements of some tensors as a vector; of a single tensor, without a copy."""
+    """Returns the elements of some tensors as a vector; does not copy a single tensor."""
     if len(tensors) == 1:
         return flat(tensors[0])
-    if tensors[0].dim() == 1 == tensors[-1].dim():  # checking all would take half the time of cat
+    # checking all tensors would take half the time of `cat`
+    if tensors[0].dim() == 1 == tensors[-1].dim():
         try:
-            return torch.cat(list(tensors)).reshape(-1)  # 3x as fast for thousands of tensors
-        except RuntimeError:  # not all are vectors
+            # three times as fast for thousands of tensors
+            return torch.cat(list(tensors)).reshape(-1)
+        except RuntimeError:  # not all tensors are vectors
             pass
     return flattened(list(tensors))
 
@@ -150,12 +152,12 @@ def buffer(name: str, n: int, most: tuple[int, ...], dtype: torch.dtype) -> Tens
     Allocating new pages would cost more than reading the data. The buffer is a slice around the
     middle of the allocation, so that two threads that split it in half write to the same addresses
     in each call. Otherwise a thread would write to memory in the cache of the other core; without a
-    shared last-level cache, fetching it takes as long as everything else together.
+    shared last-level cache, fetching that memory takes as long as all other work.
 
     Args:
         name: Key of the buffer; a later call with the same name overwrites its contents.
         n: Size of the first dimension.
-        most: Its maximum shape; must always be the same for a name, as must `dtype`.
+        most: The maximum shape. Both `most` and `dtype` must always be the same for a name.
         dtype: The dtype of the elements.
 
     Returns:
@@ -163,7 +165,8 @@ def buffer(name: str, n: int, most: tuple[int, ...], dtype: torch.dtype) -> Tens
     """
     kept = getattr(_local, name, None)
     if kept is not None and kept[1].shape[0] == n:
-        return kept[1]  # same size as in the last step: a new slice costs 15 µs with cold caches
+        # the size is the same as in the last step; a new slice would cost 15 µs with cold caches
+        return kept[1]
     with lasting():
         whole = torch.empty(most, dtype=dtype, device="cpu") if kept is None else kept[0]
         first = (most[0] - n) // 2

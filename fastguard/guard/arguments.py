@@ -30,8 +30,9 @@ MODES = ("skip", "zero", "raise", "propagate")
 
 
 def keywords_only(construct: Callable[_P, None]) -> Callable[_P, None]:
-    """Decorates `__init__(self, optimizer, *, ...)`: the error for a positional or unknown argument
-    suggests a keyword, while Python's own errors suggest none.
+    """Decorates `__init__(self, optimizer, *, ...)` to suggest keywords for wrong arguments.
+
+    Python's own errors for a positional or unknown argument suggest none.
     """
     known = [*signature(construct).parameters][1:]
 
@@ -72,13 +73,15 @@ def check_optimizer(optimizer: object, group: Group) -> None:
         )
     if not isinstance(getattr(optimizer, "param_groups", None), list):
         raise TypeError(
-            f"{type(optimizer).__name__} has no param_groups, so it cannot be guarded; wrap the "
-            "optimizer inside it"
+            f"{type(optimizer).__name__} has no param_groups, so it cannot be guarded; pass the "
+            "optimizer that it contains"
         )
     check_sharded_optimizer(optimizer, group)
     parameters = [p for param_group in optimizer.param_groups for p in param_group["params"]]
     if not parameters and group is None:
-        raise ValueError("the optimizer has no parameters to guard; pass one with parameters")
+        raise ValueError(
+            "the optimizer has no parameters to guard; pass an optimizer with parameters"
+        )
     for param_group in optimizer.param_groups:
         check_settings(param_group, param_group["params"])
     if WholeStep.serves(optimizer):
@@ -90,8 +93,9 @@ def check_whole_step(optimizer: Optimizer, group: Group) -> None:
     kinds = {type(p) for param_group in optimizer.param_groups for p in param_group["params"]}
     if group is not None or dtensor_types(kinds):
         raise ValueError(
-            f"{type(optimizer).__name__} evaluates the model as often as the loss of this rank "
-            "requires, so ranks would diverge; guard it in a single process, without group"
+            f"{type(optimizer).__name__} evaluates its closure as often as the loss of this rank "
+            "requires, so the ranks would diverge; guard this optimizer in a single process, "
+            "without group"
         )
 
 
@@ -125,7 +129,7 @@ def named_parameters_of(param_group: dict[str, Any]) -> list[tuple[str | None, T
     An iterator in the group is replaced by a list, since it can be read only once.
 
     Raises:
-        TypeError: It is not a dict, or holds something other than tensors.
+        TypeError: The group is not a dict, or holds something other than tensors.
     """
     if not isinstance(param_group, dict) or "params" not in param_group:
         raise TypeError(
@@ -150,7 +154,7 @@ def named_parameters_of(param_group: dict[str, Any]) -> list[tuple[str | None, T
 def names_by_tensor(
     named: Iterable[tuple[str, Tensor]] | None, groups: Iterable[Mapping[str, Any]]
 ) -> dict[Tensor, str]:
-    """Returns the names by parameter; for a shared parameter, the first one.
+    """Returns the name of each parameter; for a shared parameter, its first name.
 
     Args:
         named: `(name, parameter)` pairs; None: no names.
@@ -176,10 +180,14 @@ def names_by_tensor(
         names.setdefault(item[1], item[0])
     parameters = [p for group in groups for p in group["params"]]
     if parameters and not any(p in names for p in parameters):
-        what = "they belong to another model" if names else "it is empty (an exhausted generator?)"
+        what = (
+            "the names belong to another model"
+            if names
+            else "named_parameters is empty (an exhausted generator?)"
+        )
         raise ValueError(
-            f"named_parameters names none of the optimizer's {len(parameters)} parameters: {what}; "
-            "pass named_parameters() of the model that the optimizer updates"
+            f"named_parameters contains none of the optimizer's {len(parameters)} parameters: "
+            f"{what}; pass named_parameters() of the model that the optimizer updates"
         )
     return names
 

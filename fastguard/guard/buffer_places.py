@@ -24,17 +24,17 @@ class Place:
 
     Args:
         module: The module; None for tensors that are not buffers.
-        table: Its `_buffers`.
+        table: The `_buffers` of the module.
         name: The key in `table`.
         path: The name in messages.
 
     Attributes:
-        buffer: The tensor at the last call of `look`; None: there was none.
+        buffer: The tensor at the last call of `look`; None: no tensor.
         had_values: Whether the tensor had values at that call; a lazy buffer gets them in the first
             forward pass.
-        plain: The same memory as a plain tensor with its own version counter, since restoring must
-            not invalidate a graph whose backward pass is still to come. None: the buffer cannot be
-            viewed as a plain tensor.
+        plain: A plain tensor that shares the buffer's memory but has its own version counter, so
+            that restoring values does not invalidate a graph whose backward pass has not run yet.
+            None: the buffer cannot be viewed as a plain tensor.
     """
 
     def __init__(self, module: nn.Module | None, table: dict[str, Any], name: str, path: str):
@@ -52,7 +52,7 @@ class Place:
         self._memory = None if self.plain is None else (self.plain.data_ptr(), self.plain.numel())
 
     def is_as_before(self) -> bool:
-        """Whether it is still the same tensor, with the same memory."""
+        """Whether the current tensor is the one of the last `look`, with the same memory."""
         now, part = self._table.get(self._name), self._part
         if now is not self.buffer or type(now) is not self._kind:  # lazy buffers change type
             return False
@@ -60,11 +60,11 @@ class Place:
 
     @property
     def can_change(self) -> bool:
-        """Whether a module can write into it: it has values, and its elements do not overlap."""
+        """Whether a module can write into the buffer, whose elements must not overlap."""
         return self.had_values and not _overlaps(self.buffer)
 
     def mend(self, kept: Tensor, *, whole: bool) -> None:
-        """Writes saved values into the current tensor.
+        """Copies saved values into the current tensor.
 
         Args:
             kept: The saved buffer.
@@ -93,7 +93,7 @@ class Place:
         part.data.copy_(kept if whole else torch.where(is_bad(part), kept, part))
 
     def reset(self) -> bool:
-        """Resets a buffer without saved values as its module does; False if it cannot."""
+        """Resets a buffer with its module's own method; False if there is no such method."""
         reset = getattr(self._module, "reset_running_stats", None)
         if reset is not None:
             reset()
@@ -142,14 +142,14 @@ class Batch:
         return dict(zip(self._places, self._kept_views, strict=True))
 
     def settle(self, undo: bool | Tensor) -> bool:
-        """Restores all values or non-finite elements after a step, and saves the others.
+        """Restores all values, or only non-finite elements, and saves the other values.
 
         Args:
             undo: Whether to restore all values; on a GPU a tensor `()`, which is not read.
 
         Returns:
-            Whether non-finite elements were found after an applied step; False if this is known
-            only on a GPU.
+            Whether non-finite elements were found after an applied step. False if only the GPU
+            knows the result.
         """
         if undo is True:
             self.put_back()
@@ -190,7 +190,7 @@ def _has_values(buffer: Any) -> bool:
 
 
 def _part(buffer: Any) -> Tensor | None:
-    """Returns a buffer, or this rank's part of it, if it is a plain tensor; else None."""
+    """Returns the local part of a buffer as a plain tensor; None if there is no such tensor."""
     if not _has_values(buffer):
         return None
     (part,) = local_parts([buffer])

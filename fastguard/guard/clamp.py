@@ -16,9 +16,9 @@ class Clamped:
     """Gradients that were clamped.
 
     Args:
-        before: In raise mode, the gradients with copies of their previous values. Checking for
-            errors before clamping would need a collective, which ranks without a `clip_value`
-            would not join.
+        before: In raise mode, the gradients with copies of their previous values. The copies are
+            needed because errors are only known after clamping: an earlier check would need a
+            collective, and ranks without a `clip_value` would not join the collective.
     """
 
     def __init__(self, before: Sequence[tuple[Tensor, Tensor]] = ()) -> None:

@@ -1,4 +1,4 @@
-"""Prepares optimizer state for a compiled update: it must exist, in tensors on the device."""
+"""Prepares optimizer state for a compiled update, which needs all of it in device tensors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STATE_FROM_LR = (torch.optim.ASGD, torch.optim.Rprop)
 def check_compiled_optimizer(optimizer: Optimizer, flat_parameters: bool) -> None:
     """Raises a TypeError or ValueError for an optimizer that `compile_step=True` does not support.
 
-    Finds what the class and the parameters reveal; other obstacles are found when tracing.
+    The check uses the class and the parameters. Other obstacles are found when tracing.
     """
     name = type(optimizer).__name__
     if flat_parameters:
@@ -35,26 +35,26 @@ def check_compiled_optimizer(optimizer: Optimizer, flat_parameters: bool) -> Non
         )
     if WholeStep.serves(optimizer):
         raise TypeError(
-            f"compile_step=True does not support {name}, which evaluates its closure itself; guard "
-            "it without compile_step"
+            f"compile_step=True does not support {name}, which evaluates its closure itself; "
+            "remove compile_step"
         )
     if isinstance(optimizer, FusedOptimizer):
         raise TypeError(
             f"compile_step=True is not needed for fastguard.optim.{name}, which skips in its own "
-            "update; guard it without compile_step"
+            "update; remove compile_step"
         )
     kind = type(optimizer)
     forwards = [isinstance(getattr(kind, key, None), property) for key in ("param_groups", "state")]
     if any(forwards) or len(list(with_inner(optimizer))) > 1:
         raise TypeError(
             f"compile_step=True does not support {name}, whose param_groups belong to other "
-            "optimizers; guard it without compile_step, or guard each of them"
+            "optimizers; remove compile_step, or guard each of the other optimizers"
         )
     step = vars(optimizer).get("step")
     if step is not None and not hasattr(step, "_wrapped_by_lr_sched"):
         raise TypeError(
             f"the step of this {name} was replaced on the instance, but compile_step=True compiles "
-            "the step of the class; guard it without compile_step"
+            "the step of the class; remove compile_step"
         )
     check_compiled_parameters([p for group in optimizer.param_groups for p in group["params"]])
 
@@ -65,23 +65,23 @@ def check_compiled_parameters(parameters: Sequence[Tensor]) -> None:
     if len(devices) > 1 or not {d.type for d in devices} <= set(DEVICES):
         raise ValueError(
             f"the parameters are on {', '.join(sorted(map(str, devices)))}, but compile_step=True "
-            "needs all of them on one CPU or CUDA device; guard it without compile_step"
+            "needs all parameters on one CPU or CUDA device; remove compile_step"
         )
     for p in parameters:
         if is_dtensor(p) or is_managed(p):
             raise TypeError(
                 "a parameter is a shard of FSDP or DeepSpeed, which compile_step=True does not "
-                "support; guard it without compile_step"
+                "support; remove compile_step"
             )
         if p.is_complex():
             raise TypeError(
                 f"a parameter of shape {tuple(p.shape)} is complex, which compile_step=True does "
-                "not support; guard it without compile_step"
+                "not support; remove compile_step"
             )
 
 
 def dtype_of_numbers(parameters: Iterable[Tensor]) -> torch.dtype:
-    """Returns the dtype for settings and counters: float64 if any parameter is, else float32."""
+    """Returns the dtype for settings: float64 if any parameter is float64, else float32."""
     wide = any(p.dtype is torch.float64 for p in parameters)
     return torch.float64 if wide else torch.float32
 
@@ -99,7 +99,7 @@ class StateForUpdate:
     def copy(self, params: Sequence[Tensor]) -> Callable[[], None]:
         """Returns a function that undoes `prepare` and `count_in_tensors` for these parameters.
 
-        No tensor is copied, since neither of them writes into one.
+        No tensor is copied, since neither method writes into a tensor.
         """
         state, groups = self.optimizer.state, self.optimizer.param_groups
         before = {p: dict(state[p]) for p in params if p in state}

@@ -75,7 +75,7 @@ class _Compiled:
 class CompiledStep(ReadFirst):
     """Runs the update of an optimizer as one compiled graph that applies the verdict itself.
 
-    In three cases, the verdict is read first and the optimizer is called without compilation:
+    In three cases, the step reads the verdict first and calls the optimizer without compilation:
 
     - The step creates state without a known initial value. This is the case for optimizers from
       outside torch; for SGD with momentum and dampening, whose first step uses another formula; and
@@ -85,7 +85,7 @@ class CompiledStep(ReadFirst):
 
     Args:
         optimizer: The wrapped optimizer.
-        gradients: Its gradients.
+        gradients: The gradients of the optimizer.
     """
 
     skips = "through found_inf in a compiled update"
@@ -109,7 +109,7 @@ class CompiledStep(ReadFirst):
 
     @property
     def reads_first(self) -> bool:
-        """Whether steps may read the verdict first, in the last two cases of the class."""
+        """Whether steps may read the verdict first, because of hooks or `MAX_GRAPHS`."""
         return self._n_compiled >= MAX_GRAPHS or has_step_hooks(self.optimizer)
 
     def fits(self) -> bool:
@@ -117,7 +117,7 @@ class CompiledStep(ReadFirst):
         return True
 
     def reset(self) -> None:
-        """Drops the graphs of other parameters, and those that hold constants of the state."""
+        """Drops graphs of other parameters, and graphs that contain constants of the state."""
         layout = self._gradients.layout
         self._graphs = [
             g for g in self._graphs if g.layout is layout and not g.members.has_constants
@@ -152,7 +152,8 @@ class CompiledStep(ReadFirst):
         # On a CPU, found_inf and clean may be the same tensor, and dynamo would recompile for a
         # step in which they are not. The view makes them two tensors in every step.
         args = verdict.found_inf, multiplier, verdict.clean.view(()), *inputs
-        call.returned.append(graph.run(*args) or None)  # one line: no interrupt in between
+        # a single line, so that no interrupt can separate the two calls
+        call.returned.append(graph.run(*args) or None)
         graph.has_run = True
         if start is not None:
             log.info(
@@ -168,7 +169,7 @@ class CompiledStep(ReadFirst):
         if taken and hasattr(self.optimizer.step, "_wrapped_by_lr_sched"):
             self.optimizer._opt_called = True  # type: ignore[attr-defined]
 
-    # Finding the graph.
+    # Finds the graph.
 
     def _graph_for(self, live: tuple[int, ...]) -> tuple[_Compiled | None, list[Tensor] | None]:
         """Returns the graph for these parameters and the current settings, and its inputs.
@@ -265,7 +266,7 @@ class CompiledStep(ReadFirst):
                 movable = self._moving - self._fixed
                 if not movable:
                     raise
-                self._fixed |= movable  # try again with these as constants
+                self._fixed |= movable  # trace again with these numbers as constants
         static = self._constants(traced, places)
         run = torch.compile(traced.graph, backend=BACKEND, fullgraph=True, dynamic=False)
         return _Compiled(layout, live, members, places, static, traced, run)
@@ -273,16 +274,16 @@ class CompiledStep(ReadFirst):
     def _refusal(self, reason: str) -> str:
         return (
             f"compile_step=True does not support {type(self.optimizer).__name__}: {reason}; "
-            "nothing was changed; guard it without compile_step"
+            "nothing was changed; remove compile_step"
         )
 
     def _warn_of_limit(self) -> None:
         if not self._warned:
             self._warned = True
             log.warning(
-                "%d updates of %s have been compiled, because settings or the parameters with a "
-                "gradient keep changing; steps that would need another one run uncompiled, after "
-                "reading the verdict",
+                "%d updates of %s have been compiled, because settings or the set of parameters "
+                "with a gradient keep changing; steps that need another compiled update run "
+                "uncompiled, after reading the verdict",
                 MAX_GRAPHS,
                 type(self.optimizer).__name__,
             )
@@ -290,8 +291,9 @@ class CompiledStep(ReadFirst):
     def _constants(self, traced: Traced, places: tuple[Place, ...]) -> dict[Place, Any]:
         """Returns the values that a graph depends on as constants.
 
-        These are the attributes of the optimizer and the settings that the step reads. A setting
-        that is an input of the graph only counts as tensor or number, not by value.
+        These are the attributes of the optimizer and the settings that the step reads. For a
+        setting that is an input of the graph, only its kind (tensor or number) matters, not its
+        value.
         """
         inputs = set(places)
         constants: dict[Place, Any] = {
@@ -310,7 +312,7 @@ class CompiledStep(ReadFirst):
                     constants[place] = is_tensor if is_tensor or place in inputs else single
         return constants
 
-    # The inputs.
+    # Collects the inputs.
 
     def _inputs(self, graph: _Compiled) -> list[Tensor] | None:
         try:
@@ -358,5 +360,5 @@ def _refuse_arguments(optimizer: Optimizer, call: StepCall) -> None:
     if given:
         raise TypeError(
             f"step got {len(given)} arguments for {type(optimizer).__name__}.step, which a "
-            "compiled update does not support; guard it without compile_step"
+            "compiled update does not support; remove compile_step"
         )

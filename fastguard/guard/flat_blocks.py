@@ -65,7 +65,7 @@ class Run:
     others: Tensor | None = None
 
     def piece(self, of_block: Tensor) -> Tensor:
-        """Returns the part of this run in a tensor of its block."""
+        """Returns the slice of a block's tensor that belongs to this run."""
         start = self.block.bounds[self.first]
         return of_block.narrow(0, start, self.block.bounds[self.last] - start)
 
@@ -74,7 +74,8 @@ class Run:
         block = self.block
         if self.entries is None:
             self.others = block.steps[self.first + 1 : self.last]
-            self.entries = {  # set last: after an interrupt in between, the next call sets both
+            # set after `others`, so that after an interrupt the next call sets both attributes
+            self.entries = {
                 key: block.steps[self.first] if key == STEP else self.piece(block.states[key])
                 for key in self.keys
             }

@@ -16,10 +16,10 @@ from fastguard.gradients.tensor_kinds import PLAIN_TYPES
 from fastguard.ranks.dtensors import is_dtensor
 from fastguard.ranks.plain_shards import is_managed
 
-# They update element by element, and their state consists of a step count and tensors with the
-# shape of the parameter, so one long tensor gives the same result as many short ones.
+# These optimizers update element by element, and their state consists of a step count and tensors
+# with the shape of the parameter. So one long tensor gives the same result as many short ones.
 SERVED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad)
-DEVICES = ("cpu", "cuda")  # devices with fused kernels of torch on which this is tested
+DEVICES = ("cpu", "cuda")  # devices on which torch has fused kernels and flat parameters are tested
 
 
 def check_flat_optimizer(optimizer: Optimizer) -> None:
@@ -58,13 +58,13 @@ def check_flat_parameters(parameters: Sequence[Tensor], names: Sequence[str] | N
         name = name_of(i, names)
         if is_dtensor(p) or is_managed(p):
             raise TypeError(
-                f"{name} is a shard of FSDP or DeepSpeed, which is already flat; guard it without "
+                f"{name} is a shard of FSDP or DeepSpeed, which is already flat; remove "
                 "flat_parameters"
             )
         if not is_lazy(p) and type(p) not in PLAIN_TYPES:
             raise TypeError(
                 f"{name} is a {type(p).__name__}, but flat_parameters=True supports only plain "
-                "tensors; guard it without flat_parameters"
+                "tensors; remove flat_parameters"
             )
     check_flat(parameters, names)
     for i, p in enumerate(parameters):
@@ -73,7 +73,7 @@ def check_flat_parameters(parameters: Sequence[Tensor], names: Sequence[str] | N
         name = name_of(i, names)
         if p.device.type not in DEVICES:
             raise ValueError(
-                f"{name} is on device {p.device}, but flat_parameters=True needs one of "
+                f"{name} is on device {p.device}, but flat_parameters=True requires one of "
                 f"{', '.join(DEVICES)}; move the model before creating the guard"
             )
         if dtype_of_grad(p) != p.dtype:
@@ -84,12 +84,12 @@ def check_flat_parameters(parameters: Sequence[Tensor], names: Sequence[str] | N
         if p.device.type == "cpu" and p.is_shared():
             raise ValueError(
                 f"{name} is in memory shared between processes, but flat_parameters=True would "
-                "move it to other memory; guard it without flat_parameters"
+                "move it to other memory; remove flat_parameters"
             )
 
 
 def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
-    """Raises a ValueError if two tensors share memory, which moving them would separate."""
+    """Raises a ValueError if two tensors share memory, since moving would separate them."""
     spans = sorted(
         (str(t.device), t.data_ptr(), t.data_ptr() + _extent(t), name)
         for name, t in named
@@ -98,8 +98,9 @@ def check_apart(named: Iterable[tuple[str, Tensor]]) -> None:
     for (device, _, stop, name), (next_device, start, _, other) in pairwise(spans):
         if device == next_device and start < stop:
             raise ValueError(
-                f"{name} and {other} are two parameters that share memory, which moving them would "
-                "separate; assign the same Parameter object to both modules to tie them"
+                f"{name} and {other} are two parameters that share memory, and "
+                "flat_parameters=True would separate them; assign the same Parameter object to "
+                "both modules to tie them"
             )
 
 

@@ -35,7 +35,8 @@ from fastguard.guard.param_gradients import Gradients
 from fastguard.guard.step_hooks import is_hooked, without_grad
 
 DuringStep = tuple[list[Run], Any, Any, Any]
-"""Runs and their state; the param groups and the state of the optimizer outside of its step."""
+"""Saved during a step: the runs with their state, and the optimizer's param groups with theirs.
+"""
 
 
 class FlatParameters:
@@ -43,7 +44,7 @@ class FlatParameters:
 
     Args:
         optimizer: An optimizer of a class in `flat_checks.SERVED`.
-        gradients: Its gradients, in flat buckets.
+        gradients: The gradients of the optimizer, in flat buckets.
 
     Raises:
         TypeError, ValueError: A parameter cannot move into a block.
@@ -87,7 +88,7 @@ class FlatParameters:
         optimizer, handles = self.optimizer, []
         self._hooked = is_hooked(optimizer)
         try:
-            if self._hooked:  # show runs after the last pre-hook
+            if self._hooked:  # the runs are shown after the last pre-hook
                 handles.append(optimizer.register_step_pre_hook(lambda *_: self._show_runs()))
                 last = optimizer.register_step_post_hook(lambda *_: self.show_parameters())
                 handles.append(last)
@@ -144,7 +145,7 @@ class FlatParameters:
         self._mark_state()
         self._during_step = None
 
-    # The blocks.
+    # Builds the blocks.
 
     def _start(self) -> None:
         self._buffers: list[FlatBuffer] | None = None  # gradient buffers with the same layout
@@ -170,10 +171,10 @@ class FlatParameters:
         self._mark: tuple[int, dict[str, Any]] = (0, {})
 
     def _move_into_blocks(self) -> None:
-        """Moves parameters and state into blocks if they are not there.
+        """Moves parameters and state into blocks if they are elsewhere.
 
-        This happens after the memory of a parameter was replaced, after gradients were laid out
-        again, and after a state was loaded.
+        They are elsewhere after the memory of a parameter was replaced, after gradients were laid
+        out again, and after a state was loaded.
         """
         flat = self._flat
         if self._gradients.trusted and self._buffers is flat.buffers:
@@ -184,7 +185,7 @@ class FlatParameters:
             self._adopt_state(flat.parameters)
 
     def _check_share(self, flat: FlatGradBuckets) -> None:
-        """Raises a RuntimeError if the memory of one of the parameters checked now was replaced."""
+        """Raises a RuntimeError if the memory of a parameter in the current share was replaced."""
         some = share_of(len(flat.parameters), self._gradients.turn)
         parameters, known = flat.parameters[some], self._addresses[some]
         now = list(map(Tensor.data_ptr, parameters))
@@ -198,7 +199,7 @@ class FlatParameters:
     def _lay_out(self, flat: FlatGradBuckets) -> None:
         """Moves all parameters into new blocks.
 
-        The attributes are set last: after an interrupt, the next step starts this again.
+        The attributes are set last, so that after an interrupt the next step starts the move again.
         """
         self._gradients.check_movable()
         group_of = {
@@ -219,7 +220,7 @@ class FlatParameters:
         self._addresses = self._addresses_now()
         self._buffers = flat.buffers
 
-    # The state.
+    # Splits and tracks the state.
 
     def _has_other_state(self) -> bool:
         state, entries = self.optimizer.state, self._first_entries()
@@ -234,7 +235,8 @@ class FlatParameters:
     def _mark_state(self) -> None:
         """Remembers the current state, so that `_has_other_state` detects a replaced one.
 
-        Keeps the number of parameters with state, and the entries of the first of them.
+        Keeps the number of parameters with state, and the state entries of the first such
+        parameter.
         """
         self._state = self.optimizer.state
         self._mark = len(self.optimizer.state), dict(self._first_entries())
@@ -280,7 +282,7 @@ class FlatParameters:
                 state[p][key] = block.slot(key, j, p)
         self._runs = None
 
-    # Runs.
+    # Builds the runs.
 
     def _runs_now(self) -> list[Run]:
         """Returns the runs of this step.
@@ -334,7 +336,8 @@ class FlatParameters:
         self._runs = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # As for flat gradients, a copy creates its own blocks in its first step.
+        # A copy creates its own blocks in its first step, as `FlatGradBuckets` creates its own
+        # buffers.
         return {"optimizer": self.optimizer, "_gradients": self._gradients}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

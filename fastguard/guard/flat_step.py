@@ -23,7 +23,7 @@ class FlatStep(OnDevice):
 
     Args:
         optimizer: The wrapped optimizer.
-        gradients: Its gradients, in flat buckets.
+        gradients: The gradients of the optimizer, in flat buckets.
     """
 
     def __init__(self, optimizer: Optimizer, gradients: Gradients) -> None:

@@ -1,16 +1,16 @@
 """Reads what a `GradScaler` sets on the optimizer, and returns the `found_inf` of all ranks to it.
 
-`GradScaler.step` sets `found_inf` on the optimizer, and `grad_scale` unless the gradients have been
-unscaled before, but no reference to itself. The scaler is looked up in the frame that called
-`step`, for two reasons:
+`GradScaler.step` sets `found_inf` on the optimizer, and also `grad_scale` unless the gradients have
+been unscaled before. It sets no reference to the scaler. This module therefore looks up the scaler
+in the frame that called `step`, for two reasons:
 
-* The scale tells whether the scaler handles an overflow by itself: it lowers the scale after each
-  one, which suffices until the scale is at its minimum.
-* A scaler checks only the gradients of its own rank. If a single rank holds an Inf (a pipeline
-  stage), only that rank would lower its scale, and afterward the ranks would combine gradients
-  with different scales.
+* The scale tells whether the scaler handles an overflow by itself. The scaler lowers the scale
+  after each overflow, which suffices until the scale is at its minimum.
+* A scaler checks only the gradients of its own rank. If only one rank (a pipeline stage) has an
+  Inf, only that rank would lower its scale, and afterward the ranks would combine gradients with
+  different scales.
 
-The lookup takes a few microseconds, in steps taken by a scaler only.
+The lookup takes a few microseconds, and happens only in steps that a scaler takes.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def scaler_inputs(optimizer: Optimizer, device: torch.device) -> ScalerInputs:
     if grad_scale is not None:
         inv_scale = moved(grad_scale.double(), device).reshape(()).reciprocal()
     if found is not None:
-        if not isinstance(found, Tensor):  # the number 0 if this rank has no gradients
+        if not isinstance(found, Tensor):  # `found` is the number 0 if this rank has no gradients
             found = numbers_on((float(found),), device, torch.float32)
         found_inf = moved(found, device).reshape(())
         scaler = _stepping(optimizer)
@@ -87,7 +87,7 @@ def scaler_inputs(optimizer: Optimizer, device: torch.device) -> ScalerInputs:
 
 
 def longest_search(scaler: torch.amp.GradScaler) -> int:
-    """Returns in how many consecutive steps a scaler may lower its scale to find the right one."""
+    """Returns how many consecutive steps a scaler may need to lower its scale to a usable value."""
     factor = getattr(scaler, "_backoff_factor", 0.5)
     if not (isinstance(factor, float) and 0.5 < factor < 1.0):
         return LONGEST_SEARCH
@@ -95,7 +95,7 @@ def longest_search(scaler: torch.amp.GradScaler) -> int:
 
 
 def floor_of(scaler: object) -> float | Tensor:
-    """Returns the minimum scale of a scaler: its own number or tensor, or else 1."""
+    """Returns the minimum scale of a scaler, a number or a tensor; 1 if the scaler defines none."""
     for name in _FLOORS:
         setting = getattr(scaler, name, None)
         if isinstance(setting, Real) and not isinstance(setting, bool):
@@ -113,7 +113,7 @@ def _is_above(scale: Tensor, floor: float | Tensor) -> Tensor:
 
 
 def tell_scaler(scaler: GradScaler | None, optimizer: Optimizer, found_inf: Tensor | None) -> None:
-    """Replaces the `found_inf` of a scaler by the result of all ranks.
+    """Replaces the `found_inf` of a scaler with the result of all ranks.
 
     Args:
         scaler: The scaler; None: do nothing.
@@ -122,7 +122,8 @@ def tell_scaler(scaler: GradScaler | None, optimizer: Optimizer, found_inf: Tens
     """
     if scaler is None or scaler._scale is None or found_inf is None:
         return
-    found = found_inf.to(scaler._scale.device, copy=True)  # the scaler adds to it
+    # a copy, because the scaler adds to this tensor
+    found = found_inf.to(scaler._scale.device, copy=True)
     scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {found.device: found}
 
 
@@ -139,7 +140,7 @@ def keep_lower_scales(objects: Iterable[Any]) -> Iterator[None]:
     ]
     yield
     for scaler, scale in before:
-        if scaler._scale is None:  # not used yet
+        if scaler._scale is None:  # a scaler that has not been used yet
             scaler._init_scale = min(scaler._init_scale, float(scale))
             continue
         now = scaler._scale

@@ -96,8 +96,8 @@ class GuardedOptimizer(SavableOptimizer):
         named_parameters: `model.named_parameters()`, to name parameters in records.
         flat_buckets: Whether to keep the gradients in one buffer per (device, dtype), see
             `FlatGradBuckets`. `"trusted"`: each step checks only a few parameters, in turn. This
-            requires that `.grad` is replaced or removed by nothing but the guard's `zero_grad`, and
-            that no parameter is frozen or unfrozen. Default: False.
+            requires that only the guard's `zero_grad` replaces or removes `.grad`, and that no
+            parameter is frozen or unfrozen. Default: False.
         flat_parameters: Whether to keep parameters and optimizer state in such buffers too; a step
             over thousands of tensors is then as fast as over a single one. For `AdamW`, `Adam`,
             `SGD` and `Adagrad` of `torch.optim`, with torch's fused kernels; implies
@@ -116,7 +116,7 @@ class GuardedOptimizer(SavableOptimizer):
             `"noise_scale"`, `"replica_drift"`, `"underflow"`. See docs/watch.md for their cost.
             Default: none.
         watch_every: Interval in steps at which they are read, >= 1; the first step is included.
-            Default: None: replica drift in every step, the others every 100 steps.
+            Default: None: replica drift in every step, all other quantities every 100 steps.
 
     Attributes:
         max_norm, nonfinite: The arguments; values assigned later apply from the next step on.
@@ -144,7 +144,8 @@ class GuardedOptimizer(SavableOptimizer):
 
     _step_supports_amp_scaling = True  # GradScaler.step then calls step even after an overflow
     rank_watch: RankWatch | None = None
-    _n_agreed = 0  # number of segments when the arguments of all ranks were compared; 0: not yet
+    # number of segments when the arguments of all ranks were last compared; 0: never compared
+    _n_agreed = 0
     _may_have_losses = False  # whether losses are known to be allowed without a `group`
 
     @keywords_only
@@ -201,7 +202,8 @@ class GuardedOptimizer(SavableOptimizer):
         self._limits: tuple[Limit, ...] = ()
         self._policy = self._current_policy()
         self._state = GuardState.fresh(self._policy, self._device)
-        if self._gradients.team is not None:  # positions for losses that this rank may never see
+        # other ranks may pass losses that this rank never gets; they need positions too
+        if self._gradients.team is not None:
             self._gradients.team.loss_names.reserve([s for s in rules if s != GRAD_NORM])
         self._missing_losses = None if self._gradients.team else MissingLosses.of(rules)
         self._observed = ObservedLosses()
@@ -258,7 +260,8 @@ class GuardedOptimizer(SavableOptimizer):
             self._observed.keep()
             self._stepper, self._limits = WholeStep(self.optimizer, needed.taken), ()
             log.info("%s", self.describe())
-            with without_global_pre_hooks(self.optimizer):  # they ran in the first attempt
+            # the global pre-hooks ran in the first attempt
+            with without_global_pre_hooks(self.optimizer):
                 return self._take(call, loss, tag)
 
     def _take(self, call: StepCall, loss: Loss | None, tag: Any) -> Any:
@@ -353,7 +356,7 @@ class GuardedOptimizer(SavableOptimizer):
         self._observed.observe(losses)
 
     def _follow_parameters(self) -> None:
-        """Adapts to changed parameters, settings or devices since the last step."""
+        """Adapts to parameters, settings or devices that changed since the last step."""
         if self._gradients.refresh():
             self._stepper.reset()
             self._limits = ()  # recreates the policy, since the number of segments may differ
@@ -394,7 +397,7 @@ class GuardedOptimizer(SavableOptimizer):
             )
             can_clip = not isinstance(self._stepper, WholeStep)
             self._recorder.limit_is_given = policy.adaptive is None if can_clip else None
-            if "_policy" in self.__dict__:  # False in the constructor
+            if "_policy" in self.__dict__:  # the attribute is missing while the constructor runs
                 guard_state.fit(self._state, self._policy, policy, self._device)
             layout = self._gradients.layout
             agc = policy.agc

@@ -1,8 +1,8 @@
 """Copies and compares what an optimizer holds in Python: containers and small objects.
 
 A trace runs the step on a copy. Containers and objects are copied down to their values, so that
-the step can write placeholders into them without changing the original. Comparing the copy with
-its earlier contents then shows whether the step has written into it.
+the step can write placeholders into them without changing the original. A comparison of the copy
+with its earlier contents then shows whether the step has written into the copy.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def copied(value: Any, objects: bool = True, known: dict[int, Any] | None = None
         return known[id(value)]
     if isinstance(value, tuple):
         items = [copied(item, objects, known) for item in value]
-        if all(map(operator.is_, items, value)):  # so that a torch.Size remains one
+        if all(map(operator.is_, items, value)):  # keeps the type of a torch.Size
             return value
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if not is_container(value) and not (objects and is_object(value)):
         return value
     new = known[id(value)] = copy.copy(value)
-    if new is value:  # such as a logger, of which there is one per name
+    if new is value:  # objects that copy as themselves, such as loggers
         return value
     if isinstance(value, dict):
         for key, item in value.items():
@@ -65,8 +65,8 @@ def copied(value: Any, objects: bool = True, known: dict[int, Any] | None = None
 def same(a: Any, b: Any, depth: int = 0) -> bool:
     """Whether a value equals a copy made by `copied`.
 
-    Tensors and other shared values must be identical; numbers and texts must be equal, where NaN
-    equals no number. Values nested more than 20 deep count as different.
+    Tensors and other shared values must be the same object. Numbers and strings must be equal, and
+    NaN equals nothing. Values nested more than 20 levels deep count as different.
     """
     if a is b:
         return True

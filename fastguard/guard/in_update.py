@@ -1,8 +1,8 @@
 """`InUpdate`: the optimizers of `fastguard.optim` apply the verdict within their update.
 
-The update clips, unscales and cleans the gradients as it reads them; `.grad` is not changed. This
-includes the limits of units, see `unit_clipping`. On a CPU the verdict is read first, which costs
-nothing; elsewhere the update itself skips.
+The update clips, unscales and cleans the gradients as it reads them; `.grad` is not changed. The
+update also applies the limits of units, see `unit_clipping`. On a CPU the step reads the verdict
+first, which costs nothing; on other devices the update itself skips.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class InUpdate(ReadFirst):
 
     Args:
         optimizer: The wrapped optimizer.
-        gradients: Its gradients.
+        gradients: The gradients of the optimizer.
     """
 
     optimizer: FusedOptimizer
@@ -40,7 +40,7 @@ class InUpdate(ReadFirst):
         return has_step_hooks(self.optimizer) or self._on_host()
 
     def fits(self) -> bool:
-        """Returns True: the class of the optimizer does not change."""
+        """Returns True, since the class of the optimizer does not change."""
         return True
 
     def step(self, buckets: GradBuckets, verdict: Verdict, call: StepCall, changes: bool) -> None:
@@ -52,7 +52,7 @@ class InUpdate(ReadFirst):
             self._inner(call)
 
     def _orders(self, verdict: Verdict) -> Orders:
-        # The segments of flat buckets would leave out parameters without a slot.
+        # Takes the segments from the layout, because flat buckets omit parameters without a slot.
         segments = self._gradients.layout.segments if verdict.multiplier.numel() > 1 else None
         return Orders(verdict.multiplier, verdict.found_inf, verdict.clean, segments, verdict.units)
 

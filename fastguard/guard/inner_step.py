@@ -62,12 +62,12 @@ class StepSignature(NamedTuple):
     """The parameters of an optimizer's `step`.
 
     Attributes:
-        closure: The name of the closure parameter; None: it cannot be told from the names.
+        closure: The name of the closure parameter; None: the names do not tell.
         place: The position of the closure parameter; None: keyword only.
         takes_any: Whether it has only `*args` as positional parameters; then the first argument is
             the closure if it is callable.
         n_other: Number of other positional parameters.
-        shared: Keyword arguments of the guard that it also takes.
+        shared: Keyword arguments of the guard that the wrapped `step` also takes.
     """
 
     closure: str | None = "closure"
@@ -160,8 +160,8 @@ class StepSignature(NamedTuple):
 def _call_with_found_closure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepCall | None:
     """Returns the call with the first argument that is a function without parameters as closure.
 
-    For a `step` whose parameter names do not show which one is the closure. None: no argument is
-    such a function.
+    For a `step` whose parameter names do not show which one is the closure. Returns None if no
+    argument is such a function.
     """
     for place, value in [*enumerate(args), *kwargs.items()]:
         if _can_be_closure(value):
@@ -176,7 +176,7 @@ def _can_be_closure(value: Any) -> bool:
         return False
     try:
         inspect.signature(value).bind()
-    except (TypeError, ValueError):  # it needs arguments, or has no signature
+    except (TypeError, ValueError):  # the function needs arguments, or has no signature
         return False
     return True
 
@@ -199,7 +199,7 @@ class ClosureNeeded(Exception):
 
 
 class _EvaluatedElsewhere(Exception):
-    """Raised from the closure if it is called again, with arguments, or with changed weights."""
+    """Raised from a closure that is called again, with arguments, or with changed weights."""
 
 
 class InnerStep:
@@ -228,7 +228,7 @@ class InnerStep:
         if call.closure is None:
             return None
         if call.place is not None and self._n_unproven:
-            with suppress(Exception):  # the state may hold objects that cannot be copied
+            with suppress(Exception):  # copying fails for some objects in the state
                 self._before = OptimizerCopy.of(self.optimizer, gradients=True)
         with torch.enable_grad():
             call.result = call.closure()
@@ -240,8 +240,9 @@ class InnerStep:
         Raises:
             ClosureNeeded: The optimizer evaluates its closure again, with arguments, or with other
                 weights; or it computes gradients without a closure.
-            TypeError: It does so only after a step in which it did not, or its state cannot be
-                copied, so the step cannot be undone.
+            TypeError: The optimizer evaluates its closure again, but the step cannot be undone,
+                because no copy was made: an earlier step did not need one, or the state cannot be
+                copied.
         """
         if call.closure is None or call.place is None:
             if self._may_call_backward:
@@ -284,13 +285,14 @@ class InnerStep:
 
     def _refusal(self, what: str) -> TypeError:
         return TypeError(
-            f"{type(self.optimizer).__name__}.step {what} after changing the weights, which cannot "
-            "be undone without a copy; fastguard cannot guard it"
+            f"{type(self.optimizer).__name__}.step {what} after changing the weights, which "
+            "cannot be undone without a copy; use this optimizer without a guard"
         )
 
     def _step(self, call: StepCall, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         optimizer = self.optimizer
-        if self._is_torchs and not is_hooked(optimizer):  # its step sets the grad mode itself
+        # the optimizer's step sets the grad mode itself
+        if self._is_torchs and not is_hooked(optimizer):
             call.returned.append(_unprofiled_step(optimizer)(*args, **kwargs))
             return
         with torch.set_grad_enabled(self._with_grad):
@@ -303,15 +305,15 @@ class InnerStep:
     def _known(self, loss: Any) -> Callable[[], Any]:
         """Returns a closure that returns the known loss as long as the weights are unchanged.
 
-        Otherwise it raises `_EvaluatedElsewhere`. It also raises if it is called with arguments,
-        which only the user's closure understands.
+        With changed weights, the closure raises `_EvaluatedElsewhere`. It also raises this error if
+        it is called with arguments, which only the user's closure understands.
         """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         values: list[Tensor] = []
-        if not self._n_unproven:  # one parameter suffices as a check, and costs nothing
+        if not self._n_unproven:  # checking a single parameter is sufficient and costs nothing
             parameters = parameters[:1]
         else:
-            with suppress(Exception):  # tensors that cannot be copied
+            with suppress(Exception):  # some tensors cannot be copied
                 values = [p.detach().clone() for p in parameters]
         before: list[tuple[int, ...]] | None = _versions(parameters)
 
@@ -319,7 +321,7 @@ class InnerStep:
             nonlocal before
             if args or kwargs or _versions(parameters) != before or _differ(parameters, values):
                 raise _EvaluatedElsewhere
-            before = None  # a second call raises
+            before = None  # makes a second call raise
             return loss
 
         return known
@@ -359,14 +361,17 @@ def _versions(parameters: list[Tensor]) -> list[tuple[int, ...]]:
 
 
 def _differ(parameters: list[Tensor], values: list[Tensor]) -> bool:
-    """Whether weights differ from earlier values; changes of `p.data` increment no version."""
-    with suppress(Exception):  # tensors that cannot be compared: placeholders, some subclasses
+    """Whether weights differ from earlier values.
+
+    Versions do not tell, since changes of `p.data` increment none.
+    """
+    with suppress(Exception):  # placeholders and some subclasses cannot be compared
         return not all(map(_equal, parameters, values))
     return False
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Whether all elements are equal; a NaN equals a NaN."""
+    """Whether all elements are equal; NaN counts as equal to NaN."""
     if torch.equal(a, b):
         return True
     return a.shape == b.shape and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
@@ -376,7 +381,7 @@ def checked_closure(closure: object) -> Any:
     """Returns the closure of a step.
 
     Raises:
-        TypeError: It is not callable, and so probably the loss.
+        TypeError: The closure is not callable, so it is probably the loss.
     """
     if closure is not None and not callable(closure):
         raise TypeError(

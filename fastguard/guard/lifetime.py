@@ -51,7 +51,7 @@ NOTHING = Lifetime()
 
 
 def saved_with(saved: Mapping[str, Any] | None) -> Lifetime:
-    """Returns the counts taken back by loading, as saved in a state; zero if not included.
+    """Returns the counts taken back by loading, as saved in a state; zero if the entry is missing.
 
     Raises:
         ValueError: The entry is damaged.

@@ -5,7 +5,7 @@
 
 The Python code of the optimizer is traced once with placeholders instead of tensors. Tracing
 therefore modifies nothing, and an update that cannot be traced is rejected before any change. The
-compiled update reads and writes each array once, as without masks; it makes no copies of them.
+compiled update reads and writes each array once, as it would without masks, and copies no array.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def trace(optimizer: Optimizer, members: Members, settings: Mapping[Place, Tenso
     Raises:
         NotTraceable: The step cannot be compiled.
         CreatesState: The step can be compiled after its state has been created.
-        CountsInPython: The step can be compiled after its counters have become tensors.
+        CountsInPython: The step can be compiled after its counters have been replaced by tensors.
     """
     notes: dict[str, Any] = {}
 
@@ -106,7 +106,7 @@ def _drop_profiler_ranges(graph: GraphModule) -> None:
 
 
 def _number(value: Any) -> float | None:
-    """Returns a Python number, whose comparisons can be evaluated; None for a tensor."""
+    """Returns the value if it is a Python number, which can be compared; None for a tensor."""
     return value if type(value) in NUMBERS else None
 
 
@@ -115,7 +115,8 @@ def _scaled_and_cleaned(grad: Tensor, multiplier: Tensor, clean: Tensor) -> Tens
     wide = factor_dtype(grad.dtype)
     cleaned = torch.where(grad.isfinite() | (clean == 0), grad, 0.0)
     factor = multiplier.to(wide)
-    tiny = factor < SMALLEST_FACTOR  # a single multiplication would lose accuracy
+    # below this factor, a single multiplication would lose accuracy
+    tiny = factor < SMALLEST_FACTOR
     first = torch.where(tiny, SMALLEST_FACTOR, 1.0).to(wide)
     factor = torch.where(tiny, (multiplier / SMALLEST_FACTOR).to(wide), factor)
     return (cleaned.to(wide) * first * factor).to(grad.dtype)

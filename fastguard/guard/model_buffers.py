@@ -1,8 +1,8 @@
 """`protect_buffers`: restores the buffers of a model when a step is skipped.
 
 Running mean and variance of BatchNorm, min-max observers, the vectors of spectral norm and other
-buffers change in the forward pass, before an optimizer can skip. A single batch with NaN then
-leaves finite weights, but a model whose evaluation is NaN.
+buffers change in the forward pass, before an optimizer can skip. After a single batch with NaN, the
+weights are finite, but the model outputs NaN in evaluation mode.
 
 After each step, four operations per device and dtype on all buffers at once, without waiting:
 
@@ -159,7 +159,8 @@ class ModelBuffers:
 
     def _after_step(self, optimizer: GuardedOptimizer, *_: Any) -> None:
         self._settle(optimizer)
-        self._settled[optimizer] = optimizer.steps_taken  # set last: an interrupt may come before
+        # set last, because an interrupt may come before this line
+        self._settled[optimizer] = optimizer.steps_taken
 
     @torch.no_grad()
     def _settle(self, optimizer: GuardedOptimizer) -> None:
@@ -167,7 +168,7 @@ class ModelBuffers:
         verdict = optimizer.last
         if verdict is None:
             return
-        if not has_numbers(verdict.found_inf):  # placeholders: the step was taken
+        if not has_numbers(verdict.found_inf):  # with placeholders, the step was taken
             self.keep()
             return
         undo = _restores_buffers(verdict)
@@ -185,9 +186,11 @@ class ModelBuffers:
                 self._keep_odd()
 
     def _after_error(self, optimizer: Any, error: BaseException) -> None:
-        if optimizer.steps_taken != self._settled.get(optimizer):  # raised after a complete step
+        # the error was raised after a complete step
+        if optimizer.steps_taken != self._settled.get(optimizer):
             self._after_step(optimizer)
-        # After an interrupt or an out-of-memory error they stay, as the step may be tried again.
+        # After an interrupt or an out-of-memory error the buffers stay as they are, since the
+        # caller may try the step again.
         elif isinstance(error, NonFiniteGradError | TrainingDivergedError):
             self.put_back()
 
@@ -216,8 +219,8 @@ class ModelBuffers:
             self._odd[i] = (place, place.buffer.clone())
 
     def _follow_changes(self, *, taken_back: bool) -> None:
-        """Adapts to buffers that were replaced, moved, resized, or allocated since."""
-        # Expanded tensors cannot be written to, so they still have the values last seen.
+        """Adapts to buffers replaced, moved, resized, or allocated since the last step."""
+        # Expanded tensors cannot be written to, so their values have not changed.
         kept = {p: p.buffer for p in self._places if p.had_values and not p.can_change}
         kept |= dict(self._odd)
         for batch in self._batches:
@@ -241,7 +244,8 @@ class ModelBuffers:
         log.warning("buffers with NaN or Inf were restored: %s", ", ".join(names))
 
     def __getstate__(self) -> dict[str, Any]:
-        # As in torch, copies have no hooks. A copy made together with the model refers to the copy.
+        # As in torch, copies have no hooks. A copy that was made together with the model refers to
+        # the model's copy.
         return {"_places": self._places}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -23,12 +23,12 @@ class OnDevice(ReadFirst):
     """Passes the verdict to the kernel of a fused optimizer, as `found_inf`.
 
     The kernel tests `found_inf == 1` and expects float32 of shape `()`. `grad_scale` remains None,
-    because with it the kernel writes the gradients back even at scale 1.
+    because if it were set, the kernel would write the gradients back even at scale 1.
 
-    The verdict is read first in two cases. If the optimizer has step hooks, which must run only
-    when it steps. And in the first step of fused SGD with momentum: if the kernel skipped it, torch
-    would keep the momentum buffer uninitialized, and no value written into the buffer would make
-    torch use the formula of the first step again.
+    The step reads the verdict first in two cases: if the optimizer has step hooks, which must run
+    only when it steps; and in the first step of fused SGD with momentum. If the kernel skipped that
+    first step, torch would keep an uninitialized momentum buffer, and no value written into the
+    buffer would make torch use the formula of the first step again.
     """
 
     skips = "through found_inf"
@@ -82,7 +82,8 @@ class OnDevice(ReadFirst):
     def _creates_momentum(self) -> bool:
         """Whether this step would create a momentum buffer.
 
-        Checks all parameters until each has a buffer, and again after groups or state have changed.
+        Checks all parameters until each one has a buffer, and again after groups or state have
+        changed.
         """
         if not isinstance(self.optimizer, torch.optim.SGD):
             return False
@@ -103,7 +104,7 @@ class OnDevice(ReadFirst):
 
 
 def _first_with_grad(parameters: list[Tensor]) -> Tensor:
-    """Returns the parameter by whose buffer torch detects a first step."""
+    """Returns the parameter whose missing buffer tells torch that this is the first step."""
     return next((p for p in parameters if p.grad is not None), parameters[0])
 
 

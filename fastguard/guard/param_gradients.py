@@ -56,7 +56,7 @@ class Gradients:
             `scope`.
     """
 
-    _seen = False  # whether the gradients have been checked, in the first step
+    _seen = False  # whether the gradients have been checked, which happens in the first step
 
     def __init__(
         self,
@@ -111,14 +111,14 @@ class Gradients:
         """Returns whether the param groups contain the known parameters.
 
         Lists of the same objects compare equal without access to the objects, 20 times faster than
-        `is` per tensor. Different tensors can only compare equal if they have one element; with
-        more, the comparison raises.
+        `is` per tensor. Two different tensors can only compare equal if they have one element; with
+        more elements, the comparison raises an error.
         """
         try:
             if groups == self._groups:
                 scalars = self._scalars
                 return not scalars or all(groups[g][i] is p for g, i, p in scalars)
-        except Exception:  # two different tensors were compared
+        except Exception:  # comparing two different tensors raised an error
             pass
         known = self.layout.parameters
         return sum(map(len, groups)) == len(known) and all(
@@ -202,7 +202,7 @@ class Gradients:
         )
 
     def _refuse_wrapped(self, buckets: GradBuckets) -> None:
-        """Raises a TypeError: wrapped gradients may need one decision per wrapped tensor."""
+        """Raises a TypeError, since gradients that wrap several tensors need several decisions."""
         kind = next(type(g).__name__ for b in buckets.buckets for g in b.grads)
         raise TypeError(
             f"the gradients wrap other tensors (type {kind}) and may hold several gradients at "
@@ -223,8 +223,8 @@ class Gradients:
     def device(self) -> torch.device:
         """The current device of the first parameter, which `model.to` may change.
 
-        Without parameters, the device of the collectives. While the model is on the meta device,
-        which holds no values, the CPU.
+        Without parameters: the device of the collectives. If the model is on the meta device, which
+        holds no values: the CPU.
         """
         if self.layout.parameters:
             first = self.layout.parameters[0]
@@ -232,7 +232,7 @@ class Gradients:
         return CPU if self.team is None else self.team.device_for(CPU)
 
     def _check_first_step(self) -> None:
-        """Checks the gradients in the first step: they exist, have values, and are no plain shards.
+        """Checks in the first step that gradients exist, have values, and are no plain shards.
 
         FSDP1 with `use_orig_params=True` may shard parameters after the optimizer was created.
 
@@ -259,13 +259,14 @@ class Gradients:
             log.warning(
                 "no parameter has a gradient in the first step, so nothing is trained: the "
                 "parameters of the optimizer are on the meta device and no longer belong to the "
-                "model; create the optimizer after model.to_empty(device=...), which replaces them"
+                "model; create the optimizer after model.to_empty(device=...), which replaces the "
+                "parameters"
             )
         else:
             log.warning(
                 "no parameter has a gradient in the first step, so nothing is trained; check that "
-                "loss.backward() is called before it, and that the optimizer holds the parameters "
-                "of the model"
+                "loss.backward() is called before the step, and that the optimizer holds the "
+                "parameters of the model"
             )
 
     def _lay_out(self) -> Layout:
@@ -287,5 +288,5 @@ class Gradients:
             trusted=self.trusted,
             segments=layout.segments,
             n_segments=layout.n_segments,
-            fill=fill and any(map(has_slot, layout.parameters)),  # all may be frozen
+            fill=fill and any(map(has_slot, layout.parameters)),  # all parameters may be frozen
         )

@@ -14,7 +14,7 @@ class GroupedOptimizer(ReportingOptimizer):
     """An optimizer that guards param groups which are added or loaded later."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a param group to the wrapped optimizer; guarded from the next step on.
+        """Adds a param group to the wrapped optimizer; it is guarded from the next step on.
 
         Args:
             param_group: As in torch, plus `max_norm` and `clip_value`.

@@ -153,7 +153,7 @@ class OptimizerOfPlaceholders:
             k: v for k, v in vars(optimizer).items() if k not in ("state", "param_groups")
         }
         stand_in.__dict__.update(copied(attributes, objects=False))
-        stand_in.__dict__.pop("step", None)  # set by a scheduler, bound to the original
+        stand_in.__dict__.pop("step", None)  # a scheduler's `step` is bound to the original
         stand_in.param_groups = self.groups  # type: ignore[assignment]
         stand_in.state = defaultdict(dict, zip(weights, self.states, strict=True))  # type: ignore[arg-type]
         self._before_self = {
@@ -290,7 +290,7 @@ def _with_tensors(
 
 
 def _untraceable_line(optimizer: Optimizer, error: Exception) -> str:
-    """Returns a message with the line of the optimizer that cannot be traced."""
+    """Returns a message that names the line of the optimizer at which tracing failed."""
     frames = traceback.extract_tb(error.__traceback__)
     own = inspect.getsourcefile(inspect.unwrap(type(optimizer).step))
     folder = os.path.dirname(own or "") + os.sep
@@ -299,9 +299,9 @@ def _untraceable_line(optimizer: Optimizer, error: Exception) -> str:
         f for f in frames if f.filename.startswith(folder) and not f.filename.startswith(here)
     ]
     if "DataDependent" in type(error).__name__:
-        first = "it reads a value from the device in Python"
+        first = "the step reads a value from the device in Python"
     elif isinstance(error, WritesRealTensor) or "convert all Tensors to Fake" in str(error):
-        first = "it uses a tensor that is not a direct entry of `state` or `param_groups`"
+        first = "the step uses a tensor that is not a direct entry of `state` or `param_groups`"
     else:
         reason = str(error).strip().splitlines()
         first = f"{type(error).__name__}: {reason[0][:200]}" if reason else type(error).__name__

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def agree(optimizer: GuardedOptimizer) -> None:
-    """Checks in the first step, and with new segments, that all ranks have the same arguments.
+    """Checks that all ranks have the same arguments, in the first step and when segments change.
 
     The check is a collective, which all ranks must join. If the number of segments changed on some
     ranks only, their sums could not be reduced either.
@@ -57,7 +57,7 @@ def arguments_of(optimizer: GuardedOptimizer, team: Team) -> dict[str, str]:
     }
     if scope == "group":
         arguments["the number of param groups"] = len(groups)
-    if not team.distinct:  # otherwise each rank has its own tensors and groups
+    if not team.distinct:  # ranks with distinct tensors have their own groups
         arguments[COUNTS] = [len(g["params"]) for g in groups]
         clamped = [None if g.get("clip_value") is None else float(g["clip_value"]) for g in groups]
         arguments["clip_value by param group"] = clamped
@@ -70,7 +70,7 @@ def arguments_of(optimizer: GuardedOptimizer, team: Team) -> dict[str, str]:
 def places_of(optimizer: GuardedOptimizer, team: Team) -> dict[str, list[Place]] | None:
     """Returns the parameters of each segment, by description; None for scopes with one segment.
 
-    Reads parameters without a name, and waits for a GPU.
+    Describes parameters without a name by their values, which waits for a GPU.
     """
     if team.distinct or optimizer.clip_scope in ("global", "unit"):
         return None
@@ -95,7 +95,7 @@ def _sums_of_replicas(
 ) -> dict[Tensor, tuple[int | None, int | None]]:
     """Returns checksums of the values and the gradient of each parameter.
 
-    `(None, None)` for parameters that are not replicated on all ranks.
+    Returns `(None, None)` for parameters that are not replicated on all ranks.
     """
     sums: dict[Tensor, tuple[int | None, int | None]] = dict.fromkeys(parameters, (None, None))
     sharing = team.sharing(parameters)
@@ -105,13 +105,14 @@ def _sums_of_replicas(
         for p, c in zip(parameters, classes, strict=True)
         if sharing.weights[c] * team.size == 1.0
         and has_numbers(p)
-        # A sparse gradient has no checksum; the step refuses it with a clear error.
+        # A sparse gradient has no checksum; the step itself raises a clear error for sparse
+        # gradients.
         and (p if p.grad is None else p.grad).layout is torch.strided
     ]
     if not replicas:
         return sums
     grads = [p if p.grad is None else p.grad for p in replicas]
-    # Exact sums, since new parameters are often constant: ones, zeros.
+    # The sums are exact, because new parameters are often constant (ones or zeros).
     found = [sum_of_bits(t.detach()).cpu() for t in local_parts([*replicas, *grads])]
     numbers = torch.stack(found).tolist()
     n = len(replicas)

@@ -1,14 +1,15 @@
 """`RankWatch`: finds the rank on which a bad gradient originated, before ranks reduce gradients.
 
-If one rank produces a NaN, then after the reduction every rank has it (DDP), or the rank that owns
-the shard has it (FSDP2). So gradients are measured before the reduction:
+After the reduction, a NaN that one rank produced is on every rank (DDP), or on the rank that owns
+the shard (FSDP2). Gradients are therefore measured before the reduction:
 
     DDP     in a communication hook, bucket by bucket, just before the all-reduce
     FSDP2   as autograd produces them, about 25 MB at a time, before the reduce-scatter
 
 Cost: another read of every local gradient in each backward pass, and 25 MB of memory. With FSDP2
-these are the unsharded gradients: with n shards, a rank reads n times as much as the guard does. It
-adds no collective, only one number to the vector that the ranks exchange anyway, and never waits.
+these are the unsharded gradients: with n shards, a rank reads n times as much as the guard does.
+The watch adds no collective, only one number to the vector that the ranks exchange anyway, and it
+never waits for a GPU.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 CommHook = Callable[[Any, "GradBucket"], "torch.futures.Future[Tensor]"]
 
 FLUSH_BYTES = 25 * 2**20
-"""FSDP2: size of the gradients that are measured in one call; the bucket size of DDP."""
+"""FSDP2: size of the gradients that are measured in one call, equal to DDP's bucket size."""
 
 
 class RankWatch:
@@ -103,14 +104,19 @@ class RankWatch:
         units = [module for module in model.modules() if _is_unit(module)]
         if isinstance(model, DistributedDataParallel):
             self._watch_ddp(model, comm_hook, comm_state)
-        elif units and comm_hook is None:
+        elif not units:
+            raise ValueError(
+                f"model is a {type(model).__name__}, but RankWatch supports only "
+                "DistributedDataParallel and modules with fully_shard; pass one of these"
+            )
+        elif comm_hook is not None:
+            raise ValueError(
+                f"model is a {type(model).__name__} with fully_shard, but comm_hook is only for "
+                "DistributedDataParallel; leave out comm_hook"
+            )
+        else:
             for unit in units:
                 self._watch_unit(unit)
-        else:
-            raise ValueError(
-                f"model is a {type(model).__name__}, but RankWatch supports "
-                "DistributedDataParallel, and modules with fully_shard (without comm_hook)"
-            )
         optimizer.rank_watch = self
 
     def remove(self) -> None:
@@ -137,7 +143,8 @@ class RankWatch:
         """Returns and resets the squared norm of this rank's gradients since the last step.
 
         Returns:
-            float64 `()`: of finite elements, including the loss scale; None: no backward pass.
+            float64 `()`: computed from the finite elements, with the loss scale. None: there was no
+            backward pass.
         """
         self._flush()
         squared, self._squared_norm = self._squared_norm, None
@@ -154,7 +161,8 @@ class RankWatch:
         state = model.process_group if comm_hook is None else comm_state
         model.register_comm_hook(state, self._before_all_reduce)
 
-    def _before_all_reduce(self, state, bucket):  # DDP refuses annotations that are strings
+    # no annotations: DDP refuses annotations that are strings
+    def _before_all_reduce(self, state, bucket):
         if self._optimizer.rank_watch is self:
             indices = [self._index_of.get(id(p)) for p in bucket.parameters()]
             found = zip(indices, bucket.gradients(), strict=True)
@@ -200,7 +208,7 @@ class RankWatch:
     def _measure(self, gradients: Sequence[tuple[int, Tensor]]) -> None:
         """Adds the counts of some gradients to the table, int64 `(3, T)`.
 
-        The counts of a parameter are those of its first bad gradient in the step, because later
+        The counts of a parameter describe its first bad gradient in the step, because later
         gradients may be sums over ranks.
         """
         if not gradients:

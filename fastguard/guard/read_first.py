@@ -27,7 +27,7 @@ def skips_step(verdict: Verdict) -> bool:
 
 
 class ReadFirst:
-    """Reads the verdict, then steps or skips: free on a CPU, one read of a scalar on a GPU.
+    """Reads the verdict, then steps or skips; this is free on a CPU, and reads one scalar on a GPU.
 
     Also the base class of steppers that read the verdict first only in some steps.
 
@@ -52,12 +52,12 @@ class ReadFirst:
         return not reads_found_inf(self.optimizer)
 
     def reset(self) -> None:
-        """Does nothing: there is no state per parameter."""
+        """Does nothing, since there is no state per parameter."""
 
     def applicable(
         self, limits: tuple[Limit, ...], rules: tuple[Rule, ...]
     ) -> tuple[tuple[Limit, ...], tuple[Rule, ...]]:
-        """Returns all limits and rules: gradients are scaled before the optimizer reads them."""
+        """Returns all limits and rules, since gradients are scaled before the update."""
         return limits, rules
 
     def evaluate(self, call: StepCall, loss: Any, *, stop_at_nonfinite: bool) -> tuple[Any, Any]:
@@ -75,4 +75,4 @@ class ReadFirst:
             self._inner(call)
 
     def conclude(self, taken: bool) -> None:
-        """Does nothing: nothing is kept that a failed step could be undone with."""
+        """Does nothing, since there is no copy with which a failed step could be undone."""

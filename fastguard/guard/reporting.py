@@ -64,7 +64,7 @@ class ReportingOptimizer(OptimizerWrapper):
     _scaler: ref[GradScaler] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ReportingOptimizer:
-        """Copies everything except process groups, which cannot be copied and are shared."""
+        """Copies all attributes except process groups, which cannot be copied and are shared."""
         parameters = (p for group in self.param_groups for p in group["params"])
         modes = (getattr(p, "fake_mode", None) for p in parameters)
         for shared in (self.group, self._gradients.team, *modes):
@@ -82,8 +82,7 @@ class ReportingOptimizer(OptimizerWrapper):
 
         Never waits. Use `history` to read records without removing them.
 
-        Returns:
-            Each record once; the newest steps may still be missing on a GPU, see `flush`.
+        Returns: Each record once. On a GPU, the newest steps may still be missing, see `flush`.
         """
         return self._recorder.drain()
 
@@ -192,7 +191,7 @@ class ReportingOptimizer(OptimizerWrapper):
     def consecutive_skips(self) -> int:
         """Number of incidents skipped since the last applied step. Waits for a GPU.
 
-        Skips that only lower a loss scale do not count, and do not reset it.
+        Skips that only lower a loss scale neither count nor reset this number.
         """
         return guard_state.counter_of(self._state, 3)
 
@@ -231,7 +230,7 @@ class ReportingOptimizer(OptimizerWrapper):
     def _conclude(self) -> None:
         """Concludes the step in flight: records it if it was taken, otherwise undoes it.
 
-        May be interrupted at any line and called again.
+        This method may be interrupted at any line and called again.
         """
         flight = self._flight
         if flight is None:
@@ -248,9 +247,9 @@ class ReportingOptimizer(OptimizerWrapper):
         self._flight = None
 
     def _after_failure(self, error: BaseException) -> None:
-        """Concludes the step after an exception in `step`; called again if interrupted."""
-        # GradScaler removes these only after a step that returns. In the next step it would
-        # multiply the remaining grad_scale by its scale.
+        """Concludes the step after an exception in `step`; it is called again if interrupted."""
+        # GradScaler removes these attributes only after a step that returns. In the next step it
+        # would multiply the remaining grad_scale by its scale.
         self.__dict__.pop("grad_scale", None)
         self.__dict__.pop("found_inf", None)
         if self._flight is not None and isinstance(error, NonFiniteGradError):
@@ -264,9 +263,9 @@ class ReportingOptimizer(OptimizerWrapper):
     def _deliver(self, *, before: bool, budget: bool = True) -> None:
         """Delivers the record of a step to subscribers, and checks the skip budget.
 
-        If every step reads the verdict on the host, this happens after step k. Otherwise it happens
-        before step k + 1, and waits for step k. Thus all ranks and all reruns react in the same
-        step.
+        If every step reads the verdict on the host, the record of step k is delivered after step k.
+        Otherwise it is delivered before step k + 1, after waiting for step k. So all ranks and all
+        reruns react in the same step.
         """
         if self.max_consecutive_skips is None and not self._recorder.has_subscribers:
             return
@@ -283,8 +282,8 @@ class ReportingOptimizer(OptimizerWrapper):
 
         True on a CPU, where there is nothing to wait for. On a GPU, True for fused optimizers and
         compiled updates, unless the wrapped optimizer has step hooks or `nonfinite="raise"`. Even
-        if True, one step waits: the one that creates the momentum buffers of SGD, or with
-        `compile_step` the state of ASGD, Rprop, or an optimizer from outside torch.
+        if True, one step waits: the step that creates the momentum buffers of SGD, or with
+        `compile_step` the state of ASGD, Rprop, or an optimizer that is not torch's own.
         """
         on_cpu = self._device.type == "cpu"
         return on_cpu or not (self._fitting_stepper().reads_first or self.nonfinite == "raise")

@@ -47,7 +47,8 @@ class SavableOptimizer(GroupedOptimizer):
             state_dict: The result of `state_dict()`.
 
         Raises:
-            TypeError, ValueError: It belongs to another configuration; nothing was changed.
+            TypeError, ValueError: The state dict belongs to another configuration; nothing was
+                changed.
         """
         state_dict = parts.opened(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():

@@ -1,8 +1,9 @@
-"""Gives a wrapper the special methods of what it wraps: `len(opt)`, `for x in opt`, `opt[0]`, ...
+"""Gives a wrapper the special methods of the wrapped object, as used by `len(opt)` or `opt[0]`.
 
-Python looks these up on the class, so `__getattr__` is not asked. A wrapper whose wrapped object
-defines some of them, such as a container of several optimizers, therefore becomes an instance of a
-subclass that defines the same ones. Others have none, because loops check with `callable(opt)`.
+Python looks up special methods on the class and does not call `__getattr__` for them. If the
+wrapped object (such as a container of several optimizers) defines special methods, the wrapper
+therefore becomes an instance of a subclass that defines the same methods. No other special methods
+are added, because training loops test for them, as with `callable(opt)`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def adopt_special_methods(wrapper: Any, wrapped: Any) -> None:
     """Changes the class of `wrapper` so that it has the special methods of `wrapped`.
 
     Args:
-        wrapper: Its class has a method `__getstate__`, and those that it defines take precedence.
+        wrapper: Its class must have a method `__getstate__`. Methods that its class defines take
+            precedence.
         wrapped: Must be the attribute `optimizer` of the wrapper.
     """
     kind = type(wrapper)
@@ -40,13 +42,13 @@ def adopt_special_methods(wrapper: Any, wrapped: Any) -> None:
 
 
 def _defines(kind: type, name: str) -> bool:
-    # Not `hasattr`, which finds `type.__call__`; None is Python's way to remove a method.
+    # `hasattr` would find `type.__call__`. A method set to None counts as missing, as in Python.
     return next((vars(k)[name] for k in kind.__mro__ if name in vars(k)), None) is not None
 
 
 @cache
 def _subclass(kind: type, names: tuple[str, ...]) -> type:
-    """Returns a subclass with the same name; copies and pickles are made from `kind`."""
+    """Returns a subclass with the same name, whose instances are copied and pickled as `kind`."""
 
     def __reduce__(self: Any) -> tuple[Any, ...]:
         return _blank, (kind,), self.__getstate__()

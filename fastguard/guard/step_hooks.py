@@ -20,8 +20,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 def with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates the `step` of an optimizer that wraps another one.
 
-    It does what torch does around the step of every optimizer, except that it runs no global hooks.
-    torch.compile does not trace the step.
+    Like torch's own decorator, it runs hooks and a profiler range around the step, but no global
+    hooks. torch.compile does not trace the step.
     """
 
     def with_hooks(self: Optimizer, *args: Any, **kwargs: Any) -> Any:
@@ -72,7 +72,7 @@ def without_grad(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _arguments(changed: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns the arguments of `step` that a pre-hook returned, without the optimizer."""
+    """Returns the arguments for `step` that a pre-hook returned, without the optimizer."""
     if not (isinstance(changed, tuple) and len(changed) == 2):
         raise RuntimeError(
             f"a step pre-hook must return None or a tuple of (new_args, new_kwargs), but returned "
@@ -122,7 +122,7 @@ def has_post_hooks(optimizer: Optimizer) -> bool:
 
 @contextmanager
 def noting_completion(optimizer: Optimizer, returned: list[Any]) -> Iterator[None]:
-    """Adds None to `returned` after the step itself and before any post-hook.
+    """Context that appends None to `returned` after the step itself and before any post-hook.
 
     The weights have changed by then, even if a hook raises.
     """

@@ -1,9 +1,9 @@
 """`StepInFlight`: makes a guarded step atomic; after an exception it counts fully or not at all.
 
-An exception can occur at any line: out of memory in the wrapped step, Ctrl-C anywhere. So the guard
-either keeps the previous values of what a step changes (counters, spike baselines, observed
-losses), or writes it in a way that can be repeated (records, the last verdict, the step number).
-The step counts, in full, once the wrapped optimizer has returned.
+An exception can occur at any line: an out-of-memory error in the wrapped step, or Ctrl-C anywhere.
+The guard therefore keeps the previous values of counters, spike baselines and observed losses.
+Records, the last verdict and the step number are written in a way that can be repeated. Once the
+wrapped optimizer has returned, the step counts in full.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from fastguard.stages.units import concluded
 
 
 class StepInFlight:
-    """A guarded step that has begun.
+    """A guarded step that has begun but not ended.
 
     Args:
-        number: The number of the step if it is taken, from 1.
+        number: The number of the step, from 1, which it keeps if it is taken.
         call: The call of the wrapped optimizer, which records its return.
         observed: The losses passed so far.
 
@@ -51,7 +51,7 @@ class StepInFlight:
         return self.obeyed or bool(self._call.returned)
 
     def keep(self, state: GuardState) -> None:
-        """Lets the decision record in `state.undo` how to undo its changes of the state."""
+        """Makes the decision record in `state.undo` how to undo its changes of the state."""
         state.undo = self._undo
 
     def use_up_losses(self) -> None:
@@ -66,7 +66,7 @@ class StepInFlight:
 
     @torch.no_grad()
     def take_back(self) -> None:
-        """Restores counters, baselines and losses, and clamped gradients if there are copies."""
+        """Restores counters, baselines and losses; also clamped gradients, if there are copies."""
         for put_back in reversed(self._undo):
             put_back()
         if self.clamped is not None:

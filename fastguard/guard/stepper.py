@@ -1,16 +1,16 @@
 """The ways to skip a step of the wrapped optimizer, chosen by `stepper_for`.
 
 * `OnDevice`: fused optimizers read the device scalar `found_inf` in their kernel, and write nothing
-  if it is exactly 1. The host never waits.
-* `InUpdate`: the optimizers of `fastguard.optim` apply the whole verdict in their update, so that
-  gradients need not be written either.
-* `ReadFirst`: all other optimizers are not called. This needs `found_inf` on the host: free on a
-  CPU, one read of a scalar on a GPU.
+  if the scalar is exactly 1. The host never waits.
+* `InUpdate`: the optimizers of `fastguard.optim` apply the whole verdict in their update, so not
+  even the gradients are written.
+* `ReadFirst`: for all other optimizers, the guard does not call `step`. It needs `found_inf` on the
+  host, which is free on a CPU and takes one read of a scalar on a GPU.
 * `FlatStep`: with `flat_parameters=True`, `OnDevice` or `ReadFirst` over long runs of parameters.
 * `CompiledStep`: with `compile_step=True`, the update is compiled with every write masked by
   `found_inf`.
 * `WholeStep`: optimizers that evaluate their closure themselves, such as LBFGS. The step is taken
-  and, if it was bad, undone.
+  first, and undone if it was bad.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Stepper(Protocol):
     def applicable(
         self, limits: tuple[Limit, ...], rules: tuple[Rule, ...]
     ) -> tuple[tuple[Limit, ...], tuple[Rule, ...]]:
-        """Returns the limits and spike rules adapted to what this stepper can apply."""
+        """Returns the limits and spike rules that this stepper can apply."""
         ...
 
     def evaluate(self, call: StepCall, loss: Any, *, stop_at_nonfinite: bool) -> tuple[Any, Any]:
@@ -89,7 +89,7 @@ class Stepper(Protocol):
         """Ends a step.
 
         Args:
-            taken: Whether the step counts. If not, weights and state are restored if possible.
+            taken: Whether the step counts. If False, weights and state are restored if possible.
         """
         ...
 
@@ -99,7 +99,8 @@ def requested_stepper(
 ) -> Stepper:
     """Returns the stepper that the class of the optimizer or the arguments of the guard require.
 
-    If they require none, `stepper_for` chooses one, and may choose another when settings change.
+    Returns None if they require no particular stepper; then `stepper_for` chooses one, and may
+    choose another one when settings change.
     """
     if flat_parameters:
         return FlatStep(optimizer, gradients)

@@ -69,7 +69,7 @@ class WritesRealTensor(Exception):
 class TensorSettings(TorchFunctionMode):
     """A mode in which torch accepts 0-dim tensors where it otherwise requires numbers.
 
-    It also rejects writes into real tensors, which torch would carry out while tracing.
+    The mode also rejects writes into real tensors, which torch would carry out while tracing.
 
     Args:
         settings: `(tensor, key, value)` per setting: its tensor, its key in `branches`, and its
@@ -99,7 +99,7 @@ class TensorSettings(TorchFunctionMode):
         if name == "bool" and len(args) == 1 and id(args[0]) in self._known:
             return self._decided(operator.ne, args[0], 0.0)
         if name == "item" and args[0].is_floating_point():
-            return args[0]  # torch's own optimizers do the same while they are compiled
+            return args[0]  # torch's own optimizers skip this call too while they are compiled
         done = _rewritten(func, args, kwargs)
         return func(*args, **kwargs) if done is NotImplemented else done
 
@@ -140,7 +140,7 @@ def python_of_tensors(kind: type) -> Iterator[None]:
 def _globals_of(kind: type) -> list[dict[str, Any]]:
     """Returns the globals of the modules that define the methods of a class.
 
-    `__module__` may name a different module.
+    These modules may differ from `__module__`.
     """
     methods = [
         inspect.unwrap(m) for base in kind.__mro__ for m in vars(base).values() if callable(m)
@@ -199,7 +199,7 @@ _TERM: Mapping[str, Callable[..., Tensor]] = {
 def _rewritten(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Returns the result of a call with a tensor as `alpha`, `value` or `weight`.
 
-    NotImplemented for all other calls.
+    Returns NotImplemented for all other calls.
     """
     form = _CALL.fullmatch(getattr(func, "__name__", ""))
     if form is None:

@@ -74,8 +74,8 @@ class UnitClipping:
     def _is_in_update(self, stepper: Stepper) -> bool:
         """Whether the update clips the units of these parameters.
 
-        Their layouts are checked in every step, since `p.data = ...` may change them unnoticed. A
-        contiguous tensor takes 50 ns.
+        The memory layouts are checked in every step, since `p.data = ...` may change them
+        unnoticed. The check takes 50 ns for a contiguous tensor.
         """
         parameters = self._parameters
         return (

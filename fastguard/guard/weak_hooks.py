@@ -1,4 +1,4 @@
-"""Hooks that do not keep their object alive."""
+"""Hooks that hold only a weak reference to their object."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.utils.hooks import RemovableHandle
 def hook_weakly(
     register: Callable[[Callable[..., Any]], RemovableHandle], method: Callable[[], None]
 ) -> RemovableHandle:
-    """Registers a bound method as a hook; the hook is removed when its object is collected.
+    """Registers a bound method as a hook, which is removed when the method's object is collected.
 
     Args:
-        register: Such as `optimizer.register_step_pre_hook`.
+        register: A function that registers a hook, such as `optimizer.register_step_pre_hook`.
         method: A bound method, called without arguments.
 
     Returns:

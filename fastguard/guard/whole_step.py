@@ -4,7 +4,7 @@ These optimizers, schedule-free ones with a closure, and those that hold their m
 the weights before or between evaluations, so no decision is possible before the step. The guard
 lets them step, checks the gradients and the loss of the last evaluation, and restores weights and
 state if these are bad. A non-finite loss ends the step immediately, because a line search would
-fail on it with an IndexError. Costs one copy of weights and state per step.
+fail with an IndexError on such a loss. Each step copies weights and state once.
 """
 
 from __future__ import annotations
@@ -57,19 +57,19 @@ class WholeStep:
 
     @staticmethod
     def serves(optimizer: Optimizer) -> bool:
-        """Whether an optimizer is known to need this; others are detected in their first step."""
+        """Whether an optimizer is known to need this stepper, before its first step."""
         return isinstance(optimizer, torch.optim.LBFGS)
 
     def fits(self) -> bool:
-        """Returns True: an optimizer does not stop evaluating its closure itself."""
+        """Returns True, since an optimizer that evaluates its closure itself keeps doing so."""
         return True
 
     def applicable(
         self, limits: tuple[Limit, ...], rules: tuple[Rule, ...]
     ) -> tuple[tuple[Limit, ...], tuple[Rule, ...]]:
-        """Returns limits and rules that clip nothing, since the gradients have already been used.
+        """Returns limits and rules that clip nothing, since the gradients have been used.
 
-        Warns once if the given ones would clip.
+        Warns once if the given limits or rules would clip.
         """
         adaptive = [limit for limit in limits if not isinstance(limit, float)]
         least = min((limit for limit in limits if isinstance(limit, float)), default=math.inf)
@@ -88,7 +88,7 @@ class WholeStep:
         return (math.inf,) * len(limits), tuple(recorded)
 
     def reset(self) -> None:
-        """Does nothing: there is no state between steps."""
+        """Does nothing, since there is no state between steps."""
 
     def evaluate(self, call: StepCall, loss: Any, *, stop_at_nonfinite: bool) -> tuple[Any, Any]:
         """Steps the optimizer, which evaluates the closure.
@@ -128,7 +128,7 @@ class WholeStep:
             given = closure(*args, **kwargs)
             if self._before is None:
                 self._before = OptimizerCopy.of(self.optimizer)
-            losses[1:] = [given]  # keeps the first and the last loss
+            losses[1:] = [given]  # only the first and the last loss are kept
             if stop_at_nonfinite and _is_nonfinite(given):
                 raise _NonFiniteLoss
             return given

@@ -23,8 +23,8 @@ from fastguard.errors.logger import log
 from fastguard.guard.special_methods import adopt_special_methods
 from fastguard.guard.state_dict import torch_dcp
 
-# Set by GradScaler on the wrapper. Not delegated, or values on the wrapped optimizer would be taken
-# for the scaler's.
+# GradScaler sets these attributes on the wrapper. They are not delegated, because values on the
+# wrapped optimizer would be mistaken for the scaler's.
 _SCALER_ATTRIBUTES = frozenset({"grad_scale", "found_inf"})
 
 
@@ -35,10 +35,11 @@ class OptimizerWrapper(Optimizer):
     _warned_of_other_step = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Makes the methods of subclasses that Lightning and Fabric create delegate to the guard.
+        """Makes subclasses that Lightning and Fabric create delegate their methods to the guard.
 
-        Both wrap a guard in an object of a new subclass of its class, and keep the guard as
-        `optimizer`. The object lacks the guard's attributes, so inherited methods would fail.
+        Both frameworks create a subclass of the guard's class, and an instance of it that holds the
+        guard as `optimizer`. The instance lacks the guard's attributes, so inherited methods would
+        fail.
         """
         super().__init_subclass__(**kwargs)
         if not isinstance(getattr(cls, "optimizer", None), property):
@@ -61,7 +62,8 @@ class OptimizerWrapper(Optimizer):
     @property
     def state(self) -> Any:  # type: ignore[override]
         """The state of the wrapped optimizer."""
-        gradients = self.__dict__.get("_gradients")  # absent while a guard is constructed
+        # the attribute is missing while a guard is constructed
+        gradients = self.__dict__.get("_gradients")
         torch_dcp.make_room(self.optimizer, None if gradients is None else gradients.flat)
         return self.optimizer.state
 
@@ -80,9 +82,11 @@ class OptimizerWrapper(Optimizer):
 
     def __getattr__(self, name: str) -> Any:
         """Returns an attribute of the wrapped optimizer that the wrapper does not have."""
-        if hasattr(type(self), name):  # a property of the wrapper raised: raise its error
+        # a property of the wrapper raised an error, which is raised again here
+        if hasattr(type(self), name):
             return object.__getattribute__(self, name)
-        inner = self.__dict__.get("optimizer")  # absent while a copy is being made
+        # the attribute is missing while a copy is being made
+        inner = self.__dict__.get("optimizer")
         if inner is None or not _is_delegated(name):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         try:
@@ -111,7 +115,8 @@ class OptimizerWrapper(Optimizer):
     def _belongs_to_wrapped(self, name: str) -> bool:
         """Whether the wrapped optimizer has an attribute that the wrapper lacks."""
         return (
-            "_warned_capturable_if_run_uncaptured" in self.__dict__  # construction is complete
+            # the attribute exists once construction is complete
+            "_warned_capturable_if_run_uncaptured" in self.__dict__
             and _is_delegated(name)
             and not hasattr(type(self), name)
             and hasattr(self.optimizer, name)
@@ -177,10 +182,10 @@ def _delegating(name: str) -> Callable[..., Any]:
 
 
 def _returning(around: OptimizerWrapper, method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a method of the wrapped optimizer to return the wrapper in place of its `self`.
+    """Wraps a method of the wrapped optimizer so that it returns the wrapper instead of its `self`.
 
-    Otherwise chained calls would continue on the unguarded optimizer. A method such as `first_step`
-    that changes the weights logs one warning, since the guard does not see that change.
+    Otherwise chained calls would continue on the unguarded optimizer. A method that changes the
+    weights, such as `first_step`, also logs one warning, since the guard does not see that change.
     """
     steps = method.__name__.endswith("_step")
 

@@ -72,7 +72,8 @@ class GuardedAcceleratedOptimizer(AcceleratedOptimizer):
         StepTags(self.optimizer, self._tag, self.span.clear)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A scheduler replaces `step` on the instance; a copy of it would step the original.
+        # A scheduler replaces `step` on the instance. A copy of that `step` would step the
+        # original.
         return {name: v for name, v in super().__getstate__().items() if name != "step"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -113,7 +114,8 @@ class AcceleratorGuard:
         self.records = records
         self._model = model
         self._passes = _Passes()
-        # In the order of `prepare`. Weak, since a trainer may replace its optimizers.
+        # In the order of `prepare`. The references are weak, since a trainer may replace its
+        # optimizers.
         self.prepared: weakref.WeakKeyDictionary[GuardedAcceleratedOptimizer, None]
         self.prepared = weakref.WeakKeyDictionary()
         self._replaced = ReplacedMethods(accelerator, self, METHODS)
@@ -126,7 +128,7 @@ class AcceleratorGuard:
         self.prepared = weakref.WeakKeyDictionary(dict.fromkeys(state["prepared"]))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AcceleratorGuard:
-        return self  # like the accelerator's own deepcopy
+        return self  # as the accelerator's own deepcopy does
 
     @property
     def model(self) -> nn.Module | None:
@@ -165,13 +167,13 @@ class AcceleratorGuard:
         prepared.limit = RequestedLimit(optimizer, fixed=self.fixed)
         prepared.statistics = None if model is None else ModelBuffers(model)
         prepared.attach()
-        prepared._is_accelerate_prepared = True  # then Accelerate only registers it
+        prepared._is_accelerate_prepared = True  # makes Accelerate only register the optimizer
         self.prepared[prepared] = None
         self.open_records()
         return self._replaced.original("prepare_optimizer")(prepared, device_placement)
 
     def open_records(self) -> None:
-        """Opens the records on the main process, again after `end_training`."""
+        """Opens the records on the main process, and again after `end_training`."""
         optimizers = [prepared.optimizer for prepared in self.prepared]
         self.records.begin(optimizers, writes=self.accelerator.is_main_process)
 
@@ -187,11 +189,11 @@ class AcceleratorGuard:
                 self.accelerator.unscale_gradients()
                 prepared.limit.request_norm(max_norm, norm_type)
                 return self.total_norm(prepared.optimizer, parameters)
-        # These are not the parameters of exactly one optimizer, so no step can clip them.
+        # The parameters do not belong to exactly one optimizer, so no step can clip them.
         return self._replaced.original("clip_grad_norm_")(parameters, max_norm, norm_type)
 
     def total_norm(self, optimizer: GuardedOptimizer, parameters: list[Tensor]) -> Tensor:
-        """Measures the norm that `clip_grad_norm_` returns, which reads the gradients once more."""
+        """Measures the norm that `clip_grad_norm_` returns; reads the gradients once more."""
         grads = [p.grad for p in parameters if p.grad is not None]
         return get_total_norm(grads, optimizer.norm_type, group=optimizer.group)
 
@@ -215,7 +217,10 @@ class AcceleratorGuard:
             prepared.span.add(to=prepared)
 
     def loss_of_batch(self, loss: Tensor) -> Tensor:
-        """Returns the loss of a micro-batch, such that their mean is the loss of the step."""
+        """Returns the loss of a micro-batch.
+
+        It is scaled such that the mean over micro-batches is the loss of the step.
+        """
         return loss
 
     def step_number(self, optimizer: GuardedOptimizer) -> int:
@@ -249,7 +254,7 @@ class AcceleratorGuard:
 
 
 def give_own_memory(state_dict: dict[str, Any]) -> None:
-    """Replaces tensors that are a part of a larger memory by copies; tied tensors remain tied.
+    """Replaces tensors that share memory with others by copies; tied tensors remain tied.
 
     Example:
         >>> import torch
@@ -271,7 +276,7 @@ class _Passes:
     """Counts passes over the data, from Accelerate's state of its data loaders."""
 
     def __init__(self) -> None:
-        self._pass: tuple[Any, ...] | None = None  # identifies the current pass
+        self._pass: tuple[Any, ...] | None = None  # identifies the current pass over the data
         self._epoch: int | None = None
         self._batch = 0
 
@@ -285,7 +290,8 @@ class _Passes:
         if loader is None:
             now: tuple[Any, ...] = ()
         else:
-            # A loop that ended early does not count as an iteration, but its reference remains.
+            # Accelerate does not count a loop that ended early as an iteration, but keeps its
+            # reference.
             references = len(state.dataloader_references)
             now = (id(loader.dataset), id(loader), loader.iteration, references)
         if now == self._pass:

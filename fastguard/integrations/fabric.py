@@ -86,11 +86,11 @@ class FabricGuard:
 
     @property
     def world_size(self) -> int:
-        """Number of training processes; single-device strategies do not define it."""
+        """Number of training processes; 1 for strategies that do not define it."""
         return getattr(self.strategy, "world_size", 1)
 
     def setup_dataloaders(self, *dataloaders: Any, **kwargs: Any) -> Any:
-        """Like Fabric's method; the loaders also report the batch they return."""
+        """Like Fabric's method; the loaders also report which batch they return."""
         loaders = self._fabric_methods.original("setup_dataloaders")(*dataloaders, **kwargs)
         for loader in loaders if isinstance(loaders, list) else [loaders]:
             if type(loader) is _FabricDataLoader:
@@ -169,7 +169,7 @@ class FabricGuard:
         StepTags(optimizer, lambda: span.tag(optimizer.steps_taken + 1), span.clear)
 
     def _unscale(self, optimizer: GuardedOptimizer) -> None:
-        """Unscales without the precision plugin, which refuses optimizers that can unscale."""
+        """Unscales gradients without the precision plugin, which refuses a guarded optimizer."""
         scaler = getattr(self.strategy.precision, "scaler", None)
         if scaler is not None:
             scaler.unscale_(optimizer)
@@ -183,7 +183,7 @@ class _ReportingDataLoader(_FabricDataLoader):
     def __iter__(self) -> Iterator[Any]:
         epoch = self._num_iter_calls
         for batch, item in enumerate(super().__iter__()):
-            if torch.is_grad_enabled():  # not in validation
+            if torch.is_grad_enabled():  # no batches are counted in validation
                 self.fastguard_begin(epoch, batch)
             yield item
 

@@ -111,7 +111,8 @@ class TrainerGuard(AcceleratorGuard):
         self.trainer = trainer
         self.callback = callback
         self._epoch, self._batch = -1, 0  # the next batch
-        self._first_batch = 0  # in the first epoch; a resumed run may start in the middle
+        # first batch of the first epoch; a resumed run may start in the middle
+        self._first_batch = 0
         limit = trainer.args.max_grad_norm or None  # for the Trainer, 0 means no limit
         super().__init__(
             trainer.accelerator,
@@ -122,7 +123,7 @@ class TrainerGuard(AcceleratorGuard):
         callback._guard = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TrainerGuard:
-        # Trainers are copied, but not their accelerator.
+        # A copied Trainer shares the accelerator with the original.
         twin = memo[id(self)] = TrainerGuard.__new__(TrainerGuard)
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin
@@ -137,7 +138,7 @@ class TrainerGuard(AcceleratorGuard):
     ) -> None:
         """Starts training; a resumed run may start in the middle of an epoch."""
         if prepared.guard is not self:
-            # The Trainer is a copy: it shares the accelerator with the original, which must not
+            # The Trainer is a copy. It shares the accelerator with the original, which must not
             # train at the same time.
             prepared.guard.prepared.pop(prepared, None)
             self.records: RunRecords = prepared.guard.records
@@ -164,14 +165,14 @@ class TrainerGuard(AcceleratorGuard):
         self._batch += 1
 
     def count_batch(self) -> None:
-        """Does nothing, since the callback counts."""
+        """Does nothing, since the callback counts batches."""
 
     def step_number(self, optimizer: GuardedOptimizer) -> int:
         """Returns the Trainer's counter after the next step."""
         return self.trainer.state.global_step + 1
 
     def total_norm(self, optimizer: GuardedOptimizer, parameters: list[Tensor]) -> Tensor:
-        """Returns a tensor for the norm that the next step measures, which avoids a read."""
+        """Returns a tensor that receives the norm of the next step, which avoids a read."""
         return self.callback.next_norm(parameters[0].device)
 
     def loss_of_batch(self, loss: Tensor) -> Tensor:
@@ -207,9 +208,9 @@ def guard(
     """
     callback = GuardCallback()
     TrainerGuard(trainer, callback, options, RunRecords(records, sinks))
-    # wrapped by an earlier, unguarded train()
+    # an earlier, unguarded train() has wrapped the model
     while isinstance(trainer.optimizer, AcceleratedOptimizer):
         trainer.optimizer = trainer.optimizer.optimizer
-    # First, so that reporting callbacks see what it adds to the logs.
+    # Added first, so that reporting callbacks see its additions to the logs.
     trainer.callback_handler.callbacks.insert(0, callback)
     return callback

@@ -1,11 +1,11 @@
 """Integration with Lightning's Trainer: `Trainer(callbacks=[GuardCallback()])`.
 
 Every optimizer that `configure_optimizers` returns is guarded, in automatic and manual optimization
-and with every precision plugin. Lightning's clipping, by `gradient_clip_val` or `clip_gradients`,
-sets a limit that the guard applies once, within the step. Per-step schedules wait for an applied
-step. Running statistics are restored after a skipped step. The guard's state is saved with the
-optimizer's. For Fabric, use `fastguard.integrations.fabric`. docs/lightning.md has complete
-examples of both.
+and with every precision plugin. Lightning's clipping (`gradient_clip_val` or `clip_gradients`) sets
+a limit that the guard applies once, within the step. Per-step schedules wait for an applied step.
+Running statistics are restored after a skipped step. The guard's state is saved with the state of
+the optimizer. For Fabric, use `fastguard.integrations.fabric`. docs/lightning.md has complete
+examples for the Trainer and for Fabric.
 
 Tested with lightning 2.6.6.
 """
@@ -93,7 +93,7 @@ class GuardCallback(Callback):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if self._trainer is not None:  # copied in the middle of a fit
+        if self._trainer is not None:  # the callback was copied in the middle of a fit
             self._attach()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -106,7 +106,7 @@ class GuardCallback(Callback):
             refuse_deepspeed(trainer.strategy)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Guards the optimizers, which exist by now; a checkpoint is loaded into them later."""
+        """Guards the optimizers, which exist and have not loaded a checkpoint yet."""
         self.teardown()  # cleans up after a fit that ended without teardown
         # The placeholder for a `configure_optimizers` that returned None has no parameters.
         trainer.optimizers = [
@@ -119,7 +119,7 @@ class GuardCallback(Callback):
         self._spans = [BatchSpan() for _ in self.optimizers]
         self._trainer = trainer
         self._attach()
-        # Not on the module, which users copy and save.
+        # Replaces no method of the module, since users copy and save modules.
         self._replaced = [
             ReplacedMethods(trainer.precision_plugin, self, ["clip_gradients"]),
             ReplacedMethods(trainer.fit_loop.epoch_loop, self, ["update_lr_schedulers"]),
@@ -145,7 +145,8 @@ class GuardCallback(Callback):
         """Passes the loss of a micro-batch to the guard if its optimizer is known."""
         for optimizer, span in zip(self.optimizers, self._spans, strict=True):
             _begin_batch(span, trainer)
-            # With several optimizers, the loss belongs to one that has not stepped on this batch.
+            # With several optimizers, the loss belongs to an optimizer that has not stepped on this
+            # batch.
             if len(self._spans) == 1 or not span.has_stepped:
                 span.add(to=optimizer)
         optimizer = optimizer_of_loss(self.optimizers, loss, trainer.world_size)
@@ -171,8 +172,8 @@ class GuardCallback(Callback):
                 "clip_coef": optimizer.last.clip_coef.amin(),
                 "skipped_steps": self._skipped[i],
             }
-            # Lightning cannot infer the batch size if training_step takes a dataloader_iter;
-            # per-step values do not use it.
+            # batch_size=1, since Lightning cannot infer the batch size if training_step takes a
+            # dataloader_iter. Values per step do not use it.
             self.log_dict({f"train/{k}{which}": v for k, v in seen.items()}, batch_size=1)
 
     def teardown(self, *_: Any, **__: Any) -> None:
@@ -192,7 +193,7 @@ class GuardCallback(Callback):
         if trainer.gradient_clip_algorithm == "value" or is_overridden(
             "configure_gradient_clipping", module
         ):
-            limit = None  # then Lightning passes the limit before each step
+            limit = None  # in that case, Lightning passes the limit before each step
         return guarded(
             optimizer,
             module,
@@ -205,11 +206,12 @@ class GuardCallback(Callback):
     def _attach(self) -> None:
         """Attaches the step hooks, which are not copied with an optimizer."""
         for i, optimizer in enumerate(self.optimizers):
-            # loss={}: on_before_backward has passed the losses of all micro-batches. The closure
-            # returns only the last one, divided by accumulate_grad_batches, and none with a scaler.
+            # loss={}, because on_before_backward has passed the losses of all micro-batches. The
+            # closure returns only the last loss, divided by accumulate_grad_batches, and no loss
+            # with a scaler.
             tag = partial(self._tag, i)
             self._hooks.append(StepTags(optimizer, tag, self._spans[i].clear, loss={}))
-            if self._statistics is not None:  # training has started
+            if self._statistics is not None:  # true once training has started
                 count = partial(self._count, i)
                 self._hooks.append(optimizer.register_step_post_hook(count))
                 self._statistics.follow(optimizer)
@@ -227,7 +229,7 @@ class GuardCallback(Callback):
         assert self._trainer is not None
         span = self._spans[i]
         _begin_batch(span, self._trainer)
-        span.add()  # its backward pass may be part of the step's closure
+        span.add()  # the backward pass may be part of the step's closure
         return span.tag(self._trainer.global_step + 1)
 
     def _count(self, i: int, *_: Any) -> None:

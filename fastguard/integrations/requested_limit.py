@@ -1,7 +1,8 @@
 """Moves a framework's clipping into the guard's next step.
 
-Frameworks first clip and then step; clipping in both places would scale gradients twice. Their
-clipping call therefore only stores its limit here, and gradients are read and scaled once.
+Frameworks first clip and then step, and clipping in both places would scale gradients twice. The
+clipping call of a framework therefore only stores its limit here, so that gradients are read and
+scaled once.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class RequestedLimit:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.optimizer.register_step_post_hook(self._reset)  # copies of optimizers have no hooks
+        # also called for copies, since copies of optimizers have no hooks
+        self.optimizer.register_step_post_hook(self._reset)
 
     def request_norm(self, max_norm: float, norm_type: float = 2.0) -> None:
         """Clips the next step to this norm, unless the limit is fixed.
@@ -75,7 +77,7 @@ class RequestedLimit:
 def total_norm_of(verdict: Verdict) -> Tensor:
     """Returns the norm that torch would report: NaN if non-finite elements remained. Never syncs.
 
-    In contrast, records contain the norm of the finite elements and the counts of the others.
+    In contrast, records contain the norm of the finite elements, and counts of non-finite elements.
     """
     found = (verdict.reason == int(Reason.NONFINITE_GRAD)) | (
         verdict.reason == int(Reason.LOSS_SCALE)

@@ -25,7 +25,7 @@ Sink = Callable[[StepRecord], object]
 
 @contextmanager
 def needs(extra: str) -> Iterator[None]:
-    """Wraps the imports of a framework: if it is missing, the error names the extra to install.
+    """Wraps imports of a framework; if it is missing, the error names the extra to install.
 
     Args:
         extra: Name of the extra in pyproject.toml.
@@ -96,7 +96,8 @@ def default_group(
         `{"group": ...}`, or an empty dict if no argument is needed.
 
     Raises:
-        ValueError: There are several processes without replicas, so each would decide by itself.
+        ValueError: There are several processes without replicas, so each process would decide by
+            itself.
 
     Example:
         >>> default_group({}, 1, replicated=False)
@@ -118,10 +119,10 @@ def engine_error(engine: str) -> ValueError:
     """Returns the error for a trainer whose steps are taken by an engine such as DeepSpeed.
 
     DeepSpeed and Megatron keep copies of the gradients and clip them by their own settings. A guard
-    around their inner optimizer would clip a second time, or never be called.
+    around the inner optimizer of such an engine would clip a second time, or never be called.
 
     Args:
-        engine: The trainer's name for it.
+        engine: The name of the engine.
     """
     return ValueError(
         f"{engine} takes the steps and clips by its own settings, so nothing can be guarded here; "
@@ -133,7 +134,8 @@ def engine_error(engine: str) -> ValueError:
 def refuse_deepspeed(strategy: object) -> None:
     """Raises a ValueError for a strategy that trains through DeepSpeed.
 
-    It is recognized by class name, because different packages define different classes.
+    The strategy is recognized by its class name, because different packages define different
+    classes.
 
     Example:
         >>> refuse_deepspeed(object())
@@ -145,10 +147,10 @@ def refuse_deepspeed(strategy: object) -> None:
 def optimizer_of_loss(
     optimizers: Sequence[GuardedOptimizer], loss: Tensor, world_size: int
 ) -> GuardedOptimizer | None:
-    """Returns the optimizer that a loss belongs to; None if that is unknown.
+    """Returns the optimizer that a loss belongs to; None if it is unknown.
 
-    It is known if there is one optimizer and the loss is a scalar. On several ranks, losses are
-    combined over a group, so an optimizer without a group gets no loss.
+    The optimizer is known if there is only one and the loss is a scalar. On several ranks, losses
+    are combined over a group, so an optimizer without a group gets no loss.
     """
     if len(optimizers) != 1 or loss.numel() != 1:
         return None
@@ -175,7 +177,8 @@ class BatchSpan:
 
     def __init__(self) -> None:
         self._now: tuple[int | None, int] | None = None  # epoch and batch
-        self._added: list[tuple[int | None, int]] = []  # first and last batch of the next step
+        # the first and the last batch of the next step
+        self._added: list[tuple[int | None, int]] = []
         self._stepped: tuple[int | None, int] | None = None  # current batch at the last step
         self._tag: dict[str, Any] = {}  # tag of the step in progress
 
@@ -194,7 +197,7 @@ class BatchSpan:
         self._now = epoch, batch
 
     def add(self, *, to: Optimizer | None = None) -> None:
-        """Adds the current batch to those of the next step, before its backward pass.
+        """Adds the current batch to the next step, before the backward pass of the batch.
 
         Args:
             to: The optimizer of the step. If its parameters have no gradients, earlier batches do
@@ -205,7 +208,7 @@ class BatchSpan:
             self._added.clear()
         if self._now is not None:
             self._added[1:] = [self._now]
-            if self._tag:  # the backward pass is part of the closure of a step
+            if self._tag:  # in this case, the backward pass is part of the closure of a step
                 self._tag.update(self._position())
 
     def tag(self, global_step: int) -> dict[str, Any]:
@@ -336,7 +339,7 @@ class RunRecords:
                     else:
                         tell_guard(sink, optimizer.describe(), optimizer._device)
                         optimizer.add_sink(_Completed(sink, completed))
-                # On a GPU the last step's record may still be in transfer.
+                # On a GPU, the record of the last step may still be in transfer.
                 recorder = weakref.ref(optimizer._recorder)
                 weakref.finalize(optimizer, _wait_for_records, recorder)
             self._files[optimizer].open()
@@ -356,7 +359,7 @@ class _File:
             records = records.with_name(f"{records.stem}-{number}{records.suffix}")
         self.path = records
         self._sink: JsonLinesSink | None = None
-        # not the optimizer itself, whose sinks refer to this object
+        # does not refer to the optimizer itself, whose sinks refer to this object
         self._guard = optimizer.describe(), optimizer._device
 
     def open(self) -> None:
@@ -370,7 +373,7 @@ class _File:
             self._sink = None
 
     def __call__(self, record: StepRecord) -> None:
-        self.open()  # reopen if training continues after its end
+        self.open()  # reopens the file if training continues after its end
         if self._sink is not None:
             self._sink(record)
 

@@ -13,8 +13,8 @@ from fastguard.optim.options import OF_ADAMW, OWN
 class Adam(FusedOptimizer):
     """Adam that clips, cleans or skips in one fused pass, and can keep exact float32 weights.
 
-    A replacement for `torch.optim.Adam` with the same state keys: each loads the state dicts of the
-    other.
+    A replacement for `torch.optim.Adam` with the same state keys. Each of the two optimizers can
+    load state dicts of the other.
 
     Args:
         params, lr, betas, eps, amsgrad, maximize, master, rounding, state_dtype: As in `AdamW`.
@@ -62,8 +62,8 @@ class Adam(FusedOptimizer):
 class AdamW(Adam):
     """AdamW that clips, cleans or skips in one fused pass, and can keep exact float32 weights.
 
-    A replacement for `torch.optim.AdamW` with the same state keys: each loads the state dicts of
-    the other.
+    A replacement for `torch.optim.AdamW` with the same state keys. Each of the two optimizers can
+    load state dicts of the other.
 
     Args:
         params: Parameters, `(name, parameter)` pairs or param groups, as in torch.
@@ -77,10 +77,11 @@ class AdamW(Adam):
             4 bytes per element, for bfloat16 or float16; `"remainder"` keeps the 16 bits that
             bfloat16 lacks, 2 bytes per element; None, the default, keeps none.
         rounding: How values are rounded to 16 bits (states, and weights without a master):
-            `"nearest"`, the default, or `"stochastic"`, up or down with a probability
-            proportional to the distance.
+            `"nearest"`, the default; or `"stochastic"`, which rounds up or down with probabilities
+            that are proportional to the distances.
         state_dtype: Dtype of the moments: `torch.float32`, `torch.bfloat16` or `torch.float16`;
-            None, the default, uses float32 with a master and the parameter's dtype without one.
+            None, the default, uses float32 with a master, and the parameter's dtype without a
+            master.
         reproducible: Use IEEE operations in a fixed order, which give the same bits on every
             device; default False.
         seed: Seed of stochastic rounding, in [0, 2**32); default 0.

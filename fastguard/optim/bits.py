@@ -6,8 +6,8 @@ A float32 `x` is split into a bfloat16 and the lower 16 bits of `x`, as int16:
     high = (bits(x) >> 16) + (low >> 15)        rounded to nearest, ties away from zero
     x    = ((high - (low >> 15)) << 16) | low   bit for bit
 
-Every NaN is first replaced by 0x7FC00000: the NaN of a GPU, 0x7FFFFFFF, would carry into the sign
-bit and become 0.
+Every NaN is first replaced by 0x7FC00000, because the rounding of a GPU's NaN, 0x7FFFFFFF, would
+carry into the sign bit and give 0.
 
 Stochastic rounding adds noise: 32 bits per element, from the hash `lowbias32` of a counter, in
 unsigned 32-bit arithmetic that wraps around. Stream 0 is for the weight, 1 to 3 for the states:
@@ -55,13 +55,14 @@ def stream(key: Tensor, first: int, like: Tensor) -> Tensor:
     n = like.numel()
     counters = torch.arange(n, dtype=torch.int64, device=like.device) + first
     hashes = lowbias32((((counters & _MASK) * GOLDEN) + key) & _MASK)
-    out = torch.empty_like(like, dtype=torch.int64)  # keeps the strides of a dense tensor
+    # `empty_like` keeps the strides of a dense tensor
+    out = torch.empty_like(like, dtype=torch.int64)
     in_memory_order(out).copy_(hashes)
     return out
 
 
 def with_noise(noise: Tensor, number: int) -> Tensor:
-    """Returns one of the streams of the noise, int64 with 16 bits."""
+    """Returns one stream of the noise, int64 with 16 bits per element."""
     if number >= 2:
         noise = lowbias32(noise ^ SECOND)
     return noise >> 16 if number % 2 else noise & 0xFFFF
@@ -75,7 +76,7 @@ def bits_of(x: Tensor) -> Tensor:
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
     """Splits float32 numbers into bfloat16 and an int16 remainder."""
     bits = bits_of(x)
-    low = bits.to(torch.int16)  # keeps the lower 16 bits
+    low = bits.to(torch.int16)  # the conversion keeps the lower 16 bits
     # Adding 0x8000 carries into the upper half if bit 15 is set.
     high = ((bits + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
     return high, low
@@ -84,7 +85,7 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
 def from_remainder(high: Tensor, low: Tensor) -> Tensor:
     """Restores the float32 numbers from the two parts that `split` returns."""
     upper = high.contiguous().view(torch.int16).view(high.shape).int()
-    lower = low.int()  # negative if bit 15 is set, which borrows from the upper half
+    lower = low.int()  # negative if bit 15 is set, so that adding it borrows from the upper half
     return ((upper << 16) + lower).view(torch.float32)
 
 

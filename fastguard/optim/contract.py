@@ -34,11 +34,11 @@ HYPER: tuple[str, ...] = (
     "dampening",
     "sign",  # -1.0 to maximize, else 1.0
     "seed",  # seed of stochastic rounding, an integer in [0, 2**32)
-    "spike_threshold",  # 0: no spike-aware clipping
-    "momentum_reset",  # steps between resets of the moments; 0: never
+    "spike_threshold",  # 0 means no spike-aware clipping
+    "momentum_reset",  # steps between resets of the moments; 0 means never
     "reset_warmup",  # steps of warm-up after a reset
 )
-"""The columns of `Update.hyper`; an algorithm ignores the ones that it does not use."""
+"""The columns of `Update.hyper`; an algorithm ignores columns that it does not use."""
 
 N_COEFFICIENTS = 13
 SIGN, KEY, SPIKE, RESET, SUM_SCALE = 8, 9, 10, 11, 12
@@ -77,8 +77,9 @@ only with `amsgrad`, and `momentum_buffer` only if momentum is not 0.
 STATISTICS = ("squares of weights", "squares of changes", "non-finite weights")
 """The columns of `Update.statistics`. The first two are sums of squares, over finite elements, of
 the exact weights before the step, and of their changes (new minus old, in the dtype of the
-arithmetic). Exact weights are `masters`, with a remainder both halves together, or `parameters`.
-The third is the number of elements of `parameters` that are NaN or infinite after the step.
+arithmetic). Exact weights are the `masters`, or with a remainder both halves together, or else the
+`parameters`. The third is the number of elements of `parameters` that are NaN or infinite after the
+step.
 """
 
 
@@ -115,7 +116,7 @@ class Update:
         masters: T tensors, float32 or int16; empty without a master. Written.
         rounding: How values are rounded to 16 bits: states, and parameters without a master.
             Nearest means ties to even. Parameters with a remainder are rounded with ties away from
-            zero, so that the two together equal the float32 weight bit for bit.
+            zero, so that parameter and remainder together equal the float32 weight bit for bit.
         counters: T numbers: the index of the first element of each tensor among all elements of the
             optimizer, modulo 2**32. Empty unless rounding is stochastic.
         amsgrad: Divide by the largest second moment so far (Adam, AdamW).
@@ -125,11 +126,10 @@ class Update:
         spike_aware: Use the columns `spike_threshold` and `momentum_reset` of `hyper` (AdamW).
         update_clipping: Divide the learning rate of a tensor by the root mean square of its update
             if that is above 1 (AdamW). Not together with `units`.
-        units: Limits of the units of the gradients; None: no such limits. The norm is that of
-            `parameters`, not of the masters.
+        units: Limits of the units of the gradients; None: no such limits. The norm of a unit is
+            computed from `parameters`, not from `masters`.
         unit_counts: T numbers of units, or rows, of each tensor; 0: not limited. The rows of a
-            limited parameter are contiguous and follow one another in memory. Empty without
-            `units`.
+            limited parameter are contiguous and consecutive in memory. Empty without `units`.
         positions: T positions among all parameters of the optimizer; empty without `units`.
         statistics: float64 `(T, 3)`, zeros: receives the `STATISTICS` of each tensor, unless the
             step is skipped. None: they are not computed.

@@ -1,8 +1,8 @@
-"""The update on a CPU. The verdict is read first, so that a step without clipping costs no more.
+"""The update on a CPU, which reads the verdict first, so that an unclipped step costs no more.
 
-* Direct: torch's fused kernel on the tensors themselves, if it computes the same. A multiplier is
-  applied to a copy of the gradient, piece by piece: with `grad_scale`, torch would write the
-  gradient, which is slower and changes `.grad`.
+* Direct: torch's fused kernel on the tensors themselves, if it computes the same result. A
+  multiplier is applied to a copy of the gradient, piece by piece: with `grad_scale`, torch would
+  write the gradient, which is slower and changes `.grad`.
 * Through float32: all other cases. A piece is converted to float32 in memory that stays in the
   cache, updated there by torch's fused kernel, and converted back. With `reproducible`, and for
   Lion, the operations of the reference replace the fused kernel, in the same order.
@@ -37,7 +37,7 @@ def update(update: Update) -> Tensor | None:
     Returns:
         See `reference.update`; None for a skipped step too.
     """
-    if not update.found_inf.item() == 0.0:  # skips if NaN
+    if not update.found_inf.item() == 0.0:  # a NaN skips the step
         return None
     if update.steps:
         torch._foreach_add_(list(update.steps), _ONE)
@@ -67,7 +67,7 @@ class _Key(NamedTuple):
     group: int
     multiplier: float
     step: float
-    clips_units: bool  # whether some of its units are clipped
+    clips_units: bool  # whether some units of the tensors are clipped
     alone: int
 
 
@@ -90,9 +90,9 @@ def _by_coefficients(
     """Groups positions of tensors by param group, multiplier, step count and clipping of units.
 
     The tensors of a group have equal coefficients, except for the learning rate, which update
-    clipping may lower for each. With update clipping, a tensor that does not fit in a piece forms a
-    group of its own. For torch's fused Adam, which takes one step count per tensor, counts may
-    differ within a group.
+    clipping may lower for each tensor. With update clipping, a tensor that does not fit in a piece
+    forms a group of its own. For torch's fused Adam, which takes one step count per tensor, counts
+    may differ within a group.
     """
     counted = update.steps and not _fused_serves_several_steps(update)
     steps = torch.stack(list(update.steps)).tolist() if counted else [0.0] * len(update.parameters)
@@ -158,7 +158,7 @@ def _all_contiguous(update: Update, names: Sequence[str]) -> bool:
     return all(False not in set(map(Tensor.is_contiguous, of)) for of in lists)
 
 
-# Through float32.
+# Updates through float32.
 
 
 def _through_float32(
@@ -257,8 +257,8 @@ def _load_weight(update: Update, piece: Piece, scratch: Scratch) -> Tensor:
     if update.master is None:
         return scratch.widened("w", piece.parameters)
     w = scratch.widened("w", piece.parameters)
-    # The bits of the weight are `high << 16`; the remainder is signed: see `bits`. Adding
-    # int16 to int32 would allocate a copy, which takes as long as all other conversions together.
+    # The bits of the weight are `high << 16`, and the remainder is signed: see `bits`. Adding int16
+    # to int32 would allocate a copy, which takes as long as all other conversions together.
     low = scratch.line("t", piece.n).view(torch.int32).copy_(joined(piece.masters))
     w.view(torch.int32).add_(low)
     return w
@@ -278,7 +278,7 @@ def _store_weight(
             is_stored = piece.parameters[0].dtype is w.dtype
             statistics.after(piece, [w] if is_stored else piece.parameters)
         return
-    if statistics is not None:  # before `w` is overwritten
+    if statistics is not None:  # added before `w` is overwritten
         statistics.after(piece, [w])
     if update.master == "remainder":
         if not math.isfinite(w.sum().item()):
@@ -287,8 +287,8 @@ def _store_weight(
             scatter(piece.parameters, high)
             return
         as_bits = w.view(torch.int32)
-        scatter(piece.masters, as_bits)  # keeps the lower 16 bits
-        # With the last bit set there is no tie, and rounding to nearest rounds half up.
+        scatter(piece.masters, as_bits)  # the conversion keeps the lower 16 bits
+        # If the last bit is set, there is no tie, so rounding to nearest rounds half up.
         as_bits.bitwise_or_(1)
         scatter(piece.parameters, w)
         return
@@ -299,14 +299,14 @@ def _store_weight(
 def _store(of: list[Tensor], values: Tensor, noise: Tensor | None, number: int) -> None:
     dtype = of[0].dtype
     if len(of) == 1 and dtype is values.dtype and of[0].data_ptr() == values.data_ptr():
-        return  # it was updated in place
+        return  # the tensor was updated in place
     scatter(of, values if noise is None else reference.stored(values, dtype, noise, number))
 
 
 def _formula(
     update: Update, p: Tensor, g: Tensor, states: list[Tensor], c: list[float], scratch: Scratch
 ) -> None:
-    """Applies `reference.formula` in place, with the same operations and so the same bits."""
+    """Applies `reference.formula` in place, with the same operations and therefore equal bits."""
     if update.algorithm == "sgd":
         _sgd(update, p, g, states, c)
         return
@@ -316,7 +316,7 @@ def _formula(
         toward.add_(torch.mul(g, c[1], out=scratch.line("u", g.numel())))
         if math.isnan(
             toward.sum().item()
-        ):  # also after Inf - Inf, for which this slower way is right too
+        ):  # also true after Inf - Inf, for which the slower computation is correct too
             toward.copy_(toward.sign().masked_fill_(toward.isnan(), math.nan))
         else:
             toward.sign_()
@@ -330,7 +330,7 @@ def _formula(
     m.add_(t.mul_(c[1]))
     v.mul_(c[2]).add_(g.mul_(g).mul_(c[3]))
     largest = torch.maximum(states[2], v, out=states[2]) if update.amsgrad else v
-    np.sqrt(largest.numpy(), out=g.numpy())  # correctly rounded, unlike torch's
+    np.sqrt(largest.numpy(), out=g.numpy())  # correctly rounded, unlike torch's square root
     g.mul_(c[6]).add_(c[4])
     step = torch.mul(m, c[5], out=t).div_(g)
     if update.algorithm == "adamw":

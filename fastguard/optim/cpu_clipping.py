@@ -25,7 +25,8 @@ def limit_spikes(update: Update, g: Tensor, v: Tensor, c: Sequence[Any], scratch
         return
     bound = torch.mul(v, c[SPIKE], out=scratch.line("t", g.numel()))
     np.sqrt(bound.numpy(), out=bound.numpy())
-    spikes = (torch.abs(g, out=scratch.line("u", g.numel())) > bound) & (v > 0.0)  # False for NaN
+    # the comparison is False for NaN
+    spikes = (torch.abs(g, out=scratch.line("u", g.numel())) > bound) & (v > 0.0)
     if spikes.any():
         g.copy_(torch.where(spikes, torch.copysign(bound, g), g))
 
@@ -72,8 +73,9 @@ def clip_short(
 
     Args:
         update: The update.
-        piece: The piece, with k tensors.
-        g, states: Its gradient, without spikes, and its states, in the dtype of the arithmetic.
+        piece: The piece, which contains k tensors.
+        g, states: The gradient of the piece, without spikes, and the states, in the dtype of the
+            arithmetic.
         coefficients: float64 `(k, 13)`, written.
         scratch: The memory to use.
 
@@ -86,7 +88,7 @@ def clip_short(
     terms = _terms(update, g, states, c, scratch)
     if len(sizes) == 1:
         sums = terms.sum(dtype=torch.float64).reshape(1)
-    else:  # differences of running sums, which also work for empty tensors
+    else:  # uses differences of running sums, which also work for empty tensors
         running = torch.nn.functional.pad(terms.long().cumsum(0), (1, 0))
         ends = sizes.cumsum(0)
         sums = (running[ends] - running[ends - sizes]).double()
@@ -97,7 +99,7 @@ def clip_short(
 def _for_elements(
     coefficients: Tensor, sizes: Tensor, dtype: torch.dtype, columns: tuple[int, ...]
 ) -> list[Any]:
-    """Returns the columns as numbers, and those that differ as one number per element."""
+    """Returns each column as a number, or as one number per element if the values differ."""
     rounded = coefficients.to(dtype)
     c: list[Any] = rounded[0].tolist()
     if len(sizes) > 1:

@@ -14,12 +14,13 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def is_equivalent(update: Update, names: Sequence[str]) -> bool:
-    """Whether torch's fused kernel computes the same directly on the tensors."""
+    """Whether torch's fused kernel, used directly on the tensors, computes the same result."""
     dtype = update.parameters[0].dtype
     if update.algorithm == "sgd" and dtype in HALF:
-        return False  # torch 2.13 combines the wrong halves of vectors: weights off by whole steps
+        # torch 2.13 combines the wrong halves of vectors, with errors as large as the step
+        return False
     if dtype is torch.float16:
-        return False  # torch rounds the second moment before using it, and it underflows
+        return False  # torch rounds the second moment before it uses it, so that it underflows
     return (
         update.algorithm != "lion"
         and not (update.reproducible or update.spike_aware or update.update_clipping)

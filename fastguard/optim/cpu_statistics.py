@@ -1,11 +1,12 @@
 """The statistics of an update on a CPU, computed for each piece while it is in the cache.
 
-The weights of a piece are copied before its update, and subtracted from the new ones after it, in
-memory that stays in the cache. Squares are computed in float32, and added in float32 over blocks
-(long tensors) or in float64 (short ones); the relative error of a sum is below 1e-6. Where the
-range of float32 does not suffice, and for NaN and infinity, a sum is computed again in float64.
+The weights of a piece are copied before its update, and subtracted from the new weights afterward,
+in memory that stays in the cache. Squares are computed in float32. They are added in float32 over
+blocks for long tensors, and in float64 for short tensors; the relative error of a sum is below
+1e-6. Where the range of float32 does not suffice, and for NaN and infinity, a sum is computed again
+in float64.
 
-I/O: none beyond the update itself.
+I/O: no memory traffic beyond the update itself.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from fastguard.optim.pieces import Piece
 from fastguard.optim.scratch import Scratch
 
 BLOCK = 2048
-"""Elements whose squares are added in float32."""
+"""Number of elements whose squares are added in float32."""
 ALONE = 10_000
 """Up to this number of elements, OpenBLAS computes a dot product on one thread."""
 LONG = 1000
-"""Mean number of elements from which each tensor of a piece gets a dot product of its own."""
+"""Mean number of elements from which each tensor of a piece gets a separate dot product."""
 TINY = 2.0**-90
-"""If the mean square is below this, squares may have been lost below the range of float32."""
+"""If the mean square is below this number, squares may have underflowed in float32."""
 
 
 class PieceStatistics:
@@ -62,7 +63,7 @@ class PieceStatistics:
             weights: The tensors of the piece, or one vector with all of their elements.
         """
         is_view = len(weights) == 1 and weights[0].dtype is self._scratch.dtype
-        if is_view:  # a sum reads new memory faster than a copy does
+        if is_view:  # first, since a sum reads uncached memory faster than a copy does
             self._bound = self._add_squares(piece, in_memory_order(weights[0]), 0)
         self._old = self._scratch.copied("old", weights)
         if not is_view:
@@ -73,7 +74,7 @@ class PieceStatistics:
 
         Args:
             piece: The piece.
-            weights: The new exact weights, as in `before`; without a master, those that are stored.
+            weights: The new exact weights, as in `before`; without a master, the stored weights.
         """
         new = weights[0] if len(weights) == 1 else None
         if new is None or new.dtype is not self._scratch.dtype:
@@ -81,7 +82,7 @@ class PieceStatistics:
         new = in_memory_order(new)
         change = torch.sub(new, self._old, out=self._old)
         bound = self._bound + self._add_squares(piece, change, 1)
-        if not bound < self._limit:  # True for NaN
+        if not bound < self._limit:  # the condition is True for NaN
             bad = ~self._stored(new).isfinite()
             self._out[piece.members, 2] += _sums_of_parts(bad.numpy(), _sizes(piece), np.int64)
 
@@ -90,18 +91,18 @@ class PieceStatistics:
 
         Args:
             piece: The piece.
-            x: Its elements, in the dtype of the arithmetic.
+            x: The elements of the piece, in the dtype of the arithmetic.
             column: The column of the statistics.
 
         Returns:
-            An upper bound of all magnitudes; infinite or NaN if an element is, or if a square
+            An upper bound of all magnitudes; infinite or NaN if any element is, or if a square
             overflows.
         """
         v = x.detach().numpy()
         with np.errstate(over="ignore", invalid="ignore"):
             if len(piece.members) == 1:
                 squares = _sum_of_squares(v)
-                is_sure = TINY * len(v) < squares < math.inf  # False for NaN
+                is_sure = TINY * len(v) < squares < math.inf  # the comparison is False for NaN
                 self._out[piece.members[0], column] += squares if is_sure else _in_float64(v)
                 return math.sqrt(squares)
             sizes = _sizes(piece)
@@ -115,7 +116,8 @@ class PieceStatistics:
 
     def _sums_of_squares(self, v: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         """Returns the sum of squares of each tensor of a vector, float64 `(k,)`."""
-        if sizes.max() < ALONE and len(v) > LONG * len(sizes):  # half the time of the sums below
+        # takes half the time of the sums below
+        if sizes.max() < ALONE and len(v) > LONG * len(sizes):
             ends = accumulate(sizes.tolist(), initial=0)
             return np.array([(part := v[i:j]).dot(part) for i, j in pairwise(ends)], np.float64)
         into = self._scratch.line("squares", len(v)).numpy()

@@ -1,10 +1,11 @@
 """Clipping of units in an update on a CPU.
 
 The norms of all units are computed before the update, which therefore reads gradients and weights
-from memory a second time. Computing them piece by piece, with the second read from the cache, takes
-1.2 to 1.4 times as long [resnet50, Xeon with 1.25 MB of L2 per core]: every piece then costs 0.1 ms
-in calls, and reading is a small part of a norm. Clipped gradients go to memory that stays in the
-cache, piece by piece; tensors without a clipped unit are updated as they are.
+from memory a second time. Computing the norms piece by piece, with the second read from the cache,
+takes 1.2 to 1.4 times as long [resnet50, Xeon with 1.25 MB of L2 per core], because every piece
+then costs 0.1 ms in calls, and reading is a small part of a norm. Clipped gradients go to memory
+that stays in the cache, piece by piece; tensors without a clipped unit are updated with their own
+gradients.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ def unit_factors(
 
     Args:
         update: An update that is not skipped.
-        multipliers: Its multipliers, as numbers.
+        multipliers: The multipliers of the update, as numbers.
 
     Returns:
         T tensors `(k, n, 1)` in the dtype of the arithmetic: k factors, 1 or 2, for each of the n
-        units of a tensor; None for a tensor without a clipped unit. Then, the description of what
+        units of a tensor; None for a tensor without a clipped unit. Also the description of what
         was clipped, see `reference.update`.
     """
     units, counts = update.units, update.unit_counts
@@ -46,7 +47,7 @@ def unit_factors(
     coefs = coefs_of(update.grads, update.parameters, counts, numbers, units.propagates, inv_scale)
     own = [multipliers[segment] for segment in update.segment_ids]
     factors = coefs * np.repeat(own, counts)
-    tiny = np.abs(factors) < SMALLEST_FACTOR  # False for NaN
+    tiny = np.abs(factors) < SMALLEST_FACTOR  # the comparison is False for NaN
     if tiny.any():
         first = np.where(tiny, SMALLEST_FACTOR, 1.0)
         both = torch.from_numpy(np.stack([first, factors / first]))

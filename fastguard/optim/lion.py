@@ -12,8 +12,9 @@ from fastguard.optim.optimizer import FusedOptimizer
 class Lion(FusedOptimizer):
     """Lion (Chen et al. 2023) that clips, cleans or skips in one fused pass.
 
-    It needs half the state of AdamW: one moment, `exp_avg`. Every weight moves by `lr`, so use a
-    third to a tenth of the learning rate of AdamW, and three to ten times its weight decay.
+    Lion needs half the state of AdamW: one moment, `exp_avg`. Every weight moves by `lr`, so use a
+    third to a tenth of the learning rate that you would use for AdamW, and three to ten times the
+    weight decay.
 
     Args:
         params, maximize, master, rounding, state_dtype, reproducible, seed: As in `AdamW`.
@@ -49,5 +50,5 @@ class Lion(FusedOptimizer):
         super().__init__(params, defaults, own)
 
     def counts_steps(self, group: Mapping[str, Any]) -> bool:
-        """Whether the update depends on the step count, as only stochastic rounding does."""
+        """Whether the update depends on the step count, which only stochastic rounding needs."""
         return group["rounding"] == "stochastic"

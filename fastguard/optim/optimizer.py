@@ -32,7 +32,7 @@ class FusedOptimizer(Optimizer):
     Args:
         params: Parameters, `(name, parameter)` pairs or param groups, as in torch.
         defaults: The hyper-parameters of the algorithm.
-        own: The other keyword arguments: those of `own_settings`, and unknown ones.
+        own: All other keyword arguments: settings named in `own_settings`, and unknown arguments.
 
     Raises:
         TypeError, ValueError: An argument or a parameter is not supported.
@@ -40,7 +40,7 @@ class FusedOptimizer(Optimizer):
 
     algorithm: ClassVar[Algorithm]
     own_settings: ClassVar[Mapping[str, Any]] = OWN
-    _step_supports_amp_scaling = True  # GradScaler sets found_inf and grad_scale
+    _step_supports_amp_scaling = True  # makes GradScaler set found_inf and grad_scale
     _orders: Orders | None = None
     _collected: tuple[UpdateStatistics, ...] = ()
 
@@ -73,7 +73,7 @@ class FusedOptimizer(Optimizer):
             ]
             check_group(group, [name_of(i, names) for i in range(len(names))])
 
-    @torch._disable_dynamo  # torch.compiler.disable imports the compiler, and triton with it
+    @torch._disable_dynamo  # torch.compiler.disable would import the compiler and triton
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Takes one step, unless the verdict is to skip it.
@@ -107,7 +107,7 @@ class FusedOptimizer(Optimizer):
 
     @contextmanager
     def obeying(self, orders: Orders) -> Iterator[None]:
-        """Within the block, steps apply these orders."""
+        """Context in which steps apply these orders."""
         self._orders = orders
         try:
             yield
@@ -125,7 +125,7 @@ class FusedOptimizer(Optimizer):
     def collecting_statistics(
         self, into: UpdateStatistics | None = None
     ) -> Iterator[UpdateStatistics]:
-        """Within the block, each step also computes statistics, from the weights that it updates.
+        """Context in which each step also computes statistics of its update.
 
         No other result of a step changes by a single bit.
 
@@ -153,7 +153,7 @@ class FusedOptimizer(Optimizer):
         finally:
             self._collected = tuple(one for one in self._collected if one is not statistics)
 
-    # Overridden by subclasses.
+    # Subclasses override these methods.
 
     def hyper(self, group: Mapping[str, Any]) -> dict[str, Any]:
         """Returns hyper-parameters by their names in `contract.HYPER`; missing ones are 0."""
@@ -190,14 +190,15 @@ class FusedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of this optimizer, or of torch's optimizer of the same name.
 
-        Every entry gets the dtype that this optimizer uses for it; torch would cast all of them to
-        the dtype of the parameter.
+        Every entry gets the dtype that this optimizer uses for the entry, while torch would cast
+        all entries to the dtype of the parameter.
 
         Args:
             state_dict: The state dict.
 
         Raises:
-            ValueError: It was saved with another `master`, or does not fit; nothing was changed.
+            ValueError: The state dict was saved with another `master`, or does not fit; nothing was
+                changed.
         """
         states.check_modes(self, state_dict)
         seen: list[Mapping[str, Any]] = []

@@ -37,8 +37,10 @@ OF_ADAMW: dict[str, Any] = {
 """The settings that only `AdamW` has in addition, with their defaults."""
 
 SPIKE_GRACE = 20
-"""Spikes are clipped from the step with this number on, and from this many steps after a reset on:
-the second moment of fewer gradients is unreliable. SPAM calls it `grad_accu_steps` in its code."""
+"""Spikes are clipped from the step with this number on, and after a reset from this number of steps
+on, because the second moment of fewer gradients is unreliable. The code of SPAM calls this number
+`grad_accu_steps`.
+"""
 
 OF_TORCH: dict[str, Any] = {
     "foreach": None,
@@ -49,7 +51,7 @@ OF_TORCH: dict[str, Any] = {
 """Settings of torch's optimizers, kept in param groups so that torch can load the state dicts."""
 
 _WHY_NOT = {
-    "foreach": "one fused pass updates every tensor, so there is no variant to choose",
+    "foreach": "one fused pass updates every tensor, so there are no variants",
     "fused": "the update is always fused",
     "capturable": "the step can always be captured in a CUDA graph",
     "differentiable": "a fused update cannot be differentiated; use the optimizer of torch.optim",
@@ -91,7 +93,8 @@ def check_group(group: Mapping[str, Any], names: Sequence[str]) -> None:
 
 def _check_numbers(group: Mapping[str, Any]) -> None:
     for key in ("lr", "eps", "weight_decay", "momentum"):
-        if key in group and not number_of(key, group[key]) >= 0.0:  # False for NaN
+        # the comparison is False for NaN
+        if key in group and not number_of(key, group[key]) >= 0.0:
             raise ValueError(f"{key}={shown(group[key])} must be a number >= 0")
     betas = group.get("betas", ())
     if "betas" in group and (not isinstance(betas, tuple | list) or len(betas) != 2):
@@ -121,12 +124,13 @@ def _check_spike_settings(group: Mapping[str, Any]) -> None:
     if warmup >= reset:
         raise ValueError(
             f"reset_warmup={warmup} must be shorter than momentum_reset={reset}, or the learning "
-            "rate would never recover; use a shorter warm-up, or reset less often"
+            "rate would never recover; use a shorter warm-up, or a larger momentum_reset"
         )
     if threshold is not None and reset <= SPIKE_GRACE:
         raise ValueError(
             f"momentum_reset={reset} leaves no step for spike_threshold={shown(threshold)}: "
-            f"nothing is clipped in the {SPIKE_GRACE} steps after a reset; reset less often"
+            f"nothing is clipped in the {SPIKE_GRACE} steps after a reset; use a larger "
+            "momentum_reset"
         )
 
 
@@ -141,12 +145,12 @@ def _check_parameter(group: Mapping[str, Any], name: str, p: Tensor) -> None:
     if is_wrapped(p) and not is_dtensor(p):
         raise TypeError(
             f"{name} is a {type(p).__name__}, which wraps other tensors; fastguard.optim reads "
-            "memory directly, so give it to an optimizer of torch.optim"
+            "memory directly, so use an optimizer of torch.optim for this parameter"
         )
     if not dtype.is_floating_point:
         raise TypeError(
-            f"{name} is {dtype}; fastguard.optim requires real floating-point parameters; give "
-            "it to an optimizer of torch.optim"
+            f"{name} is {dtype}; fastguard.optim requires real floating-point parameters; use an "
+            "optimizer of torch.optim for this one"
         )
     if master == "remainder" and dtype is not torch.bfloat16:
         raise ValueError(
@@ -176,7 +180,8 @@ def _check_parameter(group: Mapping[str, Any], name: str, p: Tensor) -> None:
         if state_dtype_of(group, p).itemsize != 2:
             raise ValueError(
                 f"rounding='stochastic' rounds only to 16 bits, but {name} is {dtype}"
-                f"{'' if master is None else ' with an exact master'} and its state is not; "
+                f"{'' if master is None else ' with an exact master'}, and its state has more "
+                f"bits; "
                 f"{elsewhere} rounding='nearest'"
             )
 
@@ -188,8 +193,8 @@ def _master_for(dtype: torch.dtype) -> str | None:
 def state_dtype_of(group: Mapping[str, Any], p: Tensor) -> torch.dtype:
     """Returns the dtype of a parameter's state.
 
-    By default it is float32 with a master, since training as in float32 needs float32 moments, and
-    the dtype of the parameter without one.
+    With a master, the default is float32, since training with float32 accuracy needs float32
+    moments. Without a master, it is the dtype of the parameter.
     """
     if group["state_dtype"] is not None:
         return group["state_dtype"]

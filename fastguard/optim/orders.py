@@ -38,7 +38,8 @@ class Orders:
 
         Args:
             grad_scale: float32 `()`: divisor of the gradients; None: 1.
-            found_inf: float32 `()`: a sum over devices, > 0 after an overflow; None: 0.
+            found_inf: float32 `()`: a sum over devices, which is above 0 after an overflow; None:
+                0.
             device: Device of the defaults.
         """
         zero = torch.zeros((), device=device)

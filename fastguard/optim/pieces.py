@@ -2,8 +2,8 @@
 
 A piece is a part of one long tensor, or several short tensors with the same coefficients, with
 elements in memory order. If the strides of a parameter, its gradient and its state differ, the
-piece holds copies with the strides of the parameter, which are written back afterward: torch's
-fused CPU kernels ignore strides and would combine the wrong elements.
+piece holds copies with the strides of the parameter, which are written back afterward, because
+torch's fused CPU kernels ignore strides and would combine the wrong elements.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from fastguard.optim.contract import Update
 PIECE = 2**18
 """Maximum number of elements of a piece: 1 MB of float32 per array.
 
-Every operation on a piece has an overhead of about 2 µs. With 2**15 elements an update through
-float32 takes twice as long, with 2**20 a tenth longer [EPYC, 1 MB of L2, 32 MB of L3].
+Every operation on a piece has an overhead of about 2 µs. With pieces of 2**15 elements, an update
+through float32 takes twice as long; with 2**20 elements, it takes a tenth longer [EPYC, 1 MB of L2,
+32 MB of L3].
 """
 JOINED = 2**16
 """Maximum number of elements of joined short tensors, which are copied to the piece and back."""
@@ -37,7 +38,7 @@ class Piece:
         states: One list per state of the algorithm, with one tensor per parameter.
         masters: One tensor per parameter; empty without a master.
         steps: The step counters; empty if steps are not counted.
-        counters: See `Update.counters`; those of the first elements in this piece.
+        counters: The counters of the first elements in this piece, see `Update.counters`.
         factors: The factors of the units in this piece, see `cpu_units`; one tensor `(k, n, 1)` for
             each tensor, or empty.
         copies: `(original, copy)` pairs to write back.
@@ -79,7 +80,8 @@ def pieces(
         members: Positions of tensors with the same coefficients.
         states: Names of the states, in order.
         factors: The factors of the units of all T tensors, see `cpu_units`. Either all members have
-            some, or none. Their tensors are split between units, or within one unit. Default: none.
+            factors, or none has. Tensors with factors are split between units, or within one unit.
+            Default: none.
     """
     lists = [update.parameters, update.grads, *(update.states[s] for s in states)]
     if update.masters:
@@ -156,7 +158,7 @@ def _alike(tensors: list[Tensor]) -> tuple[list[Tensor], list[tuple[Tensor, Tens
     A tensor with other strides is copied. The second tensor, the gradient, is never written back.
     """
     p = tensors[0]
-    like = torch.empty_like(p)  # dense, with the strides of p where p is dense
+    like = torch.empty_like(p)  # a dense tensor; it has the strides of `p` if `p` is dense
     out, copies = [], []
     for number, t in enumerate(tensors):
         if t.stride() != like.stride():

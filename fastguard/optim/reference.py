@@ -100,7 +100,7 @@ def advance(update: Update) -> Tensor:
     Returns:
         float64 `(T, 13)`. After a skipped step, the coefficients must not be used.
     """
-    taken = (update.found_inf == 0.0).float()  # not taken if NaN
+    taken = (update.found_inf == 0.0).float()  # a NaN means that the step is not taken
     steps = [step + 1.0 for step in update.steps]
     for step in update.steps:
         step.add_(taken)
@@ -120,9 +120,9 @@ def coefficients(update: Update, rows: Tensor, count: Tensor, sizes: Tensor) -> 
 
     Args:
         update: The update.
-        rows: float64 `(n, 12)`: their hyper-parameters.
-        count: float64 `(n,)`: the number of the step that each takes, from 1.
-        sizes: float64 `(n,)`: their numbers of elements.
+        rows: float64 `(n, 12)`: the hyper-parameters of the tensors.
+        count: float64 `(n,)`: the number of the step that each tensor takes, from 1.
+        sizes: float64 `(n,)`: the number of elements of each tensor.
 
     Returns:
         float64 `(n, 13)`.
@@ -143,7 +143,7 @@ def coefficients(update: Update, rows: Tensor, count: Tensor, sizes: Tensor) -> 
         cosine = torch.cos(since * (math.pi / (warmup + 1.0)))
         out[:, 5] *= torch.where(has_reset & (since < warmup), 1.0 - 0.495 * (1.0 + cosine), 1.0)
     if update.update_clipping:
-        # A term is at most 1 / (1 - beta2), so the sum stays below 2**53, and exact in float64.
+        # A term is at most 1 / (1 - beta2), so the sum stays below 2**53 and is exact in float64.
         largest = sizes / (1.0 - rows[:, HYPER.index("beta2")])
         out[:, SUM_SCALE] = torch.exp2((52.5 - largest.log2()).floor().clamp(max=30.0))
     return out
@@ -151,7 +151,8 @@ def coefficients(update: Update, rows: Tensor, count: Tensor, sizes: Tensor) -> 
 
 def _formulas(algorithm: str, rows: Tensor, step: Tensor) -> list[Tensor]:
     """Returns the columns of `COEFFICIENTS`, in float64."""
-    # Contiguous, because torch computes the logarithm of strided tensors by another routine.
+    # The rows are contiguous, since torch uses another routine for the logarithm of strided
+    # tensors.
     lr, b1, b2, eps, wd, momentum, dampening = rows.T.contiguous()[:7].unbind(0)
     decay = 1.0 - lr * wd
     if algorithm == "sgd":
@@ -181,7 +182,7 @@ def _update_tensor(update: Update, i: int, coefficients: Tensor) -> None:
     new = formula(update, weight, g, values, c)
 
     states = [update.states[n][i] for n in STATES[update.algorithm] if n in update.states]
-    skip = update.found_inf != 0.0  # NaN skips
+    skip = update.found_inf != 0.0  # a NaN skips the step
     noise = None
     if update.rounding == "stochastic":
         noise = stream(key, update.counters[i], p)
@@ -224,10 +225,11 @@ def gradient_and_states(update: Update, i: int, c: Tensor) -> tuple[Tensor, list
 def without_spikes(g: Tensor, v: Tensor, threshold: Tensor) -> Tensor:
     """Limits elements of a gradient to the root of `threshold` times their second moment.
 
-    An element without a second moment keeps its value; at 0 it could never get one.
+    An element whose second moment is 0 keeps its value. If the limit of 0 applied, the second
+    moment would stay 0.
     """
     bound = root(v * threshold)
-    return torch.where((v > 0.0) & (g.abs() > bound), torch.copysign(bound, g), g)  # NaN stays
+    return torch.where((v > 0.0) & (g.abs() > bound), torch.copysign(bound, g), g)  # a NaN is kept
 
 
 def update_ratio(update: Update, i: int, coefficients: Tensor) -> Tensor:
@@ -266,7 +268,8 @@ def scaled(g: Tensor, multiplier: Tensor, clean: Tensor, c: Tensor) -> Tensor:
     """
     finite = g.abs() < float("inf")  # False for NaN
     g = torch.where((clean != 0.0) & ~finite, 0.0, g)
-    tiny = multiplier.abs() < SMALLEST_FACTOR  # False for NaN, which makes the result NaN
+    # the comparison is False for NaN, which makes the result NaN
+    tiny = multiplier.abs() < SMALLEST_FACTOR
     first = torch.where(tiny, SMALLEST_FACTOR, 1.0)
     second = torch.where(tiny, multiplier / SMALLEST_FACTOR, multiplier)
     return (g * first.to(g.dtype)) * (second.to(g.dtype) * c[SIGN])
@@ -279,14 +282,14 @@ def formula(update: Update, p: Tensor, g: Tensor, states: list[Tensor], c: Tenso
     if update.algorithm == "lion":
         (m,) = states
         toward = m * c[0] + g * c[1]
-        one = torch.where(toward > 0, 1.0, torch.where(toward < 0, -1.0, toward))  # NaN stays NaN
+        one = torch.where(toward > 0, 1.0, torch.where(toward < 0, -1.0, toward))  # a NaN is kept
         return New(p * c[5] - one * c[4], [m * c[2] + g * c[3]])
     if update.algorithm == "adam":
         g = torch.where(c[7] != 0.0, g + p * c[7], g)
     m, v = states[:2]
     m = m + (g - m) * c[1]
     v = v * c[2] + (g * g) * c[3]
-    largest = torch.maximum(states[2], v) if update.amsgrad else v  # NaN stays NaN
+    largest = torch.maximum(states[2], v) if update.amsgrad else v  # a NaN is kept
     step = (m * c[5]) / (root(largest) * c[6] + c[4])
     decayed = p * c[7] if update.algorithm == "adamw" else p
     return New(decayed - step, [m, v, largest] if update.amsgrad else [m, v])

@@ -32,7 +32,7 @@ class Scratch:
         """Returns a copy of the elements of tensors as one vector of the dtype."""
         are_vectors = {t.dim() for t in tensors} == {1}
         if len(tensors) > 1 and are_vectors and tensors[0].dtype is self.dtype:
-            # takes a third of the time of flattening
+            # takes a third of the time that flattening takes
             return torch.cat(tensors, out=self.line(name, sum(map(Tensor.numel, tensors))))
         flat = joined(tensors)
         return self.line(name, flat.numel()).copy_(flat)
@@ -60,7 +60,7 @@ def split(values: Tensor, of: list[Tensor]) -> list[Tensor]:
     return list(values.split([t.numel() for t in of])) if len(of) > 1 else [values]
 
 
-# Pieces of several tensors contain only contiguous ones: see `pieces`.
+# Pieces of several tensors contain only contiguous tensors: see `pieces`.
 flatten = torch._C._nn.flatten_dense_tensors  # type: ignore[attr-defined]
 
 
@@ -75,5 +75,5 @@ def scale(g: Tensor, multiplier: float, clean: bool, out: Tensor) -> None:
         out.copy_(g)
     elif g.dtype is out.dtype:
         torch.mul(g, multiplier, out=out)
-    else:  # an operation on mixed dtypes takes three times as long
+    else:  # copied first, since an operation on mixed dtypes takes three times as long
         out.copy_(g).mul_(multiplier)

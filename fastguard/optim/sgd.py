@@ -12,16 +12,16 @@ from fastguard.optim.optimizer import FusedOptimizer
 class SGD(FusedOptimizer):
     """SGD that clips, cleans or skips in one fused pass, and can keep exact float32 weights.
 
-    A replacement for `torch.optim.SGD` with the same state keys: each loads the state dicts of the
-    other. With dampening or stochastic rounding, the state also contains `step`, which torch
-    ignores.
+    A replacement for `torch.optim.SGD` with the same state keys. Each of the two optimizers can
+    load state dicts of the other. With dampening or stochastic rounding, the state also contains
+    `step`, which torch ignores.
 
     Args:
         params, maximize, master, rounding, state_dtype, reproducible, seed: As in `AdamW`.
         lr: Learning rate, >= 0; default 1e-3.
         momentum: Momentum factor, >= 0; default 0, without a momentum buffer.
-        dampening: Fraction of the gradient kept out of the momentum, from the second step of a
-            parameter on; default 0.
+        dampening: Fraction of the gradient that is not added to the momentum, from the second step
+            of a parameter on; default 0.
         weight_decay: L2 penalty, >= 0: `weight_decay * weight` is added to the gradient; default 0.
         nesterov: Use Nesterov momentum, which needs momentum > 0 and no dampening; default False.
 

@@ -35,9 +35,9 @@ def check_gradients(optimizer: FusedOptimizer) -> None:
         i, grad = next((i, t) for i, t in enumerate(grads) if t is not None and not _is_served(t))
         what = grad.dtype if grad.layout is torch.strided else f"sparse ({grad.layout})"
         raise TypeError(
-            f"the gradient of parameter {i} of param group {g} is {what}; fastguard.optim requires "
-            "dense real gradients: use sparse=False in the embedding, or give this parameter "
-            "to an optimizer of torch.optim"
+            f"the gradient of parameter {i} of param group {g} is {what}; fastguard.optim "
+            "requires dense real gradients; use sparse=False in the embedding, or an optimizer of "
+            "torch.optim for this parameter"
         )
 
 
@@ -88,7 +88,7 @@ def updates_of(
     Args:
         optimizer: The optimizer.
         orders: The verdict.
-        collected: Receives the statistics of the updates. Default: None: none are computed.
+        collected: Receives the statistics of the updates. Default: None, no statistics.
     """
     buckets: dict[_Key, _Bucket] = {}
     position = first = 0
@@ -148,7 +148,7 @@ def _complete(
 ) -> None:
     """Adds the missing entries to the state of a parameter, in torch's order."""
     if counted and STEP not in state:
-        # A momentum buffer without a step count comes from torch's SGD, after its first step.
+        # A momentum buffer without a step count comes from torch's SGD and has taken a first step.
         begun = 1.0 if any(name in state for name in names) else 0.0
         state[STEP] = torch.full((), begun, dtype=torch.float32, device=p.device)
     for name in names:
@@ -228,6 +228,6 @@ def _hyper(rows: list[list[Any]], device: torch.device) -> Tensor:
 
 def _number(name: str, value: Any) -> float:
     """Returns a hyper-parameter, which user code may have replaced, as a number; 0 for a tensor."""
-    if type(value) is float:  # the usual case, without a further call
+    if type(value) is float:  # a fast path for the usual case
         return value
     return 0.0 if isinstance(value, Tensor) else number_of(name, value)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def transferable(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Returns a state dict whose tensors the ranks can exchange.
 
-    To gather a full state dict from shards, ranks send each other tensors, and neither gloo nor
-    NCCL can send int16. Remainders are therefore copied to int32 if there is a process group.
+    To gather a full state dict from shards, ranks send each other tensors. Neither gloo nor NCCL
+    can send int16, so remainders are copied to int32 if there is a process group.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return state_dict
@@ -38,8 +38,8 @@ def check_modes(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> Non
     for g, (group, saved) in enumerate(zip(optimizer.param_groups, saved_groups, strict=False)):
         if "master" in saved and saved["master"] != group["master"]:
             raise ValueError(
-                f"param group {g} of the state dict was saved with master={saved['master']!r}, but "
-                f"this optimizer has master={group['master']!r}; construct it with "
+                f"param group {g} of the state dict was saved with master={saved['master']!r}, "
+                f"but this optimizer has master={group['master']!r}; construct the optimizer with "
                 f"master={saved['master']!r}"
             )
 
@@ -47,7 +47,7 @@ def check_modes(optimizer: FusedOptimizer, state_dict: Mapping[str, Any]) -> Non
 def take_over(
     optimizer: FusedOptimizer, saved: Mapping[str, Any], before: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Replaces the values that torch loaded and cast with the original ones from the state dict.
+    """Replaces values that torch has cast while loading with the values in the state dict.
 
     Args:
         optimizer: The optimizer, after torch has loaded the state dict.
@@ -77,21 +77,22 @@ def _check_shapes(entries: Mapping[str, Any], p: Tensor) -> None:
         if isinstance(value, Tensor) and value.shape != expected:
             raise ValueError(
                 f"the state dict has {key!r} of shape {tuple(value.shape)} for a parameter of "
-                f"shape {tuple(p.shape)}; load it into an optimizer of the same parameters in the "
-                "same order"
+                f"shape {tuple(p.shape)}; load the state dict into an optimizer with the same "
+                "parameters in the same order"
             )
 
 
 def _kept(key: str, value: Any, group: Mapping[str, Any], p: Tensor) -> Any:
     """Returns a saved entry in this optimizer's dtype, or None if it must be reinitialized."""
     if not isinstance(value, Tensor):
-        if key == STEP:  # a number in old versions of torch
+        if key == STEP:  # old versions of torch saved a number
             return torch.tensor(float(value), device=p.device)
         return value
     if key == STEP:
         return value.to(device=p.device, dtype=torch.float32, copy=True)
     if key in MASTER_KEYS.values():
-        # torch's optimizers cast a loaded master and never update it, so a cast master is outdated.
+        # torch's optimizers cast a master when loading it, and never update it, so a cast master is
+        # outdated.
         exact = (torch.int16, torch.int32) if key == "remainder" else (torch.float32,)
         if MASTER_KEYS.get(group["master"]) != key or value.dtype not in exact:
             return None

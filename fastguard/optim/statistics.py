@@ -11,10 +11,10 @@ from fastguard.gradients.transfer import moved
 class UpdateStatistics:
     """Norms of weights and of their updates in one step.
 
-    `collecting_statistics` of an optimizer yields them. All weights are the exact ones: float32
-    masters if the optimizer keeps them. For DTensors, the values are those of this rank's shards.
-    Norms are of the finite elements. Reading an attribute launches a few operations on the device,
-    and never waits for it.
+    `collecting_statistics` of an optimizer yields them. All norms use exact weights: float32
+    masters if the optimizer keeps them. For DTensors, the values describe this rank's shards. Norms
+    cover only finite elements. Reading an attribute launches a few operations on the device,
+    without waiting.
 
     Attributes:
         parameters: The T parameters with a gradient, in arbitrary order. Empty before the first

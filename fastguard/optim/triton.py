@@ -3,10 +3,10 @@
     advance   launch 1, per tensor: step counts and coefficients
     update    launch 2, over a chunk table: see `fastguard.kernels.update`
 
-Update clipping needs two more between them: see `fastguard.kernels.update_clipping`. Statistics
-need one more after them: see `fastguard.kernels.update_statistics`. With limits of units, a few
-more launches find the most clipped unit. Units of more than `LONGEST_ROW` elements need more, since
-their coefficients are computed before the update.
+Update clipping needs two more launches in between: see `fastguard.kernels.update_clipping`.
+Statistics need one more launch at the end: see `fastguard.kernels.update_statistics`. With limits
+of units, a few more launches find the most clipped unit. Units of more than `LONGEST_ROW` elements
+need further launches, since their coefficients are computed before the update.
 
 Nothing syncs with the device, and hyper-parameters are not constants of the kernels. Tensors that
 are not dense, or whose strides differ from the weight's, are copied to buffers and back; after a
@@ -72,8 +72,8 @@ def update(update: Update) -> Tensor | None:
         statistics=update.statistics,
     )
     for tensor, buffer in buffers:
-        tensor.copy_(buffer)  # unchanged if the step was skipped
-    # Autograd does not notice writes by a kernel.
+        tensor.copy_(buffer)  # the buffer is unchanged if the step was skipped
+    # Increments versions, since autograd does not notice writes by a kernel.
     increment_version([t for tensors in kept for t in tensors] + list(update.steps))
     return units.summary(in_update)
 
@@ -83,7 +83,7 @@ class _Units:
 
     Args:
         update: The update.
-        weights, gradients: Its weights and gradients, as the kernel reads them.
+        weights, gradients: The weights and gradients as the kernel reads them.
 
     Attributes:
         rows, long_rows: See `Arrays`.
@@ -98,7 +98,7 @@ class _Units:
         self.rows: list[int] = []
         self.long_rows: list[int] = []
         self.limits, self.propagates = None, False
-        self._long: list[Tensor] = []  # what is clipped in each tensor with long units
+        self._long: list[Tensor] = []  # per tensor with long units, what was clipped
         self._found_inf = update.found_inf
         if update.units is None:
             return
@@ -155,7 +155,7 @@ class _Units:
             nothing = torch.zeros_like(long[:1])
             nothing[:, 0] = 1.0
             rows = torch.cat([rows, torch.where(self._found_inf != 0.0, nothing, long)])
-        least = rows[:, 0].argmin()  # the row with NaN, if there is one
+        least = rows[:, 0].argmin()  # argmin gives the row with NaN, if there is one
         values = rows.index_select(0, least.reshape(1))[0]
         values[1] = rows[:, 1].sum()
         return values
@@ -164,7 +164,7 @@ class _Units:
 def _alike(
     kept: Sequence[Sequence[Tensor]], grads: Sequence[Tensor]
 ) -> tuple[Sequence[Sequence[Tensor]], Sequence[Tensor], list[tuple[Tensor, Tensor]]]:
-    """Replaces tensors whose elements lie in another order than the weight's by buffers.
+    """Replaces tensors by buffers if their memory order differs from that of the weight.
 
     Returns:
         `kept` and `grads` with buffers, and the `(tensor, buffer)` pairs of `kept`.

@@ -2,15 +2,15 @@
 
 With different limits, modes or rules, ranks would make different decisions from the same numbers,
 and the replicas would silently diverge. With different numbers of segments, even the vectors that
-they exchange would differ in length. Therefore the ranks first compare a hash of each argument: one
-MAX collective over the hashes and their negatives, 208 bytes, shows every rank which arguments
-differ.
+the ranks exchange would differ in length. Therefore the ranks first compare a hash of each
+argument: one MAX collective over the hashes and their negatives, 208 bytes, shows every rank which
+arguments differ.
 
 If each tensor or param group has its own clip coefficient, each coefficient has a position in the
 vector. Ranks with the same parameters in a different order would clip a parameter by the norm of
 another one, so the order of the parameters is compared too: by name and shape if all ranks have
 names. Without names, replicas are compared by checksums of their values and gradients; shards of
-the same shape cannot be told apart.
+the same shape cannot be distinguished.
 
 The ranks compare again when the number of segments changes, for example because parameters were
 added. Other changes, such as a new `max_norm`, are not checked, since that would need a collective
@@ -36,17 +36,17 @@ if TYPE_CHECKING:
 COUNTS = "the number of parameters by param group"
 
 LISTED = 8
-"""How many values an error lists, and how many ranks for each value."""
+"""Number of values that an error lists, and number of ranks for each value."""
 
 
 class Place(NamedTuple):
     """A parameter, as the ranks compare it.
 
     Attributes:
-        name: Its name; None: it has none.
-        shape: Its shape.
-        values, gradient: Checksums, which must be equal on all ranks; None: it has a name, or the
-            ranks hold different parts of it.
+        name: The name of the parameter; None: there is none.
+        shape: The shape of the parameter.
+        values, gradient: Checksums, which must be equal on all ranks; None if the parameter has a
+            name, or if the ranks hold different parts of it.
     """
 
     name: str | None
@@ -55,11 +55,11 @@ class Place(NamedTuple):
     gradient: int | None = None
 
     def by_name(self) -> str:
-        """Describes it by name and shape."""
+        """Describes the parameter by its name and shape."""
         return f"{self.name!r} of shape {self.shape}"
 
     def by_sums(self, names: Sequence[str]) -> str:
-        """Describes it by its shape and some of its checksums."""
+        """Describes the parameter by its shape and some of its checksums."""
         sums = [f"{name} {getattr(self, name):x}" for name in names]
         return f"of shape {self.shape}" + (f" (checksum of {', '.join(sums)})" if sums else "")
 
@@ -77,7 +77,7 @@ def check_agreement(
         team: The ranks that decide together.
 
     Raises:
-        ValueError: Arguments differ. All ranks raise it; it lists the values by rank.
+        ValueError: Arguments differ. All ranks raise this error, which lists the values by rank.
     """
     hashed = {**arguments, COUNTS: f"{arguments[COUNTS]} {places}"}
     mine = [_hash(value) for value in hashed.values()]
@@ -113,7 +113,8 @@ def _misplaced(everywhere: Sequence[dict[str, list[Place]]], ranks: Sequence[int
     """
     for described in _descriptions([[*chain(*places.values())] for places in everywhere]):
         for what in everywhere[0]:
-            # Sorted, since the order within a param group does not matter: it has one coefficient.
+            # Names are sorted, since the order within a param group, which has one coefficient, is
+            # irrelevant.
             held = [sorted(map(described, places[what])) for places in everywhere]
             for column in zip(*held, strict=True):
                 if len(set(column)) > 1:
@@ -122,10 +123,10 @@ def _misplaced(everywhere: Sequence[dict[str, list[Place]]], ranks: Sequence[int
 
 
 def _descriptions(everywhere: Sequence[Sequence[Place]]) -> Iterator[Callable[[Place], str]]:
-    """Yields functions that describe parameters, so that equal ones have equal descriptions.
+    """Yields functions that describe parameters; equal parameters get equal descriptions.
 
-    Checksums that differ between ranks, as after a NaN in the gradients of one rank, do not show
-    the order and are left out.
+    Checksums that differ between ranks, as after a NaN in the gradients of one rank, say nothing
+    about the order and are left out.
     """
     if all(place.name is not None for places in everywhere for place in places):
         yield Place.by_name

@@ -13,11 +13,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-_local_of = attrgetter("_local_tensor")  # to_local() takes 10 µs per tensor, because of autograd
+_local_of = attrgetter("_local_tensor")  # `to_local` takes 10 µs per tensor, because of autograd
 
 
 def imported_class(module: str, name: str) -> type | None:
-    """Returns a class of torch; None if it was not imported yet, so that it has no instances.
+    """Returns a class of torch; None if it has not been imported, and so has no instances.
 
     Another thread may be in the middle of importing the module, which then lacks the class.
     """
@@ -25,7 +25,7 @@ def imported_class(module: str, name: str) -> type | None:
 
 
 def dtensor_types(kinds: Iterable[type]) -> tuple[type, ...]:
-    """Returns those of the types that are DTensors. Never imports DTensor."""
+    """Returns the DTensor types among the given types. Never imports DTensor."""
     dtensor = imported_class("torch.distributed.tensor", "DTensor")
     if dtensor is None:
         return ()
@@ -52,7 +52,7 @@ def local_parts(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def is_partial(t: Tensor) -> bool:
-    """Whether the ranks hold summands of the tensor, which still have to be added."""
+    """Whether the ranks hold summands of the tensor, which have not been added yet."""
     return is_dtensor(t) and any(p.is_partial() for p in t.placements)
 
 

@@ -82,14 +82,13 @@ def several_ranks() -> bool:
 
 
 def refuse_several_ranks() -> None:
-    """Raises a ValueError if there are several ranks, because a loss on one is unknown to the
-    others."""
+    """Raises a ValueError on several ranks, since other ranks do not know the loss of this one."""
     if several_ranks():
         raise ValueError(
-            "a loss was passed on one of several ranks, which could then decide differently from "
-            "the others; pass group=fastguard.Replicated(torch.distributed.group.WORLD) to the "
-            "guard if all ranks hold the same parameters (DDP), group=the_process_group if they "
-            "hold different ones, or do not pass a loss"
+            "a loss was passed on one of several ranks, so this rank could decide differently "
+            "from the other ranks; pass group=fastguard.Replicated(torch.distributed.group.WORLD) "
+            "to the guard if all ranks hold the same parameters (DDP), group=the_process_group if "
+            "they hold different parameters, or do not pass a loss"
         )
 
 
@@ -100,7 +99,7 @@ def _need_process_group(group: object) -> None:
         return
     remedy = "pass a torch.distributed.ProcessGroup, or fastguard.Replicated(process_group)"
     if isinstance(group, dist.device_mesh.DeviceMesh):
-        remedy = "pass mesh.get_group() of the intended dimension"
+        remedy = "pass mesh.get_group() with the intended dimension"
     elif group is dist.GroupMember.NON_GROUP_MEMBER:
-        remedy = "this rank is not a member of it; pass a group that this rank belongs to"
+        remedy = "this rank is not a member of the group; pass a group that contains this rank"
     raise TypeError(f"group={shown(group)} is not a process group; {remedy}")

@@ -1,7 +1,7 @@
-"""Creates a process group that only its members take part in creating.
+"""Creates a process group without the participation of ranks outside of the group.
 
-`torch.distributed.new_group(..., use_local_synchronization=True)` does this, with two problems that
-this module solves:
+`torch.distributed.new_group(..., use_local_synchronization=True)` creates such groups, but has two
+problems, which this module solves:
 
     name     torch hashes the ranks together with the number of groups of this process. If members
              have different numbers of groups (as with an embedding group of the first and the last
@@ -20,13 +20,14 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 _groups: dict[tuple[int, ...], ProcessGroup] = {}
-_default_group: ProcessGroup | None = None  # at the time when `_groups` were created
+# the default group at the time when `_groups` were created
+_default_group: ProcessGroup | None = None
 
 
 def local_group(ranks: tuple[int, ...]) -> ProcessGroup:
-    """Returns a process group of these ranks, which include this one; the same object each time.
+    """Returns the process group of these ranks, which include this rank; cached.
 
-    Every member must call it; only the first call waits for the other members.
+    Every member must call this function. Only the first call waits for the other members.
     """
     global _default_group
     world = dist.group.WORLD

@@ -90,7 +90,7 @@ def _picklable(error: Exception) -> Exception:
         again = pickle.loads(pickle.dumps(error))
         if str(again) == str(error):
             return error
-    except Exception:  # pickling a foreign class may raise anything
+    except Exception:  # pickling a foreign class may raise any error
         pass
     return RuntimeError(f"{type(error).__name__}: {error}")
 

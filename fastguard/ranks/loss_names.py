@@ -1,15 +1,15 @@
 """Assigns positions to named losses when not every rank computes every loss.
 
 The ranks exchange a vector of fixed layout, so a loss must have the same position on every rank,
-even on ranks that do not compute it: only the last pipeline stage has the loss, and some losses are
-missing in some batches. The list of names is kept in the store of the process group; a rank with a
-new name appends it there. This needs no collective and does not wait for other ranks; a known name
-costs one lookup.
+even on ranks that do not compute the loss. For example, only the last pipeline stage has the loss,
+and some losses are missing in some batches. The list of names is kept in the store of the process
+group; a rank with a new name appends it there. This needs no collective and does not wait for other
+ranks; a known name costs one lookup.
 
-The layout cannot grow, since the other ranks would have to know about it before they send their
-vectors, and on a GPU the host would have to wait for that. When all positions are taken, further
-names share the last one on every rank. (This is no error, since an error on one rank would leave
-the others waiting.)
+The layout cannot grow, since the other ranks would have to know the new layout before they send
+their vectors, and on a GPU the host would have to wait for that. When all positions are taken,
+further names share the last position on every rank. (An error on one rank would leave the other
+ranks waiting.)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PLACES = 12
 """Number of positions for losses; with them, the vector of one segment has 248 bytes."""
 
 OWN = PLACES - 1
-"""Number of losses with a position of their own; all other losses share the last position."""
+"""Number of losses with a separate position; all other losses share the last position."""
 
 OTHERS = "other losses"
 """The name of the shared position in records."""
@@ -62,7 +62,7 @@ class LossNames(Sequence[str]):
         """Reserves positions for losses that rules judge.
 
         Raises:
-            ValueError: No position is left; a rule cannot judge the sum in the shared position.
+            ValueError: No position is left, and a rule cannot use the sum in the shared position.
         """
         late = [name for name, place in zip(names, self.places(names), strict=True) if place == OWN]
         if late:
@@ -98,15 +98,15 @@ class LossNames(Sequence[str]):
         return [*self][place]
 
     def _enter(self, name: str) -> None:
-        if len(self._names) < OWN:  # a full list never changes
+        if len(self._names) < OWN:  # a full list of names never changes
             self._append(name)
         if name not in self._names and not self._warned:
             self._warned = True
             log.warning(
-                "no position is left for loss %r: several ranks combine at most %d losses by name, "
-                "and these are %s. This and all further losses are recorded together as %r: their "
-                "sum, which is NaN if any is NaN on any rank; to record them by name, combine "
-                "losses before passing them",
+                "no position is left for loss %r: several ranks combine at most %d losses by "
+                "name, and these are %s. This loss and all further losses are recorded together "
+                "as %r, which is their sum, and NaN if any of them is NaN on any rank. To record "
+                "losses by name, pass fewer losses, for example sums of several",
                 name,
                 OWN,
                 ", ".join(self._names),
@@ -116,12 +116,12 @@ class LossNames(Sequence[str]):
     def _append(self, name: str) -> None:
         names = self._stored()
         while name not in names and len(names) < OWN:
-            # If another rank was faster, this returns its list instead.
+            # If another rank was faster, the store returns the list of that rank.
             names = self._compare_set(json.dumps(names), json.dumps([*names, name]))
         self._names = names
 
     def _stored(self) -> list[str]:
-        return self._compare_set("", "[]")  # "": the key does not exist yet
+        return self._compare_set("", "[]")  # "" means that the key does not exist yet
 
     def _compare_set(self, expected: str, desired: str) -> list[str]:
         """Sets the stored list to `desired` if it equals `expected`; returns the stored list."""
@@ -131,8 +131,8 @@ class LossNames(Sequence[str]):
 def _store_of(group: ProcessGroup) -> dist.Store:
     """Returns the store of a group.
 
-    With the fake backend there are no other ranks, and the store may keep nothing; the names are
-    then kept in this process.
+    With the fake backend there are no other ranks, and the store may keep nothing, so the names are
+    kept in this process.
     """
     if dist.get_backend(group) == "fake":
         return dist.HashStore()

@@ -1,7 +1,7 @@
 """Detects shards stored in plain tensors, since ranks that hold shards must decide together.
 
-A DTensor knows how its elements are distributed. FSDP1 and DeepSpeed store shards in plain tensors:
-without a group, each rank would clip by the norm of its own shards, and skip steps that others
+A DTensor knows how its elements are distributed. FSDP1 and DeepSpeed store shards in plain tensors.
+Without a group, each rank would clip by the norm of its own shards, and skip steps that other ranks
 take. Shards are recognized by:
 
     FSDP1                     `_fsdp_flattened` on flat parameters and on the original ones
@@ -44,7 +44,7 @@ def check_plain_shards(
         group: See `Group`.
         replaced: Parameters that `tensors` have replaced. None: for functions called at every step;
             a list without shards is then not searched again. Default: ().
-        instead: Advice for callers that cannot pass a group. Default: None.
+        instead: Advice for the error message if the caller cannot pass a group. Default: None.
 
     Raises:
         ValueError: Shards were found; the message says what to pass.
@@ -70,14 +70,15 @@ def check_plain_shards(
     if instead is not None:
         remedy = instead
     elif kind == FSDP1:
-        # With HYBRID_SHARD, all ranks together hold each element once per replica.
+        # With HYBRID_SHARD, all ranks together hold every element several times, once per replica.
         remedy = (
-            "pass group=torch.distributed.group.WORLD, with HYBRID_SHARD the process group that "
-            "shards one replica, with NO_SHARD fastguard.Replicated(torch.distributed.group.WORLD)"
+            "pass group=torch.distributed.group.WORLD; for HYBRID_SHARD, pass the process group "
+            "that shards one replica; for NO_SHARD, pass "
+            "fastguard.Replicated(torch.distributed.group.WORLD)"
         )
     raise ValueError(
-        f"the parameters are shards of {kind} in plain tensors, so each rank would clip and skip "
-        f"by its own shards only; {remedy}"
+        f"the parameters are shards of {kind} in plain tensors, so each rank would decide to clip "
+        f"and skip from its own shards only; {remedy}"
     )
 
 
@@ -144,11 +145,11 @@ def _are_flat_shards(flattened: Sequence[Tensor]) -> bool:
     flat = [t for t in flattened if hasattr(t, "_unpadded_unsharded_size")]
     if flat:
         return any(map(_is_split, flat))
-    # Original parameters: each shard is a range of the flat parameter, possibly empty, and 1-d.
+    # The shard of an original parameter is a 1-d range of the flat parameter, possibly empty.
     ranges = [t for t in flattened if t.dim() == 1]
     if not ranges:
         return False
-    # With NO_SHARD, a whole bias is 1-d too, so only the flat parameters show whether it is split.
+    # With NO_SHARD, a whole bias is 1-d too, so only flat parameters show whether it is split.
     flat = _flat_parameters_of(ranges)
     if flat:
         return any(map(_is_split, flat))
@@ -163,8 +164,8 @@ def _is_split(flat: Tensor) -> bool:
 def _flat_parameters_of(originals: Sequence[Tensor]) -> list[Tensor]:
     """Returns the flat parameters of FSDP1 that contain one of these original parameters.
 
-    Original parameters do not refer to their flat parameter, so this searches all objects in memory
-    (0.1 s for a million). It finds nothing after `gc.freeze`.
+    Original parameters do not refer to their flat parameter, so the function searches all objects
+    in memory (0.1 s for a million objects). After `gc.freeze`, it finds nothing.
     """
     wanted = set(map(id, originals))
     flat = (o for o in gc.get_objects() if issubclass(type(o), Tensor) and hasattr(o, "_params"))

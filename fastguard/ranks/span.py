@@ -2,8 +2,8 @@
 
 A submesh contains the ranks of one slice of its root mesh: if the root has pipeline stages,
 `root["dp"]` on rank 0 contains ranks of the first stage only. The ranks that exchange numbers are
-those connected by slices: all ranks in the same slice as this one, all ranks in the same slice as
-one of these, and so on. Each of them finds the same set, because the slices along the same
+connected by slices: all ranks in the same slice as this rank, all ranks in the same slice as one of
+those ranks, and so on. All of these ranks find the same set, because the slices along the same
 dimensions partition the whole root. Ranks outside the set (other pipeline stages) do not take part.
 
     root (pp=2, dp=2, tp=2); tensors on root["dp"] and root["tp"]    the 4 ranks of a stage
@@ -34,8 +34,9 @@ class Span:
     """The ranks that exchange numbers.
 
     Attributes:
-        ranks: Their global ranks, in order.
-        group: A process group over them; None if this rank is not among them, or is the only one.
+        ranks: The global ranks, in order.
+        group: A process group over these ranks; None if this rank is not among them, or is the only
+            one.
         n_root: Number of ranks in the root meshes; 0 without a mesh.
         n_outside: Number of ranks in the root meshes that are not among `ranks`.
     """
@@ -59,12 +60,13 @@ def span_of(meshes: Sequence[DeviceMesh], own: ProcessGroup | None) -> Span:
         ValueError: Two root meshes, or a root mesh and the group, overlap and neither contains the
             other, so that ranks would find different sets.
     """
-    # By identity: equal meshes of two roots, or of two runs in one process, span different ranks.
+    # The key is the identity, since equal meshes of two roots, or of two runs in one process, span
+    # different ranks.
     parts = (dist.group.WORLD, own, *meshes)
     key = tuple(map(id, parts))
     known = _spans.get(key)
     if known is None:
-        # Stored with its parts: while they are alive, no other object gets one of their ids.
+        # The entry keeps the meshes alive, so that no other object gets one of their ids.
         known = _spans[key] = (parts, _found(meshes, own))
         while len(_spans) > KEPT:
             _spans.popitem(last=False)
@@ -73,7 +75,7 @@ def span_of(meshes: Sequence[DeviceMesh], own: ProcessGroup | None) -> Span:
 
 def ranks_of(mesh: DeviceMesh) -> list[int]:
     """Returns the global ranks of a mesh, row by row."""
-    with _disable_current_modes():  # so that FakeTensorMode does not replace the mesh's tensor
+    with _disable_current_modes():  # otherwise FakeTensorMode would replace the mesh's tensor
         return mesh.mesh.flatten().tolist()
 
 
@@ -88,7 +90,7 @@ def _found(meshes: Sequence[DeviceMesh], own: ProcessGroup | None) -> Span:
     own_ranks = [] if own is None else dist.get_process_group_ranks(own)
     _check_nested([*roots.values(), own_ranks])
     slices = [Slices(ranks_of(mesh), roots[id(root_mesh_of(mesh))]) for mesh in meshes]
-    # A group such as mesh["pp"].get_group() is also a slice, of the root that contains its ranks.
+    # A group such as mesh["pp"].get_group() is a slice too, of the root that contains its ranks.
     home = next((r for r in roots.values() if set(own_ranks) <= set(r)), own_ranks)
     slices.append(Slices(own_ranks, home))
     ranks = tuple(sorted(_connected(slices)))
@@ -102,7 +104,7 @@ class Slices:
 
     A slice contains the positions `start + sum of k_i * stride_i` of the root, with `0 <= k_i <
     n_i`; slices of the same kind differ in `start`. If the given ranks do not form such a grid,
-    there is no other slice of their kind.
+    they are the only slice of their kind.
 
     Args:
         ranks: The ranks of one slice.
@@ -130,7 +132,8 @@ class Slices:
         """Returns the ranks of the slice with this start."""
         if self._digits is None:
             return self.first
-        # The ranks of a user's group need not divide the root, whose end may then cut a slice.
+        # The ranks of a user's group need not divide the root evenly, so the end of the root may
+        # cut a slice.
         ends = (start + offset for offset in self._offsets)
         return [self._root[place] for place in ends if place < len(self._root)]
 
@@ -158,7 +161,8 @@ def _digits(offsets: Sequence[int]) -> list[tuple[int, int]] | None:
 
 def _connected(slices: Sequence[Slices]) -> set[int]:
     """Returns all ranks that are connected by slices."""
-    # Start with every given slice, since a rank may hold tensors of a mesh it does not belong to.
+    # Starts with every given slice, since a rank may hold tensors of a mesh that it does not belong
+    # to.
     found = set().union(*(s.first for s in slices))
     waiting = list(found)
     done: set[tuple[int, int]] = set()
@@ -200,7 +204,8 @@ def _group_over(
         if group is not None and _is_over(group, ranks):
             return group
     there = [group for mesh in meshes if me in ranks_of(mesh) for group in _groups_of(mesh)]
-    # Chosen by name, so that all ranks choose the same: the order of tensors may differ.
+    # Chosen by name, so that all ranks choose the same group although the order of tensors may
+    # differ.
     found = [group for group in there if _is_over(group, ranks) and not _is_fake(group, world)]
     if found:
         return min(found, key=lambda group: group.group_name)
@@ -211,7 +216,8 @@ def _groups_of(mesh: DeviceMesh) -> list[ProcessGroup]:
     """Returns the groups of a mesh's dimensions that include this rank."""
     try:
         return [mesh.get_group(i) for i in range(mesh.ndim)]
-    except RuntimeError:  # created without groups, or for a default group destroyed since
+    # the mesh was created without groups, or for a default group that was destroyed
+    except RuntimeError:
         return []
 
 
@@ -220,5 +226,5 @@ def _is_over(group: ProcessGroup, ranks: tuple[int, ...]) -> bool:
 
 
 def _is_fake(group: ProcessGroup, world: ProcessGroup) -> bool:
-    """Whether a group cannot communicate; trainers create such groups for unused dimensions."""
+    """Whether a group cannot communicate, as groups that trainers create for unused dimensions."""
     return dist.get_backend(group) == "fake" != dist.get_backend(world)

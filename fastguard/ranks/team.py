@@ -2,11 +2,11 @@
 
     norm^p = sum over the ranks of the team of   sum over its local elements of |g|^p / copies(g)
 
-`copies(g)` is the number of ranks in the team that hold the same elements. In a team of n ranks it
-is n / shards for a DTensor, whose placements give the number of shards; n for a plain tensor beside
-DTensors or in a `Replicated` group; 1 for a plain tensor in a plain process group. Thus every
-element of the model counts once, however it is distributed. Ranks with an empty shard or without
-tensors add nothing.
+`copies(g)` is the number of ranks in the team that hold the same elements. In a team of n ranks,
+`copies` is n / shards for a DTensor, whose placements give the number of shards; n for a plain
+tensor beside DTensors or in a `Replicated` group; and 1 for a plain tensor in a plain process
+group. Thus every element of the model counts once for any distribution. Ranks with an empty shard
+or without tensors add nothing.
 
 Tensors with the same weight, `1 / copies`, form a class. Each class is measured as a separate
 segment, so that the measure stage needs no weights.
@@ -43,7 +43,7 @@ class Sharing:
         team: The ranks that decide together.
         weights: `1 / copies` of each class.
         classes: The class of each tensor; None if there is only one class.
-        partial: Whether some tensor is partial and still has to be reduced.
+        partial: Whether some tensor is partial and has not been reduced yet.
     """
 
     team: Team
@@ -64,7 +64,7 @@ class Team:
     """The ranks that decide together.
 
     Args:
-        span: These ranks, including this one.
+        span: The ranks, including this rank.
         group: See `Group`.
 
     Attributes:
@@ -98,7 +98,7 @@ class Team:
         return not self._all_plain
 
     def device_for(self, device: torch.device) -> torch.device:
-        """Returns the device of the vector to send: the given one if the backend supports it."""
+        """Returns the device of the vector to send: the given device if the backend supports it."""
         served = [d.type for d in self.group._device_types]
         if not served or device.type in served:
             return device
@@ -121,7 +121,7 @@ class Team:
     def sharing_of_gradients(self, parameters: Sequence[Tensor]) -> Sharing:
         """Reduces partial gradients, with one collective each, and returns the weights of all.
 
-        A parameter without a gradient takes the place of its gradient.
+        For a parameter without a gradient, the parameter itself determines the weight.
         """
         sharing = self.sharing([p if p.grad is None else p.grad for p in parameters])
         if sharing.partial:
@@ -155,7 +155,7 @@ class Team:
 
 
 def team_of(tensors: Sequence[Tensor], group: Group) -> Team | None:
-    """Returns the team of this rank; None if it decides alone.
+    """Returns the team of this rank; None if this rank decides alone.
 
     Args:
         tensors: The parameters of this rank, or other tensors to measure.
@@ -188,7 +188,7 @@ def _spec_of(t: Tensor) -> Any:
 
 
 def _is_sharded(placement: Any) -> bool:
-    # Not is_shard(), which is False for the strided shards of FSDP with tensor parallelism.
+    # `is_shard` would be False for the strided shards of FSDP with tensor parallelism.
     return not (placement.is_replicate() or placement.is_partial())
 
 
@@ -201,9 +201,9 @@ def _warn_of_larger_root(span: Span) -> None:
         return
     _warned_of.add(span.ranks)
     log.warning(
-        "the meshes of the parameters span only %s of the %d ranks of their root mesh, so the norm "
-        "and the decision cover only these ranks. If the others hold other parts of the model "
-        "(pipeline stages), pass a group that includes them, such as "
+        "the meshes of the parameters span only %s of the %d ranks of their root mesh, so the "
+        "norm and the decision cover only these ranks. If other ranks hold other parts of the "
+        "model (pipeline stages), pass a group that includes these ranks, such as "
         "group=mesh['pp'].get_group()",
         len(span.ranks),
         span.n_root,

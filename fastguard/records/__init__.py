@@ -1,4 +1,4 @@
-"""Records of steps and losses: how they are made, where they go, and how they are read back.
+"""Records of steps and losses: creation, destinations, and reading.
 
 Modules:
     step_record     `StepRecord`

@@ -4,7 +4,7 @@
   records are uninformative and spike rules never trigger.
 * A loss scale that should fall but does not, so that no step is ever applied.
 
-Checked when a record reaches the host, with comparisons of a few Python floats.
+Each record is checked when it reaches the host, with comparisons of a few Python floats.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ ROUGH = 1e-2
 """Tolerance in bfloat16, where torch rounds the norm and the coefficient to three digits."""
 
 AT_LIMIT, NEAR_LIMIT, CONSTANT = 20, 100, 100
-"""Numbers of matching steps after which the fault is reported: the norm is within `EXACT` of the
-limit, within `ROUGH`, or constant. The norm of unclipped gradients varies: it is within 1e-4 of a
-given number once in thousands of steps, and does not stay within 1 % below it."""
+"""Numbers of matching steps after which the fault is reported, for a norm within `EXACT` of the
+limit, within `ROUGH` of the limit, and for a constant norm. The norm of unclipped gradients varies:
+it is within 1e-4 of a given number once in thousands of steps, and does not stay within 1 % below
+that number.
+"""
 
 HIT = 3
-"""What a matching step adds to a count; a step that does not match subtracts 1."""
+"""A matching step adds this number to a count; a step that does not match subtracts 1."""
 
 LONGEST_SEARCH = 160
 """Number of skipped steps in which a scaler can halve its scale from the largest float32 to the
@@ -50,8 +52,8 @@ class Advice:
 
         Args:
             record: The next record.
-            max_norm: The given limit of the whole model's norm in this step; inf: there is none;
-                None: the guard cannot clip.
+            max_norm: The given limit of the whole model's norm in this step; inf: no limit; None:
+                the guard cannot clip.
             longest_search: Steps in a row that may be skipped to lower a loss scale.
         """
         if record.reason is None:
@@ -76,7 +78,8 @@ class ClippedBefore:
     def __init__(self) -> None:
         self.has_warned: bool = False
         self._at_limit = self._near_limit = self._alike = 0
-        self._first = self._lowest = self._highest = math.nan  # range of the norms that are alike
+        # range of the norms that are nearly equal
+        self._first = self._lowest = self._highest = math.nan
 
     def check(self, norm: float, max_norm: float) -> None:
         """Processes the norm of one step."""
@@ -105,7 +108,7 @@ class ClippedBefore:
         Norms that are all bitwise equal do not count: clipped norms differ by rounding errors,
         whereas a toy model with a constant gradient has exactly the same norm at every step.
         """
-        if not abs(norm - self._first) <= EXACT * self._first:  # also true for NaN
+        if not abs(norm - self._first) <= EXACT * self._first:  # the condition is also True for NaN
             if self._alike:
                 self._alike -= 1
             else:
@@ -142,7 +145,7 @@ def _is_round(x: float, tolerance: float) -> bool:
 def _warn_scale_does_not_fall(steps: int) -> None:
     log.warning(
         "%d steps in a row were skipped to lower the loss scale, enough to lower any scale to its "
-        "minimum. The scaler may not be lowering it: call scaler.update() after each step, "
-        "without passing a scale",
+        "minimum. The scaler may not be lowering the scale: call scaler.update() after each step, "
+        "without an argument",
         steps,
     )

@@ -34,7 +34,7 @@ from fastguard.stages.contract import GuardState, Known, Signals, Verdict
 from fastguard.stages.grad_stats import GradStats
 from fastguard.stages.reason import Reason
 
-ROWS = 64  # size of the ring: how many steps the device may lag behind the host
+ROWS = 64  # size of the ring; the device may lag this number of steps behind the host
 
 
 class Watched(Protocol):
@@ -61,9 +61,9 @@ class Outcome:
         tag: The caller's tag, to find the batch again.
         limit: Limit of the whole model's norm, as in `Policy.joint_limit`.
         watched: The quantities measured in the step; None: the step is not watched.
-        names: Name of each parameter of the optimizer, by position; None: those of the stats, which
-            flat buckets number differently, since they leave out frozen parameters.
-        time: When the host decided or enqueued the step, in Unix seconds.
+        names: Name of each parameter of the optimizer, by position. None: the names of the stats,
+            whose positions differ with flat buckets, which omit frozen parameters.
+        time: The time at which the host decided or enqueued the step, in Unix seconds.
         key: A unique object that identifies the step.
     """
 
@@ -87,8 +87,8 @@ class Outcome:
 
     @property
     def width(self) -> int:
-        """Number of values in its row."""
-        # Not `len`, which torch implements in Python.
+        """Number of values in the row of this step."""
+        # torch implements `len` in Python, which is slower.
         n_losses, n_rules = self.signals.losses.numel(), self.verdict.thresholds.numel()
         of_ranks = n_losses + 2 if self.is_joint else 0
         of_units = 4 * len(self.verdict.clipped_units)
@@ -118,8 +118,8 @@ def learning_rate(groups: Sequence[Mapping[str, Any]], device: torch.device) -> 
         device: The device that decides the step; a tensor there stays a tensor.
 
     Returns:
-        A float or a tensor of one element. NaN if there is no number: some optimizers have no
-        learning rate, or one that is None, a string or a function.
+        A float or a tensor of one element. NaN if there is no number, because some optimizers have
+        no learning rate, or one that is None, a string or a function.
     """
     lr = groups[0].get("lr") if groups else None
     if isinstance(lr, float):
@@ -185,7 +185,7 @@ def unpack(
         loss_names: Names of its L losses; losses that no rank passed are left out.
         is_joint: Whether several ranks decided the step.
         has_limit: Whether the row contains the limit.
-        summaries: The buckets of units whose values end the row.
+        summaries: The buckets of units whose values are at the end of the row.
     """
     values, n_losses = row.tolist(), len(loss_names)
     n_values = len(values) - 4 * len(summaries)
@@ -226,8 +226,8 @@ def unpack(
 class Ring:
     """The rows of the last `ROWS` steps on a device, and their copies on the host.
 
-    Allocated once, so that steps allocate nothing. A row is reused after `ROWS` steps, and must
-    have been read by then.
+    The memory is allocated once, so that steps allocate nothing. A row is reused after `ROWS`
+    steps, and must have been read by then.
     """
 
     def __init__(self, device: torch.device, width: int) -> None:
@@ -254,7 +254,7 @@ class Ring:
         event = self._events[k]
         host.copy_(row, non_blocking=event is not None)
         if event is not None:
-            # The stream of the row's device, which need not be the current device.
+            # Uses the stream of the row's device, which need not be the current device.
             event.record(torch.cuda.current_stream(row.device))
         return Arrival(numbers, event)
 

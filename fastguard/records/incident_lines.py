@@ -1,9 +1,9 @@
 """`IncidentLines`: logs incidents, with a limit on the rate of similar lines.
 
-The first `BURST` incidents of a kind (same action and reason) are logged, then one per `INTERVAL`
-seconds; the others are only counted. The count ("... and 17 more") is logged before the next line
-of that kind, at the first good step after the interval, or at the end of the run, whichever comes
-first. Records and sinks receive every incident.
+The first `BURST` incidents of a kind (same action and reason) are logged, then one incident per
+`INTERVAL` seconds; all others are only counted. The count ("... and 17 more") is logged before the
+next line of that kind, at the first good step after the interval, or at the end of the run,
+whichever comes first. Records and sinks receive every incident.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BURST = 3
 """Number of incidents of one kind that are logged without delay."""
 
 INTERVAL = 10.0
-"""Seconds between later lines of that kind."""
+"""Seconds between later lines of the same kind."""
 
 WIDTH = 120
 """Maximum characters of a line, including the prefix."""
@@ -37,7 +37,7 @@ class _Kind:
         allowed: Number of lines that may be logged now, up to `BURST`; grows with time.
         at: Time of the last incident, when `allowed` was computed.
         held: Number of incidents that were not logged since the last line.
-        first, last: Steps of the first and the last of them.
+        first, last: Steps of the first and the last of the incidents in `held`.
     """
 
     level: int
@@ -49,7 +49,7 @@ class _Kind:
     last: int = 0
 
     def log_held(self) -> None:
-        """Logs how many incidents were held back, if any."""
+        """Logs the number of incidents that were held back, if any."""
         if not self.held:
             return
         steps = f"step {self.first}" if self.held == 1 else f"steps {self.first} to {self.last}"
@@ -94,7 +94,7 @@ class IncidentLines:
         kind.held, kind.last, self._holds = kind.held + 1, record.step, True
 
     def flush(self) -> None:
-        """Logs how many incidents were held back."""
+        """Logs the number of incidents that were held back."""
         _log_all_held(self._kinds)
         self._holds = False
 

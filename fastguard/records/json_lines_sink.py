@@ -29,10 +29,10 @@ class JsonLinesSink:
 
     A line is written with one system call, so a killed process leaves at most one truncated last
     line, which readers skip; the next run starts on a new line. Full files are renamed to
-    `records.1.jsonl`, `records.2.jsonl`, ..., and only the newest `keep` of them are kept.
+    `records.1.jsonl`, `records.2.jsonl`, ..., and only the newest `keep` full files are kept.
 
     Every file begins with a header, a line with versions, host, device and settings; see
-    docs/loggers.md. Readers of fastguard skip it.
+    docs/loggers.md. Readers of fastguard skip the header.
 
     Only one process may write to a file at a time. Its threads may share a sink, and several sinks
     may share a path. A sink that was copied to another process (by a fork or by pickling) cannot
@@ -51,7 +51,8 @@ class JsonLinesSink:
     Raises:
         TypeError: `name` is not a string, or `host` is not a bool.
         ValueError: `max_bytes` or `keep` is out of range.
-        BlockingIOError: Another process writes to the file; the message names it if known.
+        BlockingIOError: Another process writes to the file; the message names the process if it is
+            known.
         OSError: The file cannot be opened for writing, or is a pipe or a device.
 
     Example:
@@ -99,8 +100,8 @@ class JsonLinesSink:
         self._start = time.time()
         self._guards: list[str] = []
         self._device: str | None = None
-        self._header = b""  # the line; empty until it is first needed
-        self._begins = True  # the header is yet to be written
+        self._header = b""  # the header line; empty until it is first needed
+        self._begins = True  # whether the header has not been written yet
         self.lost: int = 0
         self._closed = False
         self._writer = LineWriter.of(path)
@@ -142,7 +143,7 @@ class JsonLinesSink:
                     begins=self._begins,
                 )
                 self._begins = False
-            except Exception as error:  # disks and records can fail in any way
+            except Exception as error:  # the disk or the record may cause any error
                 self.lost += 1
                 if self.lost == 1:
                     log.warning("records are being lost: cannot write %s: %s", self.path, error)
@@ -157,7 +158,7 @@ class JsonLinesSink:
         )
 
     def close(self) -> None:
-        """Flushes to disk and closes the file; later records are lost."""
+        """Flushes to disk and closes the file. Later records are lost."""
         with self._writer.lock:
             if self._closed:
                 return
@@ -186,7 +187,7 @@ def sink_of(sink: object) -> Callable[[StepRecord], object]:
     """Returns the sink for an argument of `add_sink`: a callable, or the path of a `.jsonl` file.
 
     Raises:
-        TypeError: It is neither callable nor such a path.
+        TypeError: The argument is neither callable nor a path that ends in `.jsonl`.
         BlockingIOError, OSError: See `JsonLinesSink`.
     """
     if not isinstance(sink, str | os.PathLike):

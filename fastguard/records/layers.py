@@ -52,7 +52,7 @@ def _by_layer(values: object, combine: Callable[[Iterable[float]], float]) -> di
 
 
 def _positive(values: object) -> Iterator[tuple[str, float]]:
-    """Yields the positive finite numbers of a mapping; it may come from a malformed file."""
+    """Yields the positive finite numbers of a mapping, which may come from a malformed file."""
     if not isinstance(values, Mapping):
         return
     for name, value in values.items():

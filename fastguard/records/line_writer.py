@@ -48,7 +48,7 @@ class LineWriter:
     a nested call writes to the open file if there is one; it never opens or closes a file.
 
     Attributes:
-        path: The absolute path, since a program may change its working directory.
+        path: The path, made absolute because a program may change its working directory.
         lock: Held while a line is written; callers may hold it for longer.
     """
 
@@ -79,8 +79,8 @@ class LineWriter:
         """Opens and locks the file unless it is open.
 
         Raises:
-            BlockingIOError: Another process writes to it.
-            OSError: It cannot be opened for writing, or is a pipe, a device or a folder.
+            BlockingIOError: Another process writes to the file.
+            OSError: The file cannot be opened for writing, or is a pipe, a device or a folder.
         """
         with self.lock:
             if self._file < 0 and not self._is_at_work:
@@ -103,13 +103,13 @@ class LineWriter:
 
         Args:
             line: The line, including its newline.
-            max_bytes: Rotate first if the file would become larger than this.
+            max_bytes: The file is rotated first if it would become larger than this.
             keep: Number of full files to keep; None: all.
             header: A line to write before the first line of a file.
             begins: Whether to write the header before this line in any file.
 
         Raises:
-            OSError: The line is lost.
+            OSError: The line could not be written and is lost.
         """
         with self.lock:
             if self._is_at_work:
@@ -136,14 +136,14 @@ class LineWriter:
                 os.fsync(self._file)
 
     def leave(self) -> None:
-        """Ends the use by one caller; after the last one, closes the file."""
+        """Ends the use by one caller; closes the file after the last caller."""
         with self.lock:
             self._users -= 1
             if not self._is_at_work:
                 self._stop()
 
     def __del__(self) -> None:
-        self._release()  # in case a user was deleted without `leave`
+        self._release()  # a caller may have been deleted without calling `leave`
 
     def _stop(self) -> None:
         self._is_at_work = False
@@ -153,12 +153,12 @@ class LineWriter:
     def _stat(self) -> os.stat_result | None:
         """Returns the `stat` of the open file; None if the descriptor no longer refers to it.
 
-        A process that becomes a daemon may close all descriptors, and the next file that it opens
-        gets the same number.
+        A process that becomes a daemon may close all descriptors. The next file that it opens may
+        get the same number.
         """
         if self._file < 0:
             return None
-        with contextlib.suppress(OSError):  # not open, or lost on a network
+        with contextlib.suppress(OSError):  # the file is not open, or was lost on a network
             found = os.fstat(self._file)
             if identity_of(found) == self._identity:
                 return found
@@ -189,19 +189,22 @@ class LineWriter:
     def _rotate(self, keep: int | None) -> None:
         """Renames the full file and starts the next one.
 
-        The full file stays open and locked until the next one is locked, so that no other process
-        can take over in between. If the next one cannot be opened, lines go to the full file, and
+        The full file stays open and locked until the next file is locked, so that no other process
+        can take over in between. If the next file cannot be opened, lines go to the full file, and
         the next line tries again.
         """
         try:
-            if identity_at(self.path) == self._identity:  # otherwise it has already been renamed
+            # otherwise the file has already been renamed
+            if identity_at(self.path) == self._identity:
                 full = rotated_files(self.path)
                 number = 1 + (number_of(self.path, full[-1]) if full else 0)
-                while (new := full_file(self.path, number)).is_dir():  # a folder of another program
+                # skips a folder of another program
+                while (new := full_file(self.path, number)).is_dir():
                     number += 1
                 os.rename(self.path, new)
             self._take(_opened(self.path))
-        except BlockingIOError:  # another process has just locked it, and is about to release it
+        # another process has just locked the file, and is about to release it
+        except BlockingIOError:
             return
         except OSError as error:
             if not self._cannot_rotate:
@@ -220,7 +223,7 @@ class LineWriter:
             os.close(before)
 
     def _release(self) -> None:
-        """Closes the file, after clearing its descriptor: the number may be reused at once."""
+        """Closes the file after clearing the descriptor, whose number may be reused at once."""
         file = -1 if self._stat() is None else self._file
         self._forget()
         if file >= 0:
@@ -234,7 +237,7 @@ class LineWriter:
         """Closes the descriptors that a forked child inherited; the parent keeps its locks."""
         cls._all_lock = threading.Lock()
         for writer in list(cls._all.values()):
-            writer.lock = threading.RLock()  # another thread may have held it
+            writer.lock = threading.RLock()  # another thread of the parent may have held the lock
             writer._is_at_work = False
             writer._release()
 
@@ -244,10 +247,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def _opened(path: Path) -> int:
-    """Opens the file, creates it if needed, locks it, and ends a truncated last line."""
+    """Opens or creates the file, locks it, and terminates a truncated last line."""
     while True:
         with contextlib.suppress(FileNotFoundError):
-            # Checked before opening: opening some devices has side effects.
+            # The check comes before opening, since opening some devices has side effects.
             check_regular(os.stat(path), path)
         file = os.open(path, _FLAGS, 0o644)
         try:
@@ -262,7 +265,7 @@ def _opened(path: Path) -> int:
         except BaseException:
             os.close(file)
             raise
-        os.close(file)  # it was renamed before it was locked
+        os.close(file)  # another process renamed the file before it was locked here
 
 
 def _locked(file: int, path: Path) -> bool:
@@ -277,7 +280,8 @@ def _locked(file: int, path: Path) -> bool:
         if error.errno not in _NO_LOCKS:
             raise
         log.warning(
-            "the file system of %s has no locks: make sure no other process writes records to it",
+            "the file system of %s has no locks; make sure that no other process writes records "
+            "to this file",
             path,
         )
     return True
@@ -287,26 +291,26 @@ def _in_use(path: Path, file: int | None = None) -> BlockingIOError:
     holder = None if file is None else _holder(file)
     owner = "another process" if holder is None else f"process {holder}"
     return BlockingIOError(
-        f"{path} is open for writing in {owner}, and only one process may write a file of records; "
-        "close it there, or choose another file. With several ranks, add the sink on one rank "
-        "only, in the process that trains, not in one that forks it"
+        f"{path} is open for writing in {owner}, and only one process may write a file of "
+        "records; close the file there, or choose another file. With several ranks, add the sink "
+        "on one rank only, and in the process that trains, not in the process that forks it"
     )
 
 
 def _holder(file: int) -> int | None:
-    """Returns the id of the process that holds the lock of an open file, if it is known."""
+    """Returns the id of the process that holds the lock of an open file, if known."""
     found = os.fstat(file)
     name = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/locks").read_text().splitlines():
-            fields = line.split()  # 1: FLOCK ADVISORY WRITE 1234 08:01:5678 0 EOF
+            fields = line.split()  # such as "1: FLOCK ADVISORY WRITE 1234 08:01:5678 0 EOF"
             if fields[1] == "FLOCK" and fields[5] == name and int(fields[4]) > 0:
                 return int(fields[4])
     return None
 
 
 def _rotates_elsewhere(path: Path) -> bool:
-    """Whether another process has renamed the file and not yet started the next one."""
+    """Whether another process has renamed the file and has not started the next file yet."""
     for newest in rotated_files(path)[-1:]:
         with contextlib.suppress(OSError):
             file = open_at(newest)
@@ -319,7 +323,7 @@ def _rotates_elsewhere(path: Path) -> bool:
 
 
 def _delete(path: Path, keep: int | None) -> None:
-    """Deletes the oldest full files beyond `keep`; logs a warning if it cannot."""
+    """Deletes the oldest full files beyond `keep`; logs a warning if that fails."""
     if keep is None:
         return
     full = rotated_files(path)

@@ -51,8 +51,8 @@ class LogSink:
     Args:
         log: Called as `log(scalars, step=step)`, with the names of `scalars`.
         prefix: Part of each name before the slash. Default: `"train"`.
-        step_name: Pass the step as a scalar with this name instead of `step=`. Use it for a W&B
-            run, whose own step counter must only increase. Default: None.
+        step_name: Pass the step as a scalar with this name instead of `step=`. This is needed for a
+            W&B run, whose own step counter must only increase. Default: None.
 
     Raises:
         TypeError: `log` is not callable.
@@ -83,7 +83,7 @@ class LogSink:
                 self.log(values, step=record.step)
             else:
                 self.log({**values, self.step_name: record.step})
-        except Exception as error:  # a logger can fail in any way; the run continues
+        except Exception as error:  # a logger may raise any error; the run continues
             self.lost += 1
             if self.lost == 1:
                 log.warning(
@@ -102,9 +102,9 @@ def scalars(record: StepRecord, prefix: str = "train") -> dict[str, float]:
 
     Returns:
         The values by name. Values that are not finite are left out, which makes a gap in plots;
-        `skipped` shows the incident. Only the gradient norm may be NaN or Inf: it is the norm as
-        torch computes it, since the norm of the finite elements would look like a dip. A loss named
-        `seg` becomes `train/seg_loss`.
+        `skipped` shows the incident. Only the gradient norm may be NaN or Inf, because it is the
+        norm as torch computes it; the norm of the finite elements would look like a dip. A loss
+        named `seg` becomes `train/seg_loss`.
 
     Example:
         >>> from fastguard import StepRecord

@@ -1,4 +1,4 @@
-"""`LossMeter`: averages the finite losses and reports the others.
+"""`LossMeter`: averages finite losses and reports non-finite ones.
 
     mean[name] = sum(w * loss) / sum(w)   over the batches whose w * loss is finite
 
@@ -8,8 +8,8 @@ asynchronously; the host reads them when the next `ROWS` rows are full, so it al
 (The alternative, sums on the device, takes a dozen launches per batch instead of one per loss.)
 `compute` synchronizes.
 
-If no batch is valid, the mean is None, and the text says so. Memory does not grow with the number
-of batches: only the first `KEPT_BAD` bad batches are listed.
+If no batch is valid, the mean is None, and the printed summary says so. Memory does not grow with
+the number of batches: only the first `KEPT_BAD` bad batches are listed.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.records.losses import LOSS, named_losses
 
 KEPT_BAD = 16
-"""How many bad batches are listed; the rest are only counted."""
+"""Number of bad batches that are listed; further ones are only counted."""
 
 ROWS = 1024
-"""How many batches may wait on a GPU."""
+"""Number of batches that may wait on a GPU."""
 
 _SUM, _WEIGHT, _FINITE, _NONFINITE = range(4)  # columns of the totals per name
 
@@ -45,7 +45,7 @@ class BadBatch:
         index: Number of the batch since the last reset, from 0.
         names: The losses that were not finite.
         tag: The caller's tag, to find the batch again.
-        rank: The process that saw it.
+        rank: The rank on which the loss was non-finite.
     """
 
     index: int
@@ -102,7 +102,7 @@ class LossSummary:
 
 
 class LossMeter:
-    """Averages the finite losses, and reports how many were not finite and which.
+    """Averages finite losses, and reports the number and the names of non-finite losses.
 
     Example:
         >>> import torch, fastguard
@@ -199,9 +199,9 @@ class LossMeter:
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> LossSummary:
         """Returns the means and counts over all ranks of `group`. Synchronizes.
 
-        Every rank must call it; all get the same result. Ranks may have different names and
-        different numbers of batches. The state of the meter does not change, so that repeated
-        calls count nothing twice.
+        Every rank must call this method, and all ranks get the same result. Ranks may have
+        different names and different numbers of batches. The state of the meter does not change, so
+        that repeated calls count nothing twice.
 
         Args:
             group: The ranks; None: all ranks.
@@ -247,7 +247,8 @@ class _Waiting:
     Attributes:
         rows: float64 `(ROWS, width)`, one row per batch: its losses and its weight.
         batches: The batches of the filled rows.
-        traveling: The rows in transfer to the host, the event that ends it, and their batches.
+        traveling: The rows in transfer to the host, the event that ends the transfer, and the
+            batches of these rows.
     """
 
     rows: Tensor
@@ -284,7 +285,7 @@ class _Waiting:
         host = torch.empty(filled.shape, dtype=filled.dtype, device="cpu", pin_memory=True)
         host.copy_(filled, non_blocking=True)
         event = torch.cuda.Event()
-        # The stream of the losses' device, which need not be the current device.
+        # Uses the stream of the losses' device, which need not be the current device.
         event.record(torch.cuda.current_stream(filled.device))
         self.traveling = (host, event, batches)
 
@@ -338,6 +339,6 @@ def _checked_weight(weight: Tensor | float) -> Tensor | float:
             )
         return weight.detach().reshape(())
     weight = number_of("weight", weight, "pass a number, such as the number of samples")
-    if not 0 <= weight < math.inf:  # also rejects NaN
+    if not 0 <= weight < math.inf:  # this form of the comparison also rejects NaN
         raise ValueError(f"weight={weight!r} must be a finite number >= 0")
     return weight

@@ -71,7 +71,7 @@ def _real(name: str, value: object) -> Tensor | float:
             ) from None
     raise TypeError(
         f"{printable(f'{name}={shown(value)}')} is a {kind}; pass a scalar tensor, a number, or a "
-        "dict of them by name"
+        "dict of such values by name"
     )
 
 
@@ -88,9 +88,9 @@ class ObservedLosses:
 
     def observe(self, losses: Mapping[str, Tensor | float]) -> None:
         """Adds one micro-batch; keeps the mapping."""
-        if self._given_back:  # the kept losses belong to a failed step that was not retried
+        if self._given_back:  # discards losses of a failed step that was not retried
             self._batches, self._given_back = [], False
-        copies = {  # the caller may reuse its buffers
+        copies = {  # copied, since the caller may reuse its buffers
             name: value.to(torch.float64, copy=True)
             for name, value in losses.items()
             if isinstance(value, Tensor)
@@ -123,7 +123,7 @@ class ObservedLosses:
         self._given_back = bool(self._batches)
 
     def keep(self) -> None:
-        """Marks the failed step as being retried: its losses stay, and new ones are added."""
+        """Marks the failed step as being retried: its losses stay, and new losses are added."""
         self._given_back = False
 
 
@@ -132,7 +132,8 @@ def stacked(losses: Mapping[str, Tensor | float], device: torch.device) -> Tenso
     values = list(losses.values())
     if set(map(type, values)) <= {float}:
         if device.type == "cpu":
-            return torch.from_numpy(np.array(values, np.float64))  # a third of torch.tensor's time
+            # takes a third of torch.tensor's time
+            return torch.from_numpy(np.array(values, np.float64))
         return numbers_on(values, device)  # type: ignore[arg-type]
     return torch.stack([_placed(value, device) for value in values])
 

@@ -24,13 +24,13 @@ from fastguard.records.rotated_files import open_run
 from fastguard.records.run_header import is_header, parse_header
 from fastguard.records.step_record import FIELDS, StepRecord
 
-try:  # twice as fast as json, which parses what orjson refuses, such as a bare NaN
+try:  # orjson is twice as fast as json, which is used for what orjson refuses, such as a bare NaN
     from orjson import loads as _loads
 except ImportError:
     _loads: Callable[[bytes], Any] = json.loads
 
-_required = itemgetter("step", "total_norm", "clip_coef", "action")  # fields without a default
-_NUMBERS = frozenset({int, float, str})  # NaN and infinities are strings
+_required = itemgetter("step", "total_norm", "clip_coef", "action")  # the fields without a default
+_NUMBERS = frozenset({int, float, str})  # strings, for NaN and infinities
 
 BLOCK_BYTES = 512 << 10
 """Bytes to read at a time; also the longest line that can be a record. A parsed block of this size
@@ -63,14 +63,14 @@ def read_blocks(path: Path, *, block_bytes: int = BLOCK_BYTES) -> Iterator[Block
         block_bytes: Bytes to read at a time; also the longest line that can be a record.
 
     Raises:
-        OSError: There is no file, or it cannot be read, or it is a pipe or a device.
+        OSError: There is no file, or the file cannot be read, or is a pipe or a device.
     """
     for _, file in open_run(path):
         yield from _blocks(file, block_bytes)
 
 
 def parse_lines(data: bytes) -> Block:
-    """Parses complete lines; ignores blank ones.
+    """Parses complete lines; ignores blank lines.
 
     Example:
         >>> line = b'{"step": 1, "total_norm": 2.5, "clip_coef": 1.0, "action": "applied"}'
@@ -79,8 +79,9 @@ def parse_lines(data: bytes) -> Block:
         (1, 1)
     """
     try:
-        # Parse all lines in one call. A JSON string cannot contain a bare line feed, so a damaged
-        # line cannot swallow the start of the next one and still give the right number of items.
+        # All lines are parsed in one call. A JSON string cannot contain a bare line feed, so a
+        # damaged line cannot absorb the start of the next line and still give the right number of
+        # items.
         stripped = data.strip()
         found = _loads(b"[" + stripped.replace(b"\n", b",\n") + b"]")
         if len(found) == stripped.count(b"\n") + 1:
@@ -122,8 +123,8 @@ def _parse(line: bytes) -> Any:
 def are_records(values: list[Any]) -> bool:
     """Whether all of these JSON values are fastguard records, of this version or a later one.
 
-    All readers use this check. It checks that the required fields exist and have the right types,
-    and nothing else. The loops over the values run in C.
+    All readers use this check, which covers only the existence and the types of the required
+    fields. The loops over the values run in C.
 
     Example:
         >>> are_records([{"step": 3, "total_norm": "NaN", "clip_coef": 1, "action": "skipped"}])
@@ -148,7 +149,7 @@ def are_records(values: list[Any]) -> bool:
 
 def _blocks(file: BinaryIO, block_bytes: int) -> Iterator[Block]:
     rest = b""  # the unfinished last line of the block
-    too_long = False  # inside a line that is longer than a block and was dropped
+    too_long = False  # whether a line that is longer than a block is being dropped
     while data := file.read(block_bytes):
         size = len(data)
         data = rest + data
@@ -175,7 +176,7 @@ def _block(lines: bytes, size: int, damaged: int) -> Block:
 
 
 LONGEST_LINE = 1 << 24
-"""Lines of at least this many bytes are damaged, not records."""
+"""Lines of at least this number of bytes are damaged, not records."""
 
 _COUNTS = (
     "step",
@@ -204,7 +205,7 @@ def read_records(path: str | os.PathLike[str], *, strict: bool = False) -> Itera
             Default: False.
 
     Raises:
-        FileNotFoundError: Neither this file nor a rotated one exists.
+        FileNotFoundError: Neither this file nor a rotated file exists.
         IsADirectoryError: The path is a folder.
         OSError: A file cannot be read, or is a pipe or a device.
         ValueError: With `strict`, a line is not a record; the message names file and line.
@@ -267,7 +268,7 @@ def _record(fields: Any) -> StepRecord:
     fields = {name: value for name, value in fields.items() if name in FIELDS}
     for name in _FLOATS:
         if name in fields:
-            fields[name] = float(fields[name])  # also parses "NaN" and "Infinity"
+            fields[name] = float(fields[name])  # `float` also parses "NaN" and "Infinity"
     for name in ("losses", "thresholds"):
         fields[name] = {k: float(v) for k, v in fields.get(name, {}).items()}
     fields["culprits"] = tuple(

@@ -2,8 +2,8 @@
 
 On a GPU a record is packed on the device and copied to the host after the step, without blocking.
 On a CPU its numbers are available at once. For steps without an incident, and without sinks or
-subscribers, the `StepRecord`s are made later, many at a time: one costs 4 µs in a batch, but 15 µs
-right after a step, when the caches are full of the model.
+subscribers, the `StepRecord`s are created later, many at a time. A record costs 4 µs in a batch,
+but 15 µs right after a step, when the caches are filled with the model.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ from fastguard.records.unfinished import Pending, Settled, send_watched
 from fastguard.stages.contract import HostVerdict, Known
 
 KEPT = 4096
-"""Number of records kept for `records()` and for `history`; older ones are dropped."""
+"""Number of records kept for `records()` and for `history`; older records are dropped."""
 
 BATCH = ROWS // 2
 """Number of records that are in transfer or have arrived before any is made, without incidents."""
 
 INBOX = 1 << 16
-"""Maximum number of records kept for a subscriber that takes none: 36 MB, and more steps than most
-epochs have."""
+"""Maximum number of records kept for a subscriber that takes none. They take 36 MB, and cover more
+steps than most epochs have.
+"""
 
 T = TypeVar("T")
 
@@ -45,8 +46,8 @@ T = TypeVar("T")
 class Recorder:
     """Collects the records of a run and logs its incidents.
 
-    An incident is logged as a warning of the `fastguard` logger, an overflow that only lowers a
-    loss scale at level INFO; frequent repeats are only counted. Memory is bounded: `KEPT` finished
+    Incidents are logged as warnings of the `fastguard` logger, and overflows that only lower a loss
+    scale at level INFO. Frequent repeats are only counted. Memory is bounded: `KEPT` finished
     records, `ROWS` in transfer or not yet made, and `INBOX` per live subscriber.
 
     One thread takes the steps; others may read records at the same time. One thread at a time
@@ -84,12 +85,13 @@ class Recorder:
         self._failed_sinks: set[int] = set()
         self._inboxes: list[weakref.ref[Inbox]] = []
         self.undelivered: list[StepRecord] = []
-        # Reentrant: a sink may ask for records, and an interrupted thread may call again.
+        # The lock is reentrant, since a sink may ask for records, and an interrupted thread may
+        # call again.
         self._finishing = threading.RLock()
         self._all.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Sinks and subscribers belong to the run, not to a copy of its optimizer.
+        # Sinks and subscribers are not copied, since they belong to the run.
         self.wait()
         names = ("finished", "history", "limit_is_given", "last")
         return {name: getattr(self, name) for name in names}
@@ -125,7 +127,7 @@ class Recorder:
             self._newest = outcome.key
         is_joint = outcome.signals.bad_ranks is not None
         if is_joint or known.reason or self.sinks or self._inboxes:
-            self.wait()  # blocks only if the model was on a device before
+            self.wait()  # this blocks only if the model was on a device before
         elif len(self._pending) >= ROWS:
             self.poll()
 
@@ -157,7 +159,7 @@ class Recorder:
         return False
 
     def _has(self, key: object) -> bool:
-        """Whether this step is the newest one added."""
+        """Whether this step is the step that was added last."""
         if key is self._newest:
             return True
         newest = _newest(self._pending)
@@ -203,7 +205,8 @@ class Recorder:
 
     def add_sink(self, sink: Callable[[StepRecord], object]) -> None:
         """See `GuardedOptimizer.add_sink`."""
-        self.poll()  # finished first, since a new sink does not get records of earlier steps
+        # finishes records first, since a new sink does not get records of earlier steps
+        self.poll()
         self.sinks.append(sink)
 
     def subscribe(self) -> Inbox:
@@ -216,10 +219,11 @@ class Recorder:
     def deliver(self) -> StepRecord | None:
         """Waits for the steps so far, fills the inboxes, and returns the last record."""
         last = self.wait()
-        for ref in self._inboxes[:]:  # a copy: a subscriber may disappear meanwhile
+        # iterates over a copy, since a subscriber may disappear meanwhile
+        for ref in self._inboxes[:]:
             if (inbox := ref()) is not None:
                 inbox.receive(self.undelivered)
-        self.undelivered = []  # a new object, since inboxes count what they took from each list
+        self.undelivered = []  # a new list, since inboxes count what they took from each list
         return last
 
     def drain(self) -> list[StepRecord]:
@@ -227,7 +231,7 @@ class Recorder:
         self.poll()
         records: list[StepRecord] = []
         try:
-            while True:  # `list` and `clear` would lose what another thread adds in between
+            while True:  # `list` and `clear` would lose records that another thread adds in between
                 records.append(self.finished.popleft())
         except IndexError:
             return records
@@ -261,7 +265,8 @@ class Recorder:
 
     def _log(self, record: StepRecord) -> None:
         try:
-            self._logged = record  # set before, in case a logging handler asks for the records
+            # set before the call, since a logging handler may ask for the records
+            self._logged = record
             self._lines.add(record)
             given = self.limit_is_given
             max_norm = None if given is None else record.limit if given else math.inf
@@ -278,15 +283,15 @@ class Recorder:
         """
         if self._called[0] is not record:
             self._called = (record, 0, 0)
-        # Ends early if a sink asked for records: that call has called the other sinks with this
-        # record, and may have gone on to the next one.
+        # Ends early if a sink asked for records, because that request has passed this record to the
+        # other sinks, and may have continued with the next record.
         while self._called[0] is record and (k := self._called[1]) < len(self.sinks):
             tries = self._called[2]
             try:
-                # Set before the call, in case the sink asks for records.
+                # Set before the call, since the sink may ask for records.
                 self._called = (record, k + 1, 0)
                 self.sinks[k](record)
-            except Exception as error:  # a sink can fail in any way; the run continues
+            except Exception as error:  # a sink may raise any error; the run continues
                 self._warn_once(self.sinks[k], error)
             except BaseException:
                 if self._called[0] is record:

@@ -29,7 +29,7 @@ def open_regular(
     Args:
         path: The file.
         follow_links: Whether the path may be a symbolic link to a regular file. Use True for paths
-            from the user, False for paths found in files or folders from elsewhere.
+            from the user, and False for paths found in untrusted files or folders.
         buffering: As in `open`.
 
     Raises:
@@ -42,10 +42,10 @@ def open_regular(
         Traceback (most recent call last):
         fastguard.records.regular_files.NotRegularFile: [Errno 22] is a device, not a regular ...
     """
-    # Checked before opening, which has side effects on some devices (tapes rewind, watchdogs
-    # start).
+    # The check comes before opening, since opening has side effects on some devices (tapes rewind,
+    # watchdogs start).
     check_regular(os.stat(path, follow_symlinks=follow_links), path)
-    # O_NONBLOCK: never wait, in case a pipe has replaced the file since the check.
+    # O_NONBLOCK prevents waiting if a pipe has replaced the file since the check.
     flags = os.O_RDONLY | _flags("O_NONBLOCK", "O_CLOEXEC", "O_BINARY", "O_NOCTTY")
     handle = os.open(path, flags if follow_links else flags | _flags("O_NOFOLLOW"))
     try:
@@ -57,7 +57,7 @@ def open_regular(
 
 
 def check_regular(found: os.stat_result, path: str | os.PathLike[str]) -> None:
-    """Raises unless `os.stat` found a regular file; see `open_regular`."""
+    """Raises an error unless `os.stat` found a regular file; see `open_regular`."""
     kind = stat.S_IFMT(found.st_mode)
     if kind == stat.S_IFDIR:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
@@ -67,7 +67,7 @@ def check_regular(found: os.stat_result, path: str | os.PathLike[str]) -> None:
 
 
 def _flags(*names: str) -> int:
-    """Combines those `os.open` flags that this system has."""
+    """Combines the `os.open` flags that this system has."""
     flags = 0
     for name in names:
         flags |= getattr(os, name, 0)

@@ -20,10 +20,10 @@ Identity = tuple[int, int]
 """Device and inode, which identify a file under any name."""
 
 _AHEAD = 32
-"""How many files to open in advance, since the writer may delete them in the meantime."""
+"""Number of files to open in advance, since the writer may delete them in the meantime."""
 
 _TRIES = 20
-"""How often to list a folder again if a rotation interferes each time."""
+"""Maximum number of times to list a folder again if a rotation interferes."""
 
 
 def rotated_files(path: str | os.PathLike[str]) -> list[Path]:
@@ -99,12 +99,13 @@ def split_at_current(
     Args:
         path: The name of the current file.
         current: The identity of the opened file; None if there was none.
-        newest: The newest full file before that one was opened; used if it has been deleted.
+        newest: The newest full file before the current file was opened; used if that file has been
+            deleted.
     """
     i, listed = None, rotated_files(path)
     for _ in range(_TRIES):
-        # A listing may miss a file that is being renamed. It is complete if the opened file still
-        # has its name, or if it contains that file and all later numbers.
+        # A listing may miss a file that is being renamed. The listing is complete if the opened
+        # file still has its name, or if the listing contains that file and all later numbers.
         if current is None or identity_at(path) == current:
             return listed, []
         i = index_of(current, listed)
@@ -131,7 +132,7 @@ def open_run(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
     A warning is logged if full files were deleted before they could be read.
 
     Raises:
-        FileNotFoundError: Neither this file nor a full one exists.
+        FileNotFoundError: Neither this file nor a full file exists.
         OSError: A file cannot be read, or is a pipe, a device or a folder.
     """
     before = rotated_files(path)
@@ -160,7 +161,7 @@ def _each(path: Path, files: Sequence[Path]) -> Iterator[tuple[Path, BinaryIO]]:
                 file = _opened(name)
                 if file is not None:
                     ahead.append((name, file))
-                elif begun or ahead:  # a gap; a writer deletes only the oldest files by itself
+                elif begun or ahead:  # there is a gap, while a writer deletes only the oldest files
                     deleted += 1
             if ahead:
                 begun = True
@@ -178,5 +179,5 @@ def _each(path: Path, files: Sequence[Path]) -> Iterator[tuple[Path, BinaryIO]]:
 def _opened(path: Path) -> BinaryIO | None:
     try:
         return open_regular(path)
-    except FileNotFoundError:  # deleted since it was listed, or not yet created
+    except FileNotFoundError:  # the file was deleted since the listing, or is not created yet
         return None

@@ -28,9 +28,10 @@ KIND = "header"
 MAX_TEXT_LENGTH = 2000
 """Maximum number of characters of a value when a header is read."""
 
-_STARTS = (b'{"kind": "header"', b'{"kind":"header"')  # the second: rewritten by another program
+# the second form occurs if another program rewrote the file
+_STARTS = (b'{"kind": "header"', b'{"kind":"header"')
 _GUARDS = 16  # maximum number of guards read
-TRITON = ("triton", "pytorch-triton", "pytorch-triton-rocm")  # names of its distributions
+TRITON = ("triton", "pytorch-triton", "pytorch-triton-rocm")  # names of Triton's distributions
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ def header_line(
         device: See `RunHeader`.
         guards: See `RunHeader`.
     """
-    import torch  # here, because commands that only read records start without it
+    import torch  # imported here, because commands that only read records start without torch
 
     from fastguard import __version__
 
@@ -171,6 +172,7 @@ def installed_version(*distributions: str) -> str | None:
     for name in distributions:
         try:
             return metadata.version(name)
-        except (metadata.PackageNotFoundError, OSError):  # OSError: no free descriptor, for example
+        # an OSError is raised, for example, if no descriptor is free
+        except (metadata.PackageNotFoundError, OSError):
             continue
     return None

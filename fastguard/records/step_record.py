@@ -16,11 +16,11 @@ LOSS_SCALE = Reason.LOSS_SCALE.label
 """The reason of a skip that only lowers a loss scale, which is not an incident."""
 
 REPLICA_DRIFT = "replica_drift"
-"""The reason of a step in which replicas differ, and the key of the result in `StepRecord.watch`.
+"""The reason of a step in which replicas differ; also the key of the result in `StepRecord.watch`.
 """
 
 MAX_TAG_LENGTH = 400
-"""Maximum characters of a tag in a log line."""
+"""Maximum number of characters of a tag in a log line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +42,13 @@ class StepRecord:
         losses: Losses of the step by name.
         spikes: The signals above their threshold: `"grad_norm"`, or the names of losses.
         thresholds: The threshold of each rule, by signal; inf during warm-up.
-        consecutive_skips: Number of skipped steps since the last applied one, including this step;
-            steps skipped only to lower a loss scale do not count.
+        consecutive_skips: Number of skipped steps since the last applied step, including this step.
+            Steps that were skipped only to lower a loss scale do not count.
         lr: Learning rate of the first param group.
         tag: The value passed as `tag`, to find the batch again.
         culprit_ranks: Number of ranks with non-finite values; 0 in one process.
-        culprit_rank: That rank, if there is only one; `culprits` are its parameters.
+        culprit_rank: The rank with non-finite values, if there is only one; `culprits` are its
+            parameters.
         limit: The total norm above which gradients are clipped: `max_norm`, or the limit set by an
             adaptive rule. With several segments, the total norm if all segments are at their
             limits. `inf`: no limit.
@@ -57,8 +58,8 @@ class StepRecord:
             coefficient; None if no unit was clipped.
         watch: Results of `GuardedOptimizer(watch=...)`, by quantity; empty if the step was not
             watched. docs/watch.md describes each quantity.
-        time: When the host decided or enqueued the step, in Unix seconds; NaN if unknown. Ignored
-            when records are compared.
+        time: The time at which the host decided or enqueued the step, in Unix seconds; NaN if
+            unknown. Comparisons of records ignore it.
     """
 
     step: int
@@ -91,7 +92,7 @@ class StepRecord:
         """Whether the step calls for a reaction: a warning, a lower learning rate, or a rollback.
 
         True for every skipped step and every step with a reason, except an overflow that only
-        lowers a loss scale: in a healthy run too, a `GradScaler` finds its scale that way.
+        lowers a loss scale, since a `GradScaler` finds its scale that way in healthy runs too.
 
         Example:
             >>> StepRecord(1, 2.0, 1.0, "skipped", "nonfinite_grad").is_incident

@@ -19,7 +19,7 @@ below the 512 KiB that readers accept."""
 
 DEEPEST = 32
 _MORE = "…"
-_ITEM = 4  # characters that an item needs besides its text
+_ITEM = 4  # number of characters that an item needs besides its text
 _MAX_BITS = 1024
 
 
@@ -36,7 +36,8 @@ def strict(value: Any) -> Any:
         if math.isfinite(value):
             return value
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if value is None or isinstance(value, (str, int)):  # not str | int, created on each call
+    # a tuple, since `str | int` would be created on each call
+    if value is None or isinstance(value, (str, int)):
         return value
     if isinstance(value, Mapping):
         return {str(key): strict(item) for key, item in value.items()}
@@ -48,8 +49,8 @@ def strict(value: Any) -> Any:
 def shortened(value: Any, room: int = MAX_CHARACTERS) -> Any:
     """Converts a value like `strict`, with limited size and depth.
 
-    `…` marks omitted parts. Never raises: if a method of the value does, the result is a text that
-    says that the value cannot be shown.
+    `…` marks omitted parts. Never raises an error. If a method of the value raises one, the result
+    is a text that says that the value cannot be shown.
 
     Args:
         value: Any value; it may be cyclic, nested beyond the recursion limit, or a huge integer.
@@ -86,7 +87,7 @@ class _Shortened:
                     return self._mapping(value, depth + 1)
                 return self._list(value, depth + 1)
             return self._text(str(value))
-        except Exception as error:  # methods of any class may raise anything
+        except Exception as error:  # methods of a class may raise any error
             return _cannot_be_shown(value, error)
 
     def _integer(self, value: int) -> Any:
@@ -114,7 +115,7 @@ class _Shortened:
         for key, item in values.items():
             if self._room <= 0:
                 return {**found, _MORE: _MORE}
-            name = self._name(key)  # before the item, which may use up the room
+            name = self._name(key)  # computed before the item, which may use up the room
             found[name] = self.of(item, depth)
         return found
 
@@ -151,7 +152,7 @@ def encode(value: Any) -> str:
     return _printable(_encode(value))
 
 
-# json.dumps creates one on each call
+# one encoder, since json.dumps creates one on each call
 _encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False).encode
 
 

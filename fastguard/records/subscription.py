@@ -1,8 +1,8 @@
 """`Inbox`: delivers the records of a run to code that acts on them, such as a schedule.
 
-Subscribers act on records when they receive them. So all inboxes of a run are filled at a fixed
-point of a step, which is the same on every rank and in every rerun. The owner of an inbox may fetch
-records earlier, for this inbox only.
+Subscribers act on records when they receive them. All inboxes of a run are therefore filled at a
+fixed point of a step, which is the same on every rank and in every rerun. The owner of an inbox may
+fetch records earlier, but only for that inbox.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from fastguard.records.step_record import StepRecord
 
 
 class Inbox(deque["StepRecord"]):
-    """A queue of the records of a run, each once and in order; take them out with `popleft`.
+    """A queue that receives each record of a run once, in order; remove records with `popleft`.
 
-    The run holds only a weak reference to it. If it holds more than `maxlen` records, the oldest
-    are lost, and one warning is logged.
+    The run holds only a weak reference to the inbox. If the inbox holds more than `maxlen` records,
+    the oldest records are lost, and one warning is logged.
 
     Args:
         records: Initial records.
         maxlen: Maximum number of records.
-        recorder: The recorder that fills it.
+        recorder: The recorder that fills the inbox.
     """
 
     def __init__(
@@ -39,24 +39,24 @@ class Inbox(deque["StepRecord"]):
         self._recorder = recorder
         self._expected: list[StepRecord] = []
         self._source: Sequence[StepRecord] = ()
-        self._taken = 0  # number taken from the source
+        self._taken = 0  # number of records taken from the source
         self._has_warned = False
 
     def settle(self) -> None:
-        """Fetches the records of all steps so far, for this inbox only. Waits for them."""
+        """Fetches the records of all steps so far, for this inbox only. Waits for these steps."""
         self.receive(self._waiting())
 
     def coming(self) -> list[StepRecord]:
-        """Returns the records of the steps so far that are not in the inbox yet. Waits for them."""
+        """Waits for all steps so far, and returns the records that are not in the inbox yet."""
         waiting = self._waiting()
         return [*self._expected, *waiting[self._taken_of(waiting) :]]
 
     def expect(self, records: Sequence[StepRecord]) -> None:
-        """Sets records that precede the next one, from an earlier run that this run continues."""
+        """Sets the records to receive first, from an earlier run that this run continues."""
         self._expected = list(records)
 
     def receive(self, records: Sequence[StepRecord]) -> None:
-        """Adds the expected records, and the undelivered ones that are new to this inbox.
+        """Adds the expected records, and the undelivered records that are new to this inbox.
 
         Args:
             records: All undelivered records. The same list grows until it has been delivered to
@@ -64,7 +64,8 @@ class Inbox(deque["StepRecord"]):
         """
         taken = self._taken_of(records)
         new = [*self._expected, *records[taken:]] if self._expected or taken else records
-        if new and not (self and self[-1] is new[-1]):  # otherwise, interrupted after `extend`
+        # otherwise, an interrupt came after `extend`
+        if new and not (self and self[-1] is new[-1]):
             overflows = self.maxlen is not None and len(self) + len(new) > self.maxlen
             self.extend(new)
             if overflows and not self._has_warned:

@@ -21,7 +21,7 @@ from fastguard.stages.grad_stats import name_in
 from fastguard.stages.reason import Reason
 
 _ARRIVED = Arrival(np.empty(0), None)
-# By number, because creating a Reason costs as much as the rest of a record.
+# Reasons by number, since creating a Reason costs as much as the rest of a record.
 _LABELS = tuple(reason.label for reason in Reason)
 
 
@@ -30,7 +30,7 @@ def _action(coef: float, skipped: bool, cleaned: bool) -> str:
         return "skipped"
     if cleaned:
         return "sanitized"
-    return "applied" if coef >= 1.0 else "clipped"  # also "clipped" if the coefficient is NaN
+    return "applied" if coef >= 1.0 else "clipped"  # a NaN coefficient gives "clipped" too
 
 
 class Settled(NamedTuple):
@@ -64,7 +64,7 @@ class Settled(NamedTuple):
             outcome.key,
             known,
             outcome.signal_names,
-            float(outcome.lr),  # converted now, since a tensor may change
+            float(outcome.lr),  # converted to a number now, since a tensor may change
             outcome.tag,
             culprits,
             len(culprits),
@@ -129,10 +129,10 @@ def _named(
 
 
 def send_watched(outcome: Outcome) -> tuple[Watched, Tensor] | None:
-    """Starts copying the values of a watched step to the host; returns them with their copy.
+    """Starts copying the values of a watched step to the host; returns values and copy.
 
-    Call it before `Ring.send`, whose event then covers this copy too. torch caches the pinned
-    memory.
+    Call this function before `Ring.send`, so that the event of `send` covers this copy too. torch
+    caches the pinned memory.
     """
     if outcome.watched is None:
         return None
@@ -192,7 +192,7 @@ class Pending:
 
     def record(self) -> StepRecord:
         """Returns the record. The row must have arrived."""
-        # The names of other ranks' losses may only be known now.
+        # The names of other ranks' losses may be known only at this point.
         row = unpack(
             self.arrival.row, self.loss_names, self.is_joint, self.limit is None, self.summaries
         )

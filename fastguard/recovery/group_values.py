@@ -1,4 +1,4 @@
-"""What `GuardedLR` stores about param groups: their identity, scheduled and actual values."""
+"""The param groups as `GuardedLR` sees them: identity, scheduled values and actual values."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class KnownGroups:
         self._known: list[tuple[Group, Any]] = []
 
     def join(self, groups: Sequence[Group], before: int) -> None:
-        """Adds the groups from index `before` on. May be repeated."""
+        """Adds the groups from index `before` on. Calling it again has no effect."""
         self._known[before:] = [(group, _first_parameter(group)) for group in groups[before:]]
 
     def check_same(self, groups: Sequence[Group]) -> None:
@@ -76,9 +76,9 @@ class GroupValues:
         self._to_write: list[float | None] = []  # differs from `_written` only after an interrupt
 
     def join(self, groups: Sequence[Group]) -> None:
-        """Adds new groups; their current values become the scheduled ones.
+        """Adds new groups; their current values become the scheduled values.
 
-        After an interrupt, the next call starts again.
+        After an interrupt, the next call starts from the beginning.
         """
         before = len(self.scheduled)
         joining = [self._setting.read(groups[i], i) for i in range(before, len(groups))]
@@ -98,14 +98,14 @@ class GroupValues:
         self.write(groups, self.scheduled)
 
     def adopt(self, groups: Sequence[Group]) -> None:
-        """Makes the groups' current values the scheduled ones."""
+        """Makes the current values of the groups the scheduled values."""
         self.scheduled = [self._setting.read(group, i) for i, group in enumerate(groups)]
         self._written, self._to_write = list(self.scheduled), list(self.scheduled)
 
     def adopt_changed(self, groups: Sequence[Group]) -> None:
-        """Makes values that other code has changed the scheduled ones.
+        """Makes values that other code has changed the scheduled values.
 
-        Waits for a GPU if the values are tensors on it.
+        Waits for a GPU if the values are tensors on the GPU.
         """
         for i, group in enumerate(groups):
             now = self._setting.read(group, i)
@@ -155,7 +155,7 @@ def _read_lr(group: Group, index: int) -> float:
             f"GuardedLR needs an optimizer with a learning rate, but param group {index} has none"
         )
     remedy = f"GuardedLR needs a number as lr of param group {index}"
-    return number_of("lr", group["lr"], remedy)  # syncs if it is a tensor on a GPU
+    return number_of("lr", group["lr"], remedy)  # synchronizes if `lr` is a tensor on a GPU
 
 
 def _write_lr(group: Group, value: float) -> float:
@@ -164,7 +164,7 @@ def _write_lr(group: Group, value: float) -> float:
         group["lr"] = value
         return value
     lr.fill_(value)
-    # Rounded on the CPU; reading the tensor itself could sync with a device.
+    # The value is rounded on the CPU, because reading the tensor itself could sync with a device.
     return torch.tensor(value, dtype=lr.dtype, device="cpu").item()
 
 
@@ -173,7 +173,7 @@ def _read_momentum(group: Group, index: int) -> float | None:
     value = group["betas"][0] if _has_betas(group) else group.get("momentum")
     try:
         return number_of("momentum", value)
-    except TypeError:  # None, or another kind of setting with this name
+    except TypeError:  # the setting is None, or a setting of another kind with this name
         return None
 
 
@@ -206,11 +206,15 @@ def one_each(name: str, value: float | Sequence[float], before: int, n: int) -> 
     """
     entries = list(value) if isinstance(value, Sequence) else [value]
     if isinstance(value, TEXT):
-        raise TypeError(f"{name}={shown(value)} must be a number >= 0, or one for each param group")
+        raise TypeError(
+            f"{name}={shown(value)} must be a number >= 0, or a sequence with one number per "
+            "param group"
+        )
     numbers = [number_of(name, v, "use a number >= 0, one for each param group") for v in entries]
     if isinstance(value, Sequence) and ((before == 0 and len(entries) != n) or not entries):
         raise ValueError(
             f"{name}={shown(value)} has {len(entries)} entries for {n} param groups; give one "
-            "per group (groups added later use the last one), or one number for all"
+            "entry per group (groups that are added later use the last entry), or one number for "
+            "all groups"
         )
     return [numbers[min(i, len(numbers) - 1)] for i in range(before, n)]

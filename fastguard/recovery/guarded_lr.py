@@ -5,10 +5,10 @@
 
 Here n is the number of applied steps, and start the initial value of the warm-up. The schedule is
 any torch scheduler, stepped as usual: once per step, once per epoch, or with a metric. Warm-up,
-floor, back-off after an incident and recovery need no calls, since they follow the optimizer's
-steps. Recovery undoes one back-off after every `recovery` applied steps in a row. If the schedule
-falls below the floor, the rate is clamped: this is logged the first time, and counted. A warm-up
-that starts below the floor is clamped silently.
+floor, back-off after an incident, and recovery follow the optimizer's steps and need no calls.
+Recovery undoes one back-off after every `recovery` applied steps in a row. If the schedule falls
+below the floor, the rate is clamped, which is counted, and logged the first time. A warm-up that
+starts below the floor is clamped silently.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class GuardedLR(LRScheduler):
     epoch, or with each new metric for `ReduceLROnPlateau`. Warm-up, floor and back-off act before
     each optimizer step, however rarely `step` is called.
 
-    With a fused optimizer on a GPU, whose steps do not sync, it acts on the verdict of step k in
+    With a fused optimizer on a GPU, whose steps do not sync, the verdict of step k takes effect in
     step k + 1, on all ranks alike. Tensor learning rates are updated in place.
 
     Other code, such as a second scheduler, may change the learning rates as well: the schedule
@@ -106,11 +106,11 @@ class GuardedLR(LRScheduler):
         recovery: int | None = None,
         warmup: Warmup | None = None,
     ) -> None:
-        # Not super().__init__(), which would take a first step.
+        # Does not call super().__init__(), which would take a first step.
         self.optimizer: GuardedOptimizer = guarded_of(schedule, optimizer)
         check_back_off(backoff, recovery, warmup)
         for i, group in enumerate(self._groups):
-            LR.read(group, i)  # raises if there is no learning rate to schedule
+            LR.read(group, i)  # raises an error if there is no learning rate to schedule
         self.schedule: LRScheduler | ReduceLROnPlateau = schedule_of(schedule)
         self._floor: list[float] = []
         self._given_floor = floor
@@ -126,7 +126,7 @@ class GuardedLR(LRScheduler):
         self._is_due = False  # whether a step was applied since the schedule's last step
         self._is_behind = False  # whether values remain to be written
         self._learned: tuple[StepRecord | None, Counts] = (None, Counts())
-        # Whether a trainer writes the learning rates, as it does between two `in_force` blocks.
+        # Whether a trainer writes the learning rates, as happens between two `in_force` blocks.
         self._is_trainers_turn = False
         self._inbox = self.optimizer.subscribe()
         self._known = KnownGroups()
@@ -278,11 +278,11 @@ class GuardedLR(LRScheduler):
         self.clean_steps = state_dict["clean_steps"]
         self.applied_steps = state_dict["applied_steps"]
         self._is_due = state_dict.get("is_due", False)
-        self._inbox.clear()  # steps that are not part of the loaded run
+        self._inbox.clear()  # drops steps that are not part of the loaded run
         self._inbox.extend(records_of(state_dict.get("told", ())))
         self._inbox.expect(records_of(state_dict.get("coming", ())))
         self._show()
-        self.held_at_floor = state_dict["held_at_floor"]  # last, since `_show` may count again
+        self.held_at_floor = state_dict["held_at_floor"]  # set last, since `_show` may count again
 
     def _follow(self) -> None:
         """Applies warm-up and back-off before each optimizer step, without a call of `step`."""
@@ -317,13 +317,13 @@ class GuardedLR(LRScheduler):
         return self._is_behind
 
     def _learn(self, record: StepRecord) -> None:
-        """Counts a step. Counts it once if called again with the same record."""
+        """Counts a step, and counts it only once if called again with the same record."""
         learned, counts = self._learned
         if learned is not record:
             before = Counts(self.backoffs, self.clean_steps, self.applied_steps, self._is_due)
             counts = before.after(record, self.backoff < 1.0, self.recovery)
             if counts.backoffs != before.backoffs:
-                # Recovery has the same level as back-off: a log with only back-offs would mislead.
+                # Logged at the level of back-offs, since a log with only back-offs would mislead.
                 what = "backed off" if counts.backoffs > before.backoffs else "recovered"
                 factor = self.backoff**counts.backoffs * self._lowered
                 message = f"GuardedLR: {what} to %g of the schedule after step %d"
@@ -355,8 +355,7 @@ class GuardedLR(LRScheduler):
         self._known.check_same(groups)
         if n == before:
             return
-        # Assigned to the end of each list, and `_lr` last, so that it can be repeated after an
-        # interrupt.
+        # Assigns to list ends, and to `_lr` last, so that the method can run again if interrupted.
         self._floor[before:] = one_each("floor", self._given_floor, before, n)
         if self.warmup is not None:
             self._start_lr[before:] = one_each("Warmup lr", self.warmup.lr, before, n)
@@ -369,8 +368,8 @@ class GuardedLR(LRScheduler):
         self._lr.join(groups)
         if self._have_joined:
             log.info(
-                "GuardedLR: param group %d joins with lr %g and floor %g; assign to lr.floor[%d] "
-                "to change its floor",
+                "GuardedLR: param group %d was added with lr %g and floor %g; assign to "
+                "lr.floor[%d] to change the floor of this group",
                 n - 1, self._lr.scheduled[-1], self._floor[-1], n - 1,
             )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Tracks the bad steps since the kept snapshots, and decides when to take one and to roll back."""
+"""Tracks bad steps since the kept snapshots; decides when to take snapshots and roll back."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ class IncidentLog:
 
     Args:
         every: Applied steps between snapshots.
-        after_skips: Skipped steps in a row that call for a rollback; None: no limit.
-        after_spikes: Steps with a spike in a row that call for a rollback; None: no limit.
+        after_skips: Number of skipped steps in a row that triggers a rollback; None: no limit.
+        after_spikes: Number of steps with a spike in a row that triggers a rollback; None: no
+            limit.
 
     Attributes:
         rollbacks: Number of rollbacks so far.
@@ -54,7 +55,8 @@ class IncidentLog:
         self.rollbacks: int = 0
         self._restarts = 0
         self._applied = self._unsuitable = 0  # steps since the last snapshot
-        # A snapshot is due after `_waits * every` applied steps; inf after an unsuitable step.
+        # A snapshot is due after `_waits * every` applied steps. The factor is inf after an
+        # unsuitable step.
         self._waits: float = 1
         self._skips = self._spikes = 0
         self._bad: deque[tuple[Moment, Any]] = deque(maxlen=POSITIONS)
@@ -65,7 +67,7 @@ class IncidentLog:
         """Processes one step; returns a reason for a rollback, or None."""
         skipped = record.action == "skipped"
         if not record.is_incident:
-            if not skipped:  # a skip that only lowers a loss scale is ignored
+            if not skipped:  # skips that only lower a loss scale are ignored
                 self._skips = self._spikes = 0
                 self._applied += 1
                 self._waits = 1
@@ -119,7 +121,7 @@ class IncidentLog:
         return tuple(position for when, position in self._bad if when > moment)
 
     def state_was_loaded(self) -> None:
-        """Resets the counts after another state was loaded; the next good step is to be saved."""
+        """Resets the counts after another state was loaded, and makes the next good step due."""
         self._restarts += 1
         self._skips = self._spikes = self._unsuitable = 0
         self.make_due()
@@ -143,9 +145,9 @@ class IncidentLog:
     def _is_unsuitable(self, record: StepRecord) -> bool:
         """Whether the state after this bad step is unsuitable for a snapshot.
 
-        Suitable are steps applied after cleaning, and spikes if they never trigger a rollback.
-        Unsuitable are skipped steps, other spikes, and steps that applied NaN under
-        `nonfinite="propagate"`.
+        Steps that were applied after cleaning are suitable, and so are spikes if spikes never
+        trigger a rollback. Skipped steps, other spikes, and steps that applied NaN under
+        `nonfinite="propagate"` are unsuitable.
         """
         if record.action == "skipped" or (record.spikes and self.after_spikes is not None):
             return True
@@ -157,7 +159,7 @@ class IncidentLog:
             self._has_warned_of_lost = True
             log.warning(
                 "Rollback: there were more than %d bad steps since the oldest snapshot; after a "
-                "rollback to it, Rewind.skip will lack the first of them",
+                "rollback to that snapshot, Rewind.skip will lack the first of these steps",
                 POSITIONS,
             )
         moment = self.now(record.step)
@@ -168,7 +170,7 @@ class IncidentLog:
         if self._unsuitable == PATIENCE * self.every:
             log.warning(
                 "Rollback: no snapshot was possible for a long time: %d steps were bad since the "
-                "last one, and every=%d requires that many applied steps. Last bad step: %s",
+                "last snapshot, and every=%d requires that many applied steps. Last bad step: %s",
                 self._unsuitable,
                 self.every,
                 record,
@@ -182,5 +184,9 @@ class IncidentLog:
                 else f"{self._skips} steps in a row were skipped"
             )
         if self.after_spikes is not None and self._spikes >= self.after_spikes:
-            return "a step spiked" if self._spikes == 1 else f"{self._spikes} steps in a row spiked"
+            return (
+                "a step spiked"
+                if self._spikes == 1
+                else f"{self._spikes} steps in a row had a spike"
+            )
         return None

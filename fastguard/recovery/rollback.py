@@ -48,7 +48,7 @@ class Rewind:
         step: The optimizer step whose state was restored.
         position: The data position that was passed to `Rollback.step` at that step.
         skip: Positions of the bad steps since then, in order; their data should be left out.
-        reason: What triggered the rollback.
+        reason: The reason for the rollback.
         attempt: Number of this rollback among those for the same problem, from 1.
     """
 
@@ -62,19 +62,20 @@ class Rewind:
 class Rollback:
     """Takes snapshots of the training state, and restores one when training goes wrong.
 
-    With several ranks, every rank must construct it and call its methods at the same steps; either
-    all ranks restore the same snapshot, or none does. Tensor learning rates are restored in place.
-    A rollback never raises the scale of a `GradScaler`, since it would only overflow again.
+    With several ranks, every rank must construct a `Rollback` and call its methods at the same
+    steps. Either all ranks restore the same snapshot, or none does. Tensor learning rates are
+    restored in place. A rollback never raises the scale of a `GradScaler`, since a higher scale
+    would only overflow again.
 
     After a param group was added, earlier snapshots can no longer be loaded, so a snapshot is taken
     after the next good step.
 
     After a state was loaded into the optimizer, earlier steps no longer count, and a snapshot is
-    taken after the next good step. Until then a rollback would restore a snapshot from before the
-    load; to avoid that, call `snapshot` once everything is loaded.
+    taken after the next good step. Until then, a rollback would restore a snapshot from before the
+    load. To avoid this, call `snapshot` once everything is loaded.
 
-    With a fused optimizer on a GPU, whose steps do not sync, it acts on the verdict of step k in
-    step k + 1, but waits for the verdict of a step after which a snapshot may be taken.
+    With a fused optimizer on a GPU, whose steps do not sync, `Rollback` acts on the verdict of step
+    k in step k + 1. It waits only for the verdict of a step after which a snapshot may be taken.
 
     Args:
         optimizer: The guarded optimizer, which is part of every snapshot.
@@ -91,13 +92,13 @@ class Rollback:
         after_spikes: Steps with a spike (recorded, clipped or skipped) in a row that trigger a
             rollback; None: no limit. Default: None.
         lr: The schedule to lower at a rollback. Default: None.
-        lr_factor: The factor by which it is lowered, in (0, 1]. Default: 0.5.
+        lr_factor: The factor by which the learning rate is lowered, in (0, 1]. Default: 0.5.
         max_attempts: Number of rollbacks for the same problem before an error is raised; the count
             restarts at a snapshot beyond the problem. Default: 3.
-        store: Where to keep snapshots instead of host memory, in a directory of its own. It is
-            slower, but a restarted process can load them with `store.load("last-clean", ...)`,
-            under the names in `objects`, `optimizer`, `lr`, and `position` for the data position.
-            If the disk fails, the error is logged and the run continues. Default: None.
+        store: A store with a separate directory for the snapshots, instead of host memory. A store
+            is slower, but a restarted process can load the snapshots with `store.load("last-clean",
+            ...)`, under the names in `objects`, `optimizer`, `lr`, and `position` for the data
+            position. If the disk fails, the error is logged and the run continues. Default: None.
         position: The current data position, for the first snapshot, which is taken at once; see
             `step`. Default: None.
 
@@ -164,7 +165,7 @@ class Rollback:
             self._storage = InMemory(optimizer, keep, Peers(optimizer.process_group))
         else:
             self._storage = InStore(store)
-        # The position of the first snapshot, while the model has no values to copy.
+        # The position of the first snapshot, kept while the model has no values to copy.
         self._first: tuple[Any] | None = None
         if _resumed(optimizer, store):
             return
@@ -190,10 +191,10 @@ class Rollback:
         return [moment.step for moment in self._storage.moments()]
 
     def step(self, position: Any = None) -> Rewind | None:
-        """Processes the steps since the last call; call it after every `optimizer.step`.
+        """Processes the steps since the last call. Call this after every `optimizer.step`.
 
         One call may also cover several steps. It waits for the verdict of the last step only if
-        that decides whether to take a snapshot now.
+        this verdict decides whether to take a snapshot now.
 
         Args:
             position: The current data position: any value that identifies this batch. With a
@@ -208,12 +209,14 @@ class Rollback:
             TypeError, ValueError: In the first step: the optimizer has state that cannot be copied.
         """
         if self._sizes != (sizes := group_sizes(self.optimizer)):
-            self._sizes = sizes  # parameters were added: earlier snapshots can no longer be loaded
+            # parameters were added, so earlier snapshots can no longer be loaded
+            self._sizes = sizes
             self._incidents.make_due()
         self._positions.append((self.optimizer.steps_taken, position))
         reason = self._learn_all()
         if reason is None and self._incidents.is_due_after(1):
-            # Only for this inbox: our snapshots must not change when other subscribers get records.
+            # Fetches records only for this inbox, so that other subscribers get theirs at the usual
+            # time.
             self._inbox.settle()
             reason = self._learn_all()
         if reason is not None:
@@ -305,7 +308,7 @@ class Rollback:
         self._inbox.clear()
         skip = self._incidents.positions_since(taken.moment)
         step = taken.moment.step
-        if self.lr is not None:  # its back-offs were restored, and it may have been lowered
+        if self.lr is not None:  # the back-offs were restored, and the rate may have been lowered
             story += f"; lr at {self.lr._factor:g} of the schedule"
         log.warning("rolled back to step %d (attempt %d): %s", step, self.attempts, story)
         return Rewind(step, taken.position, skip, reason, self.attempts)
@@ -334,8 +337,8 @@ class Rollback:
 def _same_tensors(optimizer: GuardedOptimizer) -> Iterator[None]:
     """Keeps the tensors in param groups and copies loaded values into them.
 
-    Loading an optimizer state replaces these tensors, but a compiled or captured step would go on
-    using the old ones.
+    Loading an optimizer state replaces these tensors, but a compiled or captured step would
+    continue to use the old tensors.
     """
     before = [{k: v for k, v in g.items() if isinstance(v, Tensor)} for g in optimizer.param_groups]
     yield
@@ -349,7 +352,7 @@ def _same_tensors(optimizer: GuardedOptimizer) -> Iterator[None]:
 def _resumed(optimizer: GuardedOptimizer, store: CheckpointStore | None) -> bool:
     """Whether the optimizer has just loaded the last clean checkpoint of the store.
 
-    Then no first snapshot is needed.
+    In that case, no first snapshot is needed.
     """
     newest = None if store is None else store.last_clean()
     return newest is not None and 0 < newest.step == optimizer.steps_taken

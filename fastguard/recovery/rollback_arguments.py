@@ -30,7 +30,7 @@ def check_arguments(
 
     Args:
         optimizer, lr, lr_factor, store, after_skips, after_spikes: The arguments.
-        counts: The other arguments, integers >= 1.
+        counts: All other arguments, which must be integers >= 1.
     """
     if not isinstance(optimizer, GuardedOptimizer):
         raise TypeError(f"optimizer={shown(optimizer)} must be a fastguard.GuardedOptimizer")
@@ -67,7 +67,7 @@ def tensors_of(thing: Any) -> Iterable[Tensor]:
 def with_own(
     objects: Mapping[str, Any], optimizer: GuardedOptimizer, lr: GuardedLR | None
 ) -> dict[str, Any]:
-    """Returns the user's objects and those that every snapshot includes.
+    """Returns the user's objects and the objects that every snapshot includes.
 
     Raises:
         TypeError, ValueError: An object has no state, no values, or a reserved name.

@@ -58,7 +58,7 @@ def needs_metric(schedule: LRScheduler | ReduceLROnPlateau) -> bool:
 
 
 def check_back_off(backoff: object, recovery: object, warmup: object) -> None:
-    """Raises for invalid arguments of `GuardedLR`."""
+    """Raises a TypeError or ValueError for invalid arguments of `GuardedLR`."""
     if not 0 < number_of("backoff", backoff, "use a number in (0, 1]") <= 1:
         raise ValueError(f"backoff={shown(backoff)} must be a number in (0, 1]")
     if recovery is not None:

@@ -1,16 +1,17 @@
 """A copy of a training state in host memory, which can be restored within seconds.
 
 Buffers are allocated once and reused, so that every snapshot after the first costs one plain copy.
-From a GPU the copy runs on its own stream into pinned memory; the next optimizer step waits for it
-on the device, not on the host. State that the next forward pass may change (batch statistics, an
-EMA) is copied on the current stream. With DTensors, each rank copies its own shard.
+From a GPU the copy runs on its own stream into pinned memory; the next optimizer step waits for the
+copy on the device, not on the host. State that the next forward pass may change (batch statistics,
+an EMA) is copied on the current stream. With DTensors, each rank copies its own shard.
 
-A copy can be checked for NaN and Inf while it is made. Tensors on a GPU are read once more there.
-Tensors on the host are summed piece by piece while the copied piece is in cache, which takes 0.35
-times as long as a plain copy; a separate read would take 0.5. Only the share `CHECKED_SHARE` of the
-tensors on the host is checked during the copy, and the rest at the next snapshot, which needs the
-result: two snapshots with the cost of 1.25 plain copies each disturb a run less than one of 1.0 and
-one of 1.4. Not every copy is checked: see `snapshot_stores.InMemory`.
+A copy can be checked for NaN and Inf while it is made. Tensors on a GPU are read once more on the
+GPU. Tensors on the host are summed piece by piece while the copied piece is in cache, which takes
+0.35 times as long as a plain copy; a separate read would take 0.5 times as long. Only the share
+`CHECKED_SHARE` of the tensors on the host is checked during the copy, and the rest at the next
+snapshot, which needs the result. Two snapshots that each cost 1.25 plain copies disturb a run less
+than one that costs 1.0 and one that costs 1.4. Not every copy is checked: see
+`snapshot_stores.InMemory`.
 """
 
 from __future__ import annotations
@@ -33,17 +34,18 @@ from fastguard.stages.measure import measure
 
 RNG = "rng"
 CHECKED_SHARE = 0.7
-"""Share of the bytes of host tensors that is checked during the copy. Of 0.6, 0.66, 0.7 and 0.74,
-this value makes the costs of two successive snapshots most similar: 1.26 and 1.27 plain copies on
-two cores."""
+"""Share of the bytes of host tensors that is checked during the copy. Among 0.6, 0.66, 0.7 and
+0.74, this value makes the costs of two successive snapshots most similar: 1.26 and 1.27 plain
+copies on two cores.
+"""
 
 
 class Snapshot:
     """One copy of the state of several objects; `take` overwrites it.
 
     Attributes:
-        step: The optimizer step after which it was taken; None: it is empty.
-        position: The data position then, as given by the caller.
+        step: The optimizer step after which the snapshot was taken; None: the snapshot is empty.
+        position: The data position at that step, as given by the caller.
     """
 
     def __init__(self) -> None:
@@ -71,7 +73,7 @@ class Snapshot:
             step, position: Values for the attributes.
             optimizer: The optimizer whose parameters and state do not change until its next step.
             check: Whether to check for NaN and Inf during the copy: all tensors on a GPU, and
-                `CHECKED_SHARE` of the others. `nonfinite` checks the rest. Default: True.
+                `CHECKED_SHARE` of all others. `nonfinite` checks the rest. Default: True.
 
         Returns:
             For each GPU with tensors, the event that the optimizer's next step must wait for.
@@ -115,7 +117,7 @@ class Snapshot:
         """Waits for the copy, then loads the saved states, including random number generators."""
         self._wait()
         for name, thing in objects.items():
-            # A copy: an optimizer may keep the tensors it is given.
+            # Passes a copy, since an optimizer may keep the tensors that it loads.
             thing.load_state_dict(restored(self._states[name]))
         set_random_state(self._states[RNG])
 
@@ -125,13 +127,13 @@ class Snapshot:
 
 
 def _values(tensor: Tensor) -> Tensor:
-    """Returns a tensor that `measure` can read and that is finite if the given one is."""
+    """Returns a tensor that `measure` can read, which is finite if the given tensor is."""
     if is_lazy(tensor):
         return torch.empty(0, device="cpu")
     if tensor.layout is not torch.strided or tensor.is_nested:
         tensor = tensor._values() if tensor.layout is torch.sparse_coo else tensor.values()
     if not has_plain_type(tensor):
-        if not has_memory(tensor):  # a subclass without storage cannot be read
+        if not has_memory(tensor):  # subclasses without storage cannot be read
             return torch.empty(0, device="cpu")
         with torch._C.DisableTorchFunctionSubclass():
             tensor = tensor.detach().as_subclass(Tensor)

@@ -1,7 +1,7 @@
 """Storage for the snapshots of `Rollback`: host memory, or a `CheckpointStore` on disk.
 
-Both take snapshots and restore the newest one that is finite on every rank. All ranks restore the
-same one, or none does.
+Both kinds of storage take snapshots and restore the newest snapshot that is finite on every rank.
+All ranks restore the same snapshot, or none does.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Taken(NamedTuple):
 
     Attributes:
         moment: The optimizer step after which it was taken.
-        position: The data position then, as given by the caller.
+        position: The data position at that step, as given by the caller.
     """
 
     moment: Moment
@@ -72,13 +72,13 @@ def group_sizes(optimizer: torch.optim.Optimizer) -> tuple[int, ...]:
 
 
 class _Slot(Snapshot):
-    """A snapshot with what is known about it.
+    """A snapshot with its moment and the results of its checks.
 
     Attributes:
         moment: When it was taken.
         sizes: The `group_sizes` at that time.
-        checked: Whether its first part (`snapshot.CHECKED_SHARE`) was checked during the copy.
-        bad: Its non-finite tensors on any rank; None: not determined yet.
+        checked: Whether the first part (`snapshot.CHECKED_SHARE`) was checked during the copy.
+        bad: The non-finite tensors on any rank; None: not determined yet.
     """
 
     moment = Moment(0, 0)
@@ -107,7 +107,8 @@ class InMemory:
         self._peers = peers
         self._slots: deque[_Slot] = deque()
         self._copied: Mapping[torch.device, torch.cuda.Event] = {}
-        # Weakly: the hook must not keep the snapshots in memory for the optimizer's lifetime.
+        # The hook holds a weak reference, so that it does not keep the snapshots in memory for the
+        # optimizer's lifetime.
         hook_weakly(optimizer.register_step_pre_hook, self._wait_for_copy)
 
     def moments(self) -> list[Moment]:
@@ -120,7 +121,7 @@ class InMemory:
 
     def take(self, objects: Mapping[str, Any], moment: Moment, position: Any) -> bool:
         """Saves the state of the objects; see `SnapshotStorage.take`."""
-        others = [*self._slots][1:]  # all but the oldest
+        others = [*self._slots][1:]  # all slots but the oldest
         safe = self._keep == 1 or any(slot.checked and not self._bad(slot) for slot in others)
         if len(self._slots) < self._keep:
             slot = _Slot()
@@ -162,8 +163,9 @@ class InMemory:
             slot.bad = sorted({name for names in found for name in names})
             if slot.bad:
                 log.warning(
-                    "the snapshot of step %s is not finite and is never restored: %s. If these are "
-                    "buffers, fastguard.protect_buffers(model, optimizer) keeps them finite",
+                    "the snapshot of step %s is not finite and is never restored: %s. If these "
+                    "tensors are buffers, fastguard.protect_buffers(model, optimizer) keeps them "
+                    "finite",
                     slot.step,
                     ", ".join(slot.bad[:8]),
                 )
@@ -178,8 +180,8 @@ class InMemory:
 class InStore:
     """Snapshots in a `CheckpointStore`, from which a restarted process can continue.
 
-    The store verifies each snapshot after writing it; its own arguments determine how many it
-    keeps. Disk errors are logged, and the run continues.
+    The store verifies each snapshot after writing it; the arguments of the store determine how many
+    snapshots it keeps. Disk errors are logged, and the run continues.
 
     Args:
         store: The store, whose ranks roll back together.

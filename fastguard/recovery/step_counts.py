@@ -1,4 +1,4 @@
-"""The step counts of `GuardedLR`, and what it saves about steps that it has not processed yet."""
+"""The step counts of `GuardedLR`, and the saved form of steps that are not processed yet."""
 
 from __future__ import annotations
 
@@ -48,5 +48,5 @@ def verdict_of(record: StepRecord) -> list[Any]:
 
 
 def records_of(verdicts: Sequence[Sequence[Any]]) -> list[StepRecord]:
-    """Returns records with these verdicts; their numbers are NaN."""
+    """Returns records with these verdicts, in which all numbers are NaN."""
     return [StepRecord(step, math.nan, math.nan, *rest) for step, *rest in verdicts]

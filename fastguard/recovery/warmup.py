@@ -16,7 +16,7 @@ class Warmup:
     Args:
         steps: Number of applied steps, >= 1.
         lr: Initial learning rate, one for all param groups or one per group. It may be above the
-            schedule; the learning rate of biases is often lowered during warm-up. Default: 0.
+            schedule, since the learning rate of biases is often lowered during warm-up. Default: 0.
         momentum: Initial momentum (beta1 for the Adam family), in the same form; None: unchanged.
 
     Example:

@@ -3,8 +3,8 @@
     set_limits -> decide -> learn
 
 Before the decision, the limits of the rule are written into `Policy.max_norm`; after it, the rule
-learns the norms if the step was applied. Takes a few operations on `(S,)` tensors on the device of
-the stats (also on Triton devices; there is no kernel for it), and never waits.
+learns the norms if the step was applied. This takes a few operations on `(S,)` tensors on the
+device of the stats, without waiting. There is no Triton kernel for these operations.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def set_limits(stats: GradStats, state: GuardState, policy: Policy) -> None:
     if policy.own is not None:
         limit = torch.where(policy.own.isnan(), limit, policy.own)
     assert isinstance(policy.joint_limit, Tensor)
-    moves = norms > 0  # a segment without gradients, or with zeros only, cannot reach its limit
+    moves = norms > 0  # a segment without gradients, or with only zeros, cannot reach its limit
     joint = torch.where(moves | ~moves.any(), limit, 0.0)
     if len(joint) == 1:
         joint = limit[0]
@@ -63,7 +63,7 @@ def learn(stats: GradStats, verdict: Verdict, state: GuardState, policy: Policy)
     if not isinstance(learned, Tensor):
         learned = torch.stack(list(learned)) if learned else before[1:]
     after = torch.cat([before[:1] + 1, learned])
-    # False for NaN.
+    # The comparison is False for NaN.
     is_learned = (verdict.found_inf == 0) & (norms > 0) & norms.isfinite()
     if policy.nonfinite != "zero":
         is_learned = is_learned & (stats.segment_counts.sum() == 0)

@@ -58,9 +58,10 @@ class AGC:
     def __post_init__(self) -> None:
         for name in ("clip_factor", "eps"):
             number = number_of(f"AGC {name}", getattr(self, name), "use a finite number > 0")
-            if not 0 < number < math.inf:  # also refuses NaN
+            if not 0 < number < math.inf:  # this form of the comparison also rejects NaN
                 raise ValueError(f"AGC {name}={getattr(self, name)!r} must be a finite number > 0")
-            object.__setattr__(self, name, number)  # a float, so that ranks with 1 and 1.0 agree
+            # stored as float, so that ranks with 1 and 1.0 agree
+            object.__setattr__(self, name, number)
         if isinstance(self.exclude, str) or not all(isinstance(e, str) for e in self.exclude):
             raise TypeError(
                 f"AGC exclude={shown(self.exclude)} must be a list of names of parameters or "
@@ -70,7 +71,7 @@ class AGC:
 
 
 class UnitSummary(NamedTuple):
-    """What was clipped in one bucket of tensors.
+    """The units that were clipped in one bucket of tensors.
 
     Attributes:
         values: float64 `(4,)`, see `reference_units.summary_of`.
@@ -84,12 +85,13 @@ class UnitSummary(NamedTuple):
 
 
 class ClippedUnits(NamedTuple):
-    """What was clipped in a step, as numbers.
+    """The units that were clipped in a step, as numbers.
 
     Attributes:
         n_clipped, n_units: Numbers of clipped units, and of units with a limit.
-        position, unit: The unit with the smallest coefficient, and the position of its parameter
-            among all parameters; one of them if several are NaN, and -1 if nothing was clipped.
+        position, unit: The position, among all parameters, of the parameter with the smallest
+            coefficient, and the index of its unit. If several coefficients are NaN, any of their
+            units; -1 if nothing was clipped.
     """
 
     n_clipped: int = 0
@@ -103,7 +105,7 @@ class ClippedUnits(NamedTuple):
 
         Args:
             summaries: The summary of each bucket.
-            numbers: Their values, concatenated.
+            numbers: The values of the summaries, concatenated.
         """
         n_units = sum(sum(summary.counts) for summary in summaries)
         n_clipped = sum(map(int, numbers[1::4]))
@@ -147,7 +149,7 @@ def limited_positions(
 
     Raises:
         TypeError: An entry of `exclude` is neither a name nor a tensor.
-        ValueError: An entry matches no parameter, and so is probably misspelt.
+        ValueError: An entry matches no parameter, so it is probably misspelled.
     """
     left_out: set[int] = set()
     for entry in exclude:

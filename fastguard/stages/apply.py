@@ -41,7 +41,7 @@ def scale(
         changes: float32 `()`; 0: nothing to do in any segment; None: not known.
     """
     n, given = buckets.n_measured, multiplier.numel()
-    if given != n:  # (1,) for all segments, or (S,) for all classes of each segment
+    if given != n:  # (1,) applies to all segments, (S,) to all weight classes of each segment
         multiplier = multiplier.expand(n) if given == 1 else multiplier.repeat(n // given)
     for bucket in buckets.buckets:
         there, clean_there = moved(multiplier, bucket.device), moved(clean, bucket.device)

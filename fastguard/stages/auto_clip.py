@@ -48,7 +48,7 @@ class AutoClip(AdaptiveLimit):
 
     def __post_init__(self) -> None:
         percentile = number_of("AutoClip percentile", self.percentile, "use a number up to 100")
-        if not 0 <= percentile <= 100:  # also refuses NaN
+        if not 0 <= percentile <= 100:  # this form of the comparison also rejects NaN
             raise ValueError(
                 f"AutoClip percentile={self.percentile!r} must be a number from 0 to 100"
             )
@@ -57,7 +57,9 @@ class AutoClip(AdaptiveLimit):
 
     @property
     def initial(self) -> Sequence[float]:  # type: ignore[override]
-        """A ring of the norms in order of arrival, then the sorted norms; `inf`: not yet filled."""
+        """A ring of the norms in order of arrival, then the sorted norms; `inf` marks free
+        places.
+        """
         return [math.inf] * (2 * self.window)
 
     def limit(self, norm: Tensor, state: Tensor, step: LimitStep) -> Tensor:
@@ -71,17 +73,17 @@ class AutoClip(AdaptiveLimit):
         return low_value + (place - low) * (high_value - low_value)
 
     def learn(self, norm: Tensor, state: Tensor, step: LimitStep) -> Tensor:
-        """Returns both lists with the oldest norm replaced by the current one."""
+        """Returns both lists with the oldest norm replaced by the current norm."""
         return torch.cat(self._updated(norm, state, step))
 
     def _updated(self, norm: Tensor, state: Tensor, step: LimitStep) -> tuple[Tensor, Tensor]:
-        """Returns the ring and the sorted norms with the oldest norm replaced by this one.
+        """Returns the ring and the sorted norms with the oldest norm replaced by the new norm.
 
         Each is float64 `(window, S)`.
         """
         arrived, ordered = state.split(self.window)
         at = (step.seen % self.window).long()[None]
-        oldest = arrived.gather(0, at)  # inf while the ring is not full
+        oldest = arrived.gather(0, at)  # this is inf while the ring is not full
         leaves = (ordered < oldest).sum(0)
         enters = (ordered < norm).sum(0) - (oldest < norm).long()[0]
         # Values after the removed one move down one place; values after the new one move up.
@@ -100,7 +102,7 @@ class AutoClip(AdaptiveLimit):
         count, window = numbers[0], self.window
         seen = int(count)
         start, at = 1 + window, 1 + seen % window
-        oldest = numbers[at]  # inf while the ring is not full
+        oldest = numbers[at]  # this is inf while the ring is not full
         if seen < window:
             last, leaves = seen, start + seen
             enters = bisect_left(numbers, norm, start, leaves)
@@ -129,14 +131,14 @@ class AutoClip(AdaptiveLimit):
         return value
 
     def _restore(self, numbers: Numbers, seen: float, at: int, oldest: float) -> None:
-        """Restores the ring and sorts it again: correct wherever the update was interrupted."""
+        """Restores the ring and sorts it again, which is correct after an interrupt at any line."""
         numbers[0], numbers[at] = seen, oldest
         both = np.asarray(numbers)
         both[1 + self.window :] = np.sort(both[1 : 1 + self.window])
 
 
 def _move(numbers: Numbers, source: int, target: int) -> None:
-    """Moves the numbers between two indices by one, over the source, which frees the target."""
+    """Moves the numbers between two indices by one place, from the target to the source."""
     if target < source:
         numbers[target + 1 : source + 1] = numbers[target:source]
     elif target > source:

@@ -31,8 +31,8 @@ from fastguard.stages.contract import GuardState, Policy, Signals, Verdict
 from fastguard.stages.cpu import stages as cpu
 from fastguard.stages.grad_stats import GradStats
 
-TRITON_DEVICES = ("cuda",)  # ROCm devices call themselves cuda too
-SETTING = "FASTGUARD_BACKEND"  # an environment variable: "torch" or "triton"
+TRITON_DEVICES = ("cuda",)  # ROCm devices have the type "cuda" too
+SETTING = "FASTGUARD_BACKEND"  # an environment variable with the value "torch" or "triton"
 
 
 def backend_for(tensor: Tensor) -> Literal["triton", "torch"]:
@@ -159,7 +159,7 @@ def kernels_are_off() -> bool:
     """Whether `FASTGUARD_BACKEND` turns the kernels off.
 
     Raises:
-        ValueError: Its value is not a backend.
+        ValueError: The value of the variable is not a backend.
     """
     asked = os.environ.get(SETTING, "").strip().lower()
     if asked not in ("", "triton", "torch"):
@@ -186,8 +186,8 @@ def _try_launching(device: torch.device) -> None:
 def why_not_triton(device: torch.device) -> str | None:
     """Returns the reason why Triton kernels cannot be used on a device; None if they can.
 
-    Imports the kernels and launches one, so that a Triton that cannot compile is found now and not
-    in the middle of a step. Takes half a second if nothing is cached.
+    Imports the kernels and launches one kernel, so that a Triton installation that cannot compile
+    is detected now and not in the middle of a step. Takes half a second if nothing is cached.
     """
     if device.type not in TRITON_DEVICES:
         return "Triton kernels need a CUDA device"
@@ -198,13 +198,14 @@ def why_not_triton(device: torch.device) -> str | None:
         return reason
     try:
         _kernel_stages()
-    except Exception as error:  # a broken wheel raises OSError, AttributeError, ...
-        return f"its import failed: {error!r}"
+    except Exception as error:  # a broken wheel may raise OSError, AttributeError or others
+        return f"importing triton failed: {error!r}"
     if torch.cuda.is_current_stream_capturing():
-        return None  # the graph would record the trial, which an earlier ordinary step has made
+        # no trial now, since the graph would record it; an earlier ordinary step has made the trial
+        return None
     try:
         _try_launching(device)
-    except Exception as error:  # any failure of the compiler, the linker or the driver
+    except Exception as error:  # the compiler, the linker or the driver may raise any error
         return f"a first kernel could not be launched: {_one_line(error)}"
     return None
 
@@ -227,12 +228,13 @@ def triton_problem(device: torch.device | None = None) -> str | None:
     try:
         installed = version("triton")
     except PackageNotFoundError:
-        installed = None  # installed under another distribution name, such as pytorch-triton
+        # triton may be installed under another distribution name, such as pytorch-triton
+        installed = None
     if installed is not None:
         if numbers_of(installed) < OLDEST_TRITON:
             return f"triton {installed} is older than 3.4"
     if device is not None and device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
-            return f"its compute capability is {capability[0]}.{capability[1]}"
+            return f"the compute capability of the device is {capability[0]}.{capability[1]}"
     return None

@@ -28,14 +28,15 @@ class Signals:
         losses: float64 `(L,)`: the losses of this step, means over micro-batches and ranks.
         loss_names: The L names of the losses.
         inv_scale: float64 `()`: the factor that unscales the gradients; None: they are unscaled.
-        found_inf: float32 `()`: > 0 if a loss scaler found non-finite gradients on any device; None
-            without a scaler.
+        found_inf: float32 `()`: above 0 if a loss scaler found non-finite gradients on any device;
+            None without a scaler.
         given: bool `(L,)`: which losses any rank passed in this step; None: all of them (always
             None on a CPU).
         bad_ranks: float64 `(2,)`: number of ranks that hold non-finite values, and the sum of their
             rank numbers; None in a single process.
-        local_nonfinite: float64 `()`: > 0 if gradients of this rank were non-finite before the
-            ranks summed them, see `RankWatch`. None: not checked; the current gradients decide.
+        local_nonfinite: float64 `()`: above 0 if gradients of this rank were non-finite before the
+            ranks summed them, see `RankWatch`. None: this was not checked, so the current gradients
+            decide.
         scale_falls: bool `()`: whether the loss scale is above its minimum, so that the scaler
             lowers it after an overflow; with several ranks, whether this holds on every rank with
             non-finite values. None: the scale is unknown.
@@ -71,7 +72,7 @@ class Signals:
 
     @staticmethod
     def none_beside(stats: GradStats) -> Signals:
-        """Returns signals without losses and scaler, with tensors like those of the stats."""
+        """Returns signals without losses and scaler, with tensors of the same kind as the stats."""
         if stats.kind is PLAIN:
             return _nothing(stats.summary.device)
         return Signals(stats.summary.new_empty(0))
@@ -79,7 +80,7 @@ class Signals:
 
 @functools.cache
 def _nothing(device: torch.device) -> Signals:
-    """Cached, since creating the tensor takes 2 µs. It has no elements that could change."""
+    """The empty tensor is cached, since creating it takes 2 µs."""
     with lasting():
         return Signals(torch.empty(0, dtype=torch.float64, device=device))
 
@@ -98,14 +99,14 @@ class Policy:
             a tensor, so that a change between steps causes no recompilation.
         nonfinite: How to handle NaN and Inf.
         rules: The spike rules, in the order of their rows in `GuardState`.
-        signals: The signal that each rule judges: `"grad_norm"` or a loss name.
+        signals: The signal that each rule applies to: `"grad_norm"` or a loss name.
         limited: Whether any limit may be finite, as far as the host knows.
         joint_limit: The norm of the whole model if every segment is at its limit; inf: no limit. A
             float64 `()` tensor if each decision updates it.
         adaptive: The rule that writes `max_norm`, of shape `(S,)`, in each step; None: fixed.
-        own: float64 `(S,)`: fixed limits of the segments that the rule does not cover, NaN for
-            those that it covers; None: it covers all.
-        on_host: Whether the rule computes in Python floats, as for one segment on a CPU. Then
+        own: float64 `(S,)`: fixed limits of the segments that the rule does not cover, and NaN for
+            all others; None: the rule covers all segments.
+        on_host: Whether the rule computes in Python floats, as for one segment on a CPU; if so,
             `max_norm` and `joint_limit` are not written.
         agc: Limits of units, see `fastguard.stages.units`; None: no such limits.
     """
@@ -142,8 +143,8 @@ class GuardState:
         windows: float64 `(K, W)`: one ring buffer of accepted values per rule, for K rules.
         rings: int64 `(K, 3)`: number of values in the ring (at most its window), index of the next
             value, and number of consecutive values above the threshold (reset to 0 by the first
-            value that is not above). Once there are `window` of these, values above the threshold
-            no longer count as spikes, until the baseline has caught up.
+            value that is not above). After `window` such values, values above the threshold no
+            longer count as spikes until the baseline has caught up.
         limits: float64 `(1 + N, S)`: number of norms that an adaptive limit has learned per
             segment, and its N numbers; `(0, 0)` without an adaptive limit.
         undo: A list to which each decision appends calls that revert its changes; None: changes
@@ -224,7 +225,7 @@ class Known(NamedTuple):
         changes_gradients: Whether the apply stage changes any gradient.
         reason: Why the step was not applied unchanged.
         nonfinite_counts: Numbers of NaN, +Inf and -Inf elements of the whole model.
-        losses: The losses that were judged, by name.
+        losses: The losses that the decision used, by name.
         step, consecutive_skips: Counters after this step; 0 without a state.
         limit: The limit set by an adaptive rule; None: `Policy.joint_limit` applies.
     """
@@ -253,18 +254,19 @@ class Verdict:
     segments (1 for `clip_scope="global"`), K the number of spike rules.
 
     Attributes:
-        clip_coef: float64 `(S,)`: at most 1; NaN only in propagate mode.
+        clip_coef: float64 `(S,)`: the clip coefficients, at most 1; NaN only in propagate mode.
         multiplier: float64 `(S,)`: the factor that the apply stage multiplies by; 1: no change.
         found_inf: float32 `()`: exactly 1.0 if the step is skipped, else exactly 0.0.
         clean: float32 `()`: 1 if the apply stage replaces non-finite elements by 0.
         reason: int64 `()`: a `Reason`.
         total_norm: float64 `()`: norm of the finite elements before clipping.
-        torch_norm: float64 `()`: the norm as torch computes it: NaN or Inf if any element is.
+        torch_norm: float64 `()`: the norm as torch computes it, which is NaN or Inf if any element
+            is.
         spikes: bool `(K,)`: which rules detected a spike.
         thresholds: float64 `(K,)`: the threshold of each rule; inf during its warm-up.
         changes: float32 `()`: 0 if no gradient has to be changed; None: not known.
-        units: The limits of units, if the update applies them; their coefficients are not part of
-            `clip_coef` before the step has ended. None: nothing is left to the update.
+        units: The limits of units, if the update applies them; `clip_coef` contains the
+            coefficients of these units only after the step. None: the update applies no limits.
         clipped_units: What the limits of units have clipped, per bucket; empty without `AGC`.
 
     Example:
@@ -323,7 +325,7 @@ def only_lowers_scale(signals: Signals) -> Tensor | None:
     """
     if signals.found_inf is None or signals.scale_falls is None:
         return None
-    sound = signals.losses.isfinite()  # False for NaN
+    sound = signals.losses.isfinite()  # `isfinite` is False for NaN
     if signals.given is not None:
         sound = sound | ~signals.given
     return (signals.found_inf > 0) & signals.scale_falls & sound.all()

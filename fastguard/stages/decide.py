@@ -55,7 +55,7 @@ def raise_if_nonfinite(
     Args:
         stats: The stats of the step.
         signals: The losses and the scaler; None: only gradients are checked.
-        as_torch: Whether the message begins with torch's, as for `error_if_nonfinite=True`.
+        as_torch: Whether the message begins with torch's message for `error_if_nonfinite=True`.
 
     Raises:
         NonFiniteGradError: A gradient element or a loss is NaN or Inf, and a lower loss scale does
@@ -83,10 +83,12 @@ def raise_if_nonfinite(
             "although every element is finite; nothing was changed"
         )
         raise NonFiniteGradError(_with_torch_message(message, stats, as_torch), [])
-    losses = [] if signals is None else signals.losses.tolist()  # 0 if no rank passed it
+    # the value is 0 for a loss that no rank passed
+    losses = [] if signals is None else signals.losses.tolist()
     bad = [(i, loss) for i, loss in enumerate(losses) if not math.isfinite(loss)]
     if signals is not None and bad:
-        # Indexed by position: this rank may not know the names that other ranks passed.
+        # Losses are indexed by position, since this rank may not know the names that other ranks
+        # passed.
         listed = ", ".join(f"{signals.loss_names[i]}={loss}" for i, loss in bad)
         raise NonFiniteGradError(f"the loss is non-finite: {listed}; nothing was changed")
 

@@ -27,7 +27,7 @@ def holds_norms(dtype: torch.dtype, norm_type: float) -> bool:
 def norm_of_norms(norms: Tensor, norm_type: float) -> Tensor:
     """Combines norms of parts, along the first dimension, into the norm of the whole (float64).
 
-    Accurate whenever the result is in the float64 range; inf if it is larger.
+    The result is accurate whenever it is in the float64 range, and inf if it is larger.
     """
     if not norms.shape[0]:
         return norms.sum(0)
@@ -36,9 +36,9 @@ def norm_of_norms(norms: Tensor, norm_type: float) -> Tensor:
     return root((norms / unit).pow(norm_type).sum(0), norm_type) * unit
 
 
-EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
+EPS = 1e-6  # torch.nn.utils.clip_grad_norm_ adds this number to the norm
 
-TINY = 2.0**-1022  # smallest normal float64: lower bound for the std of a spike baseline
+TINY = 2.0**-1022  # smallest normal float64; the lower bound for the std of a spike baseline
 
 
 def clip_coefficients(norms: Tensor, max_norm: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def clip_coefficients(norms: Tensor, max_norm: Tensor) -> Tensor:
 
     The result is 1 if `max_norm` is inf, whatever the norm; otherwise NaN stays NaN.
     """
-    coef = (max_norm / (norms + EPS)).clamp(max=1.0)  # NaN stays NaN
+    coef = (max_norm / (norms + EPS)).clamp(max=1.0)  # `clamp` keeps NaN
     return coef.masked_fill(max_norm == math.inf, 1.0)
 
 
@@ -63,8 +63,9 @@ def propagated_norms(norms: Tensor, nonfinite_counts: Tensor) -> Tensor:
 
 
 SMALLEST_FACTOR = 2.0**-100
-"""Smallest factor of one multiplication. Smaller ones are split into two factors, so that each is a
-normal float32."""
+"""Smallest factor of one multiplication. Smaller factors are split in two, so that each part is a
+normal float32.
+"""
 
 
 def unscaled(

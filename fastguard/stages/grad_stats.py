@@ -25,7 +25,7 @@ class GradStats:
             of NaN, +Inf and -Inf elements. A single tensor, since the ranks exchange it.
         counts: int64 `(3, T)`: numbers of NaN, +Inf and -Inf elements per tensor.
         norm_type: p.
-        names: Names of the T tensors; None: they are called `parameter i`.
+        names: Names of the T tensors; None: messages use `parameter i`.
         float64: Whether any gradient is float64; `total_norm` is then float64 too.
         rooted: Whether the first row of `summary` holds norms, because power sums could exceed the
             range of float64. False for the inf-norm, whose "power sum" is the norm.
@@ -79,7 +79,7 @@ class GradStats:
     def total_norm64(self) -> Tensor:
         """float64 `()`: norm of the finite elements of the whole model."""
         summary = self.summary
-        if summary.numel() == 4:  # one segment
+        if summary.numel() == 4:  # there is one segment
             value = summary[0, 0] if self.kind is PLAIN else summary.select(0, 0).select(0, 0)
             return value if self.rooted else root(value, self.norm_type)
         values = self._row(summary, 0)
@@ -100,13 +100,13 @@ class GradStats:
         return (self.segment_counts.sum() > 0).float()
 
     def _row(self, t: Tensor, i: int) -> Tensor:
-        # Indexing is faster, but needs the device, which may not exist for placeholders.
+        # Indexing would be faster, but needs the device, which may not exist for placeholders.
         return t[i] if self.kind is PLAIN else t.select(0, i)
 
     def culprits(self) -> list[Culprit]:
         """Returns `(name, nan, posinf, neginf)` per tensor with non-finite elements.
 
-        Waits for the device. Empty for placeholders, which hold no numbers.
+        Waits for the device. The result is empty for placeholders, which hold no numbers.
         """
         if not has_numbers(self.counts):
             return []
@@ -128,7 +128,7 @@ def name_in(names: Sequence[str] | None, i: int) -> str:
 def torch_total_norm(stats: GradStats) -> Tensor:
     """Returns the norm of the whole model as torch computes it, float64 `()`.
 
-    NaN or Inf if any element is.
+    The result is NaN or Inf if any element is.
     """
     on_host = stats.kind is PLAIN and stats.summary.device.type == "cpu"
     if on_host and not stats.segment_counts.any():

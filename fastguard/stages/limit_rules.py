@@ -22,14 +22,14 @@ from fastguard.errors.checked_numbers import count_of, number_of
 Undo = list[Callable[[], object]] | None
 if TYPE_CHECKING:
     Numbers = memoryview[float]
-else:  # memoryview cannot be subscripted before Python 3.14
+else:  # before Python 3.14, memoryview cannot be subscripted
     Numbers = memoryview
 LARGEST_WINDOW = 2**20
 """Largest `warmup`, and largest `window` of `AutoClip`, which then takes 16 MB per segment."""
 
 
 class LimitStep(NamedTuple):
-    """What a rule may use besides the norms of the segments.
+    """Inputs of a rule besides the norms of the segments.
 
     Attributes:
         total_norm: float64 `()`: norm of the whole model in this step.
@@ -78,8 +78,8 @@ class AdaptiveLimit:
     def learn(self, norm: Tensor, state: Tensor, step: LimitStep) -> Tensor | Sequence[Tensor]:
         """Returns the numbers after this step.
 
-        They replace the numbers of a segment only if the step was applied, the norm of the segment
-        is above zero, and none of them is NaN.
+        The new numbers of a segment are stored only if the step was applied, the norm of the
+        segment is above zero, and none of the numbers is NaN.
 
         Args:
             norm, state, step: As for `limit`.
@@ -170,7 +170,7 @@ class ZClip(AdaptiveLimit):
         return torch.where(warms, first, later), torch.where(warms, first_variance, later_variance)
 
     def _spike_limit(self, norm: Tensor, state: Tensor, step: LimitStep) -> tuple[Tensor, Tensor]:
-        """Returns the limit that applies to a spike, and whether the norm is one, per segment."""
+        """Returns, per segment, the limit for a spike, and whether the norm is a spike."""
         mean, variance = state
         excess = norm - mean
         spikes = (step.seen >= self.warmup) & (excess > self.z * variance.sqrt())
@@ -178,7 +178,7 @@ class ZClip(AdaptiveLimit):
 
     def on_host(self, norm: float, numbers: Numbers, learns: bool, undo: Undo) -> float:  # type: ignore[override]
         """Computes limit and update in Python floats: see `AdaptiveLimit.on_host`."""
-        # Three indices and assignments take half the time of a slice and `tolist`.
+        # Reading three items takes half the time of a slice and `tolist`.
         seen, mean, variance = numbers[0], numbers[1], numbers[2]
         x, limit, excess, warms = norm, math.inf, norm - mean, seen < self.warmup
         if excess > 0.0 and not warms and excess > self.z * math.sqrt(variance):
@@ -275,13 +275,13 @@ def set_number(rule: AdaptiveLimit, name: str, value: float) -> None:
 
 def _positive(name: str, value: object) -> float:
     number = number_of(name, value, "use a finite number > 0")
-    if not 0 < number < math.inf:  # also refuses NaN
+    if not 0 < number < math.inf:  # this form also rejects NaN
         raise ValueError(f"{name}={value!r} must be a finite number > 0")
     return number
 
 
 def _fraction(name: str, value: object) -> float:
     number = number_of(name, value, "use a number in [0, 1)")
-    if not 0 <= number < 1:  # also refuses NaN
+    if not 0 <= number < 1:  # this form also rejects NaN
         raise ValueError(f"{name}={value!r} must be a number in [0, 1)")
     return number

@@ -2,9 +2,9 @@
 
     GradStats.power_sum[s] = sum over the finite elements g of segment s of |g * inv_scale|^p
 
-Where that sum can exceed the range of float64 (squares of float64 gradients, tenth powers of
-float32 gradients), it is replaced by the norm, which is computed from the elements divided by the
-largest one: see `holds_norms`.
+Where the power sum can exceed the range of float64 (for squares of float64 gradients, or tenth
+powers of float32 gradients), the stage yields the norm instead. The norm is computed from the
+elements divided by the largest element: see `holds_norms`.
 
 I/O: reads every gradient once (N bytes) and writes O(S + T) numbers. Only a segment whose sum is
 not finite is read again, to count NaN, +Inf and -Inf per tensor.
@@ -89,7 +89,7 @@ def norm_type_of(value: object) -> float:
         try:
             value = float(value)
         except ValueError:
-            pass  # refused below
+            pass  # the check below raises an error
     p = number_of("norm_type", value, "use 2.0, 1.0 or float('inf')")
     if not p > 0.0:
         raise ValueError(

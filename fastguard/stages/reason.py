@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class Reason(IntEnum):
-    """Why a step was not applied unchanged. If several reasons hold, the first in this order.
+    """Why a step was not applied unchanged; the first of these reasons if several hold.
 
     `LOSS_SCALE` replaces `NONFINITE_GRAD` if lowering the loss scale fixes the overflow.
     """

@@ -45,11 +45,13 @@ if TYPE_CHECKING:
 
 
 ROUNDED_OFF = 1e-6
-"""Tolerance for rounding weighted counts up: above the rounding error of weights such as 1/3, and
-small enough that one element of a million copies still counts."""
+"""Tolerance for rounding weighted counts up. It is above the rounding error of weights such as 1/3,
+and small enough that one element of a million copies still counts.
+"""
 INCURABLE = 2.0**-20
-"""Added to the number of scalers for each rank with a fault that a lower scale does not fix. Exact
-in float64; the sum over 10^6 ranks stays below 1."""
+"""This number is added to the number of scalers for each rank with a fault that a lower scale does
+not fix. It is exact in float64, and its sum over 10^6 ranks stays below 1.
+"""
 
 
 LEAST = 2.0**-1022
@@ -74,7 +76,8 @@ def reduce(
     if sharing is None:
         return stats, signals
     p = stats.norm_type
-    on_host = stats.kind is PLAIN and stats.summary.device.type == "cpu"  # reading needs no sync
+    # on a CPU, reading needs no sync
+    on_host = stats.kind is PLAIN and stats.summary.device.type == "cpu"
     unit = None
     if p == math.inf or p <= LARGEST_POWER:
         summary = _weighted(_as_power_sums(stats), sharing.weights, p)
@@ -128,8 +131,9 @@ def _as_power_sums(stats: GradStats) -> Tensor:
 def _exceeds_float64(power_sums: Tensor) -> bool:
     """Whether a power sum exceeds the range of float64, so that the ranks must sum norms instead.
 
-    All ranks see the same sums. Called only on a CPU, since it would wait for a GPU. On a GPU, such
-    a norm becomes inf, which makes the step bad, or it is below 1e-48, too small to matter.
+    All ranks see the same sums. Called only on a CPU, since it would wait for a GPU. On a GPU, a
+    norm that is too large becomes inf, which makes the step bad. A norm that is too small is below
+    1e-48 and does not matter.
     """
     x = power_sums.numpy()
     return bool(((x == math.inf) | (x > 0) & (x < LEAST * 2.0**62)).any())
@@ -141,8 +145,8 @@ def _relative_to_largest(stats: GradStats, sharing: Sharing) -> tuple[Tensor, Te
     Takes one MAX collective.
 
     Returns:
-        `(S,)`: the largest norms; `(4, S)`: the weighted summary, with power sums of norms divided
-        by these.
+        `(S,)`: the largest norms; `(4, S)`: the weighted summary, whose power sums are computed
+        from norms divided by the largest norms.
     """
     n_classes = len(sharing.weights)
     norms = stats.segment_norms
@@ -161,13 +165,13 @@ def _weighted(summary: Tensor, weights: tuple[float, ...], norm_type: float) -> 
     by_class = summary.view(4, len(weights), -1)
     weight = _constant(weights, torch.float64, summary.device)
     joined = (by_class * weight[:, None]).sum(1)
-    if norm_type == math.inf:  # a maximum is not weighted by the number of copies
+    if norm_type == math.inf:  # a maximum needs no weights for copies
         joined[0] = by_class[0].amax(0)
     return joined
 
 
 def _flags(stats: GradStats, signals: Signals, rank: int) -> tuple[Tensor, Tensor]:
-    """Returns what this rank contributes to `found_inf` and to `bad_ranks`, see the module.
+    """Returns this rank's contributions to `found_inf` and `bad_ranks`; see the module.
 
     Returns:
         float64 `(1,)`: 1 if the scaler found non-finite values, plus 2^-20 if a lower scale does
@@ -176,7 +180,7 @@ def _flags(stats: GradStats, signals: Signals, rank: int) -> tuple[Tensor, Tenso
     nonfinite = stats.segment_counts.sum() > 0
     bad = nonfinite if signals.local_nonfinite is None else signals.local_nonfinite > 0
     if len(signals.losses):
-        bad = bad | ~signals.losses.isfinite().all()  # NaN is not finite
+        bad = bad | ~signals.losses.isfinite().all()  # `isfinite` is False for NaN
     if signals.found_inf is None:
         overflow, incurable = torch.zeros_like(bad), nonfinite
     else:
@@ -219,12 +223,12 @@ def _with_losses(signals: Signals, sums: Tensor, names: LossNames) -> Signals:
         names: The names of the positions.
     """
     total, n_ranks = sums
-    means = total / n_ranks.clamp(min=1.0)  # NaN of one rank stays NaN in the mean
+    means = total / n_ranks.clamp(min=1.0)  # a NaN of one rank makes the mean NaN
     return replace(signals, losses=means, loss_names=names, given=n_ranks > 0)
 
 
 def _read_on_host(signals: Signals) -> Signals:
-    """Returns the signals with only the losses that were passed; on a CPU these are known."""
+    """Returns the signals with only the losses that were passed, if the host knows them."""
     assert signals.given is not None
     places = signals.given.nonzero().squeeze(1)
     names = [signals.loss_names[i] for i in places.tolist()]
@@ -236,7 +240,7 @@ def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.devic
     if watched():
         return numbers_on(values, device, dtype)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return numbers_on(values, device, dtype)  # owned by the graph: not valid outside it
+        return numbers_on(values, device, dtype)  # not cached, since the graph owns this memory
     return _kept_constant(values, dtype, device, current_stream_of(device))
 
 
@@ -251,7 +255,7 @@ def _kept_constant(
 def _largest_counts(stats: GradStats, sharing: Sharing, flags: Tensor) -> Tensor:
     """Returns the largest count of any rank, float64 `(3, S)`: a lower bound for the totals.
 
-    Copies of a tensor may differ; the mean of their counts can then be below the count of one rank.
+    If copies of a tensor differ, the mean of their counts can be below the count of one rank.
     If the host knows that there are non-finite elements, the ranks exchange the maximum: one MAX
     collective, only in bad steps. Otherwise, returns the counts of this rank.
     """

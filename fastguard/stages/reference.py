@@ -1,7 +1,7 @@
 """The reference implementation of the stages, in plain PyTorch: for all devices, and for tests.
 
-Same signatures and results as the kernels and `stages.cpu`, which are tested against it. Computes
-tensor by tensor in float64, without waiting for the device.
+The kernels and `stages.cpu` have the same signatures and results, and are tested against this
+module. It computes tensor by tensor in float64, without waiting for the device.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def measure_bucket(
 ) -> tuple[Tensor, Tensor]:
     """Computes power sums and counts of one bucket, in float64.
 
-    Every tensor is computed from the gradients, and none is changed in place, so it also works
-    within function transforms and for wrapper subclasses.
+    All tensors are computed from the gradients, and none is changed in place. The function
+    therefore also works within function transforms and for wrapper subclasses.
 
     Args:
         bucket: Gradients of one device and dtype.
@@ -70,7 +70,7 @@ def measure_bucket(
     of_tensor: dict[int, Tensor] = {}
     for grad, i, segment in zip(bucket.grads, bucket.tensor_ids, bucket.segment_ids, strict=True):
         x = grad.double()
-        finite = x.isfinite()  # False for NaN
+        finite = x.isfinite()  # this is False for NaN
         magnitude = torch.where(finite, x, 0.0).abs()
         largest = magnitude.amax() if x.numel() else magnitude.sum()
         if norm_type == math.inf:
@@ -123,7 +123,7 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
         lowers = never
     if policy.nonfinite == "propagate":
         grad_fault, loss_fault = overflow, never
-        too_large = never  # clipped to zero, as in torch
+        too_large = never  # such gradients are clipped to zero, as in torch
     else:
         # Cleaning fixes the elements that were counted, but not an overflow that only the scaler
         # found. An overflow that a lower scale fixes is not cleaned.
@@ -138,7 +138,7 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
         table = rule_table_of(policy.rules, policy.signals, device)
         values = signal_values(stats, signals, policy.signals)
         thresholds = _thresholds(state, table)
-        # False for NaN: a non-finite loss is a fault, not a spike.
+        # The comparison is False for NaN, since a non-finite loss is a fault and not a spike.
         exceeds = (values > thresholds) & ~fault
         persistent = (table.window > 0) & (state.rings[:, 2] >= table.window)
         spikes = exceeds & ~persistent
@@ -160,7 +160,7 @@ def decide(stats: GradStats, signals: Signals, state: GuardState | None, policy:
     if table is not None:
         limit = torch.where(spikes & table.clips, thresholds, math.inf).amin()
         spike_coef = clip_coefficients(total_norm, limit)
-        clip_coef = torch.minimum(clip_coef, spike_coef)  # NaN stays NaN
+        clip_coef = torch.minimum(clip_coef, spike_coef)  # `minimum` keeps NaN
     multiplier = clip_coef if signals.inv_scale is None else clip_coef * signals.inv_scale
     clean = bad_grad & ~skip if policy.nonfinite == "zero" else never
 
@@ -255,7 +255,7 @@ def apply(
         bucket: The gradients, changed in place.
         multiplier: float64 `(S,)`.
         clean: `()`; nonzero: clean.
-        changes: float32 `()`, see `Verdict`. Lets kernels return early; not used here.
+        changes: float32 `()`, see `Verdict`. Kernels use it to return early; it is not used here.
     """
     for grad, segment in zip(bucket.grads, bucket.segment_ids, strict=True):
         _apply_to_tensor(grad, multiplier.select(0, segment), clean)
@@ -266,9 +266,11 @@ def _apply_to_tensor(grad: Tensor, multiplier: Tensor, clean: Tensor) -> None:
     first = torch.where(multiplier < SMALLEST_FACTOR, SMALLEST_FACTOR, 1.0)
     first = first.to(factor_dtype(grad.dtype))
     factor = (multiplier / first).to(first.dtype)
-    # Upcast first: on a GPU, a 16-bit tensor times a float32 scalar rounds the scalar to 16 bits.
+    # The gradient is upcast first, because on a GPU a product of a 16-bit tensor and a float32
+    # scalar rounds the scalar to 16 bits.
     product = (cleaned.to(factor.dtype) * first * factor).to(grad.dtype)
-    grad.copy_(torch.where(factor == 1, cleaned, product))  # 1 * NaN may change bits of the NaN
+    # a product of 1 and NaN may change bits of the NaN
+    grad.copy_(torch.where(factor == 1, cleaned, product))
 
 
 def pack(
@@ -284,8 +286,8 @@ def pack(
     Args:
         row: float64 `(width,)`: the output.
         stats: The stats of the step.
-        signals: Its losses.
-        verdict: Its verdict.
+        signals: The losses of the step.
+        verdict: The verdict on the step.
         state: The counters after the step.
         lr: `()`: the learning rate; None: the row's entry for it is not read.
     """

@@ -1,7 +1,7 @@
 """Unit coefficients in plain PyTorch, the reference for the kernel and the CPU implementation.
 
-See `fastguard.stages.agc` for the formula. Computes tensor by tensor in float64, without waiting
-for the device.
+See `fastguard.stages.agc` for the formula. This module computes tensor by tensor in float64,
+without waiting for the device.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def summary_of(coefs: Tensor) -> Tensor:
         coefs: float64 `(U,)`, with U > 0: the coefficient of each unit.
 
     Returns:
-        float64 `(4,)`: the smallest coefficient, NaN if any is; the number of clipped units; a
-        tensor, and the index of the unit with the smallest coefficient, counted from the first unit
-        of this tensor on. Here, this is the first tensor.
+        float64 `(4,)`: the smallest coefficient, NaN if any is; the number of clipped units; the
+        index of a tensor; and the unit with the smallest coefficient, as an offset from the first
+        unit of that tensor. The reference always uses the first tensor.
     """
     smallest, at = coefs.min(0)
     n_clipped, first = (coefs != 1.0).sum().double(), torch.zeros_like(smallest)
@@ -98,12 +98,12 @@ def tensor_coefs(
     """Returns the coefficients of the n units of one tensor, float64 `(n,)`.
 
     Args:
-        grad, weight: Its gradient and weight.
+        grad, weight: The gradient and the weight of the tensor.
         n: Number of units.
         numbers: float64 `(2,)` on the same device: `clip_factor` and `eps`.
         norm_type, propagates, inv_scale: See `unit_coefs`.
     """
-    clip_factor, eps = numbers.unbind()  # placeholders have no .tolist()
+    clip_factor, eps = numbers.unbind()  # placeholders do not support `tolist`
     norm = _unit_norms(grad, n, norm_type, propagates)
     norm = norm if inv_scale is None else norm * inv_scale
     limit = clip_factor * _unit_norms(weight, n, norm_type, True).clamp(min=eps)
@@ -121,7 +121,7 @@ def coefficients(norm: Tensor, limit: Tensor) -> Tensor:
 def _unit_norms(x: Tensor, n: int, norm_type: float, propagates: bool) -> Tensor:
     """Returns the norms of the n units of a tensor, float64 `(n,)`."""
     rows = x.double().reshape(n, -1)
-    magnitude = torch.where(rows.isfinite(), rows, 0.0).abs()  # NaN is not finite
+    magnitude = torch.where(rows.isfinite(), rows, 0.0).abs()  # `isfinite` is False for NaN
     largest = magnitude.amax(1)
     if norm_type == math.inf:
         norms = largest
@@ -151,4 +151,5 @@ def scale_units(units: UnitBucket, coefs: Tensor) -> None:
         first = first.to(factor_dtype(grad.dtype))
         factor = (own / first).to(first.dtype)
         product = (grad.to(factor.dtype) * first * factor).to(grad.dtype)
-        grad.copy_(torch.where(own == 1, grad, product))  # 1 * NaN may change bits of the NaN
+        # a product of 1 and NaN may change bits of the NaN
+        grad.copy_(torch.where(own == 1, grad, product))

@@ -25,9 +25,9 @@ Action = Literal["skip", "clip", "record"]
 ACTIONS = ("skip", "clip", "record")
 GRAD_NORM = "grad_norm"
 LARGEST_WINDOW = 2**20
-"""Largest number of values in a baseline: 8 MB, which each step reads."""
+"""Largest number of values in a baseline (8 MB), since each step reads all of them."""
 PATIENCE = 100
-"""Number of steps after which a warning names the losses that rules need but were never passed."""
+"""Number of steps after which a warning names losses that rules need and no step has passed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +66,10 @@ class SpikeRule:
                 f"window={self.window}, the number of values in the baseline"
             )
         sigma = number_of("SpikeRule sigma", self.sigma, "use a finite number > 0")
-        if not 0 < sigma < math.inf:  # also refuses NaN
+        if not 0 < sigma < math.inf:  # this form also rejects NaN
             raise ValueError(f"SpikeRule sigma={self.sigma!r} must be a finite number > 0")
-        object.__setattr__(self, "sigma", sigma)  # a float, so that ranks with 6 and 6.0 agree
+        # stored as float, so that ranks with 6 and 6.0 agree
+        object.__setattr__(self, "sigma", sigma)
         _check_action(self.action, "SpikeRule")
 
 
@@ -91,7 +92,7 @@ class Threshold:
     max: float
     action: Action = "skip"
 
-    window: ClassVar[int] = 0  # no baseline
+    window: ClassVar[int] = 0  # a threshold has no baseline
     sigma: ClassVar[float] = 0.0
     warmup: ClassVar[int] = 0
 
@@ -102,7 +103,7 @@ class Threshold:
 
     def __post_init__(self) -> None:
         limit = number_of("Threshold max", self.max, "use a number > 0")
-        if not limit > 0:  # also refuses NaN
+        if not limit > 0:  # this form also rejects NaN
             raise ValueError(f"Threshold max={self.max!r} must be a number > 0")
         object.__setattr__(self, "max", limit)
         _check_action(self.action, "Threshold")
@@ -121,7 +122,7 @@ def rules_by_signal(spike: Rule | Mapping[str, Rule] | None) -> dict[str, Rule]:
     """Converts the argument `spike` into a dict by signal name.
 
     Raises:
-        TypeError: It is neither a rule nor a dict of rules.
+        TypeError: The argument is neither a rule nor a dict of rules.
         ValueError: A rule on a loss has `action="clip"`; only the gradient norm can be clipped.
     """
     if spike is None:
@@ -136,8 +137,8 @@ def rules_by_signal(spike: Rule | Mapping[str, Rule] | None) -> dict[str, Rule]:
         )
     if not isinstance(spike, Mapping):
         raise TypeError(
-            f"spike={shown(spike)} must be a SpikeRule, a Threshold, or a dict of them by signal "
-            f"('{GRAD_NORM}' or the name of a loss)"
+            f"spike={shown(spike)} must be a SpikeRule, a Threshold, or a dict of such rules by "
+            f"signal ('{GRAD_NORM}' or the name of a loss)"
         )
     for signal, rule in spike.items():
         if not isinstance(signal, str) or not isinstance(rule, SpikeRule | Threshold):
@@ -171,10 +172,10 @@ class MissingLosses:
         return cls(missing) if missing else None
 
     def after(self, losses: Collection[str]) -> MissingLosses | None:
-        """Notes that a step was passed losses of these names.
+        """Records that losses with these names were passed to a step.
 
         Returns:
-            Itself; None once all losses have been passed, or the warning was given.
+            This object; None once all losses have been passed, or the warning was given.
         """
         self._given.update(losses)
         self._missing = [signal for signal in self._missing if signal not in losses]

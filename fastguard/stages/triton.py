@@ -5,8 +5,8 @@
     apply     chunk table -> launch 3                                         nothing, or 2N bytes
     pack      launch 4, one program: the record of the step                   O(S + K)
 
-Adaptive gradient clipping takes two more launches: see `fastguard.kernels.units`. So does a watched
-step, for each result and bucket: see `fastguard.kernels.watch`.
+Adaptive gradient clipping takes two more launches: see `fastguard.kernels.units`. A watched step
+takes more launches, for each result and bucket: see `fastguard.kernels.watch`.
 
 No function here waits for the device.
 """
@@ -116,7 +116,7 @@ def _rule_table(
         if table.is_lasting:
             with _lock:
                 if key not in _rule_tables and len(_rule_tables) >= RULE_TABLES:
-                    del _rule_tables[next(iter(_rule_tables))]  # the oldest
+                    del _rule_tables[next(iter(_rule_tables))]  # drops the oldest entry
                 _rule_tables[key] = table
     table.await_on_stream()
     return table.memory
@@ -152,13 +152,14 @@ def apply(
 ) -> None:
     """Scales and cleans one bucket in place: see `fastguard.stages.reference.apply`."""
     device = bucket.device
-    multiplier = multiplier.contiguous()  # an expanded scalar is not
+    multiplier = multiplier.contiguous()  # an expanded scalar is not contiguous
     table = table_of(bucket, multiplier.numel(), n_programs(device))
     _copy_in(table, bucket)
     apply_chunks(table, device, bucket.dtype, multiplier, clean, changes)
     for position, buffer in table.copies:
         bucket.grads[position].copy_(buffer)
-    # Autograd does not see the writes of a kernel. Gradients of a run share one version counter.
+    # Increments versions, since autograd does not see the writes of a kernel. Gradients of a run
+    # share one version counter.
     increment_version(bucket.grads if bucket.runs is None else [run.flat for run in bucket.runs])
 
 
@@ -244,7 +245,7 @@ def read_bits(bucket: GradBucket, n_segments: int, nonzero: bool, checksum: bool
 
 def count_exponents(bucket: GradBucket, stride: int, inv_scale: Tensor | None = None) -> Tensor:
     """Counts exponents: see `fastguard.stages.reference_watch.count_exponents`."""
-    # Reuses the table of `measure` if it exists; the number of segments does not matter here.
+    # Reuses the table of `measure` if there is one; the number of segments does not matter here.
     n_segments = next(iter(bucket.memo.tables), 0) or max(bucket.segment_ids) + 1
     table = table_of(bucket, n_segments, n_programs(bucket.device))
     _copy_in(table, bucket)

@@ -4,8 +4,8 @@
 
 I/O: reads gradients and weights once (2N bytes) and writes 8 bytes per unit; then reads and writes
 the gradients of the clipped units. With `GuardedOptimizer`, this is the second pass over the
-gradients: the first one measures them to decide whether to take the step. The optimizers of
-`fastguard.optim` do not need it, since their update clips units itself.
+gradients: the first pass measures them to decide whether to take the step. The optimizers of
+`fastguard.optim` do not need this stage, since their update clips units itself.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def clip_units(
             of a guarded step.
 
     Returns:
-        What was clipped, per bucket; nothing if the host knows that the step is skipped. Positions
-        are those in the lists that the buckets were made from.
+        What was clipped, per bucket; empty if the host knows that the step is skipped. Positions
+        refer to the lists from which the buckets were made.
     """
     if isinstance(verdict, HostVerdict) and verdict.known.skipped:
         return []
@@ -72,7 +72,8 @@ def with_units(verdict: Verdict, clipped: Sequence[UnitSummary]) -> Verdict:
         return verdict
     device = verdict.clip_coef.device
     least = [moved(summary.values, device)[0] for summary in clipped]
-    smallest = least[0] if len(least) == 1 else torch.stack(least).amin()  # NaN if any is NaN
+    # the result is NaN if any coefficient is NaN
+    smallest = least[0] if len(least) == 1 else torch.stack(least).amin()
     coef = verdict.clip_coef * smallest
     if isinstance(verdict, HostVerdict):
         known = verdict.known._replace(clip_coef=coef.amin().item())

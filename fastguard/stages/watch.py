@@ -1,4 +1,4 @@
-"""The watching stage: what the bit patterns of gradients and weights show, without a wait.
+"""The watching stage: reads bit patterns of gradients and weights, without waiting.
 
     nonzero[s] = |{x in segment s: x != 0}|
     checksum   = sum over all elements of their bits as a signed integer, mod 2**32
@@ -23,7 +23,9 @@ from fastguard.stages.reference_watch import ZEROS
 
 WORD = 0xFFFFFFFF
 EXPONENTS = ZEROS + 1
-"""Number of exponent fields of float32, and one place for zeros; NaN and Inf have field 255."""
+"""Number of counts: one per exponent field of float32, and one for zeros. NaN and Inf have field
+255.
+"""
 
 
 def read_bits(buckets: GradBuckets, *, nonzero: bool, checksum: bool) -> tuple[Tensor, Tensor]:
@@ -31,7 +33,7 @@ def read_bits(buckets: GradBuckets, *, nonzero: bool, checksum: bool) -> tuple[T
 
     Args:
         buckets: The tensors.
-        nonzero, checksum: Which results are needed; the other one is undefined.
+        nonzero, checksum: Which results are needed; a result that is not needed is undefined.
 
     Returns:
         The number of nonzero elements of each segment, int64 `(S,)`, and the checksum, int64 `()`

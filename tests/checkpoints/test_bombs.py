@@ -265,7 +265,7 @@ def test_the_budget_causes_the_error(tmp_path, monkeypatch):
     monkeypatch.setattr(bounded_reader, "BUDGET", bounded_reader.BUDGET // 250)
     assert inspect(tmp_path / "x.pt").contents.n_tensors == 400
     monkeypatch.setattr(bounded_reader, "BUDGET", 10_000)
-    with pytest.raises(DamagedFile, match=r"built to be slow or huge: after [\d,]+ steps"):
+    with pytest.raises(DamagedFile, match=r"designed to be slow or huge: after [\d,]+ steps"):
         inspect(tmp_path / "x.pt")
 
 

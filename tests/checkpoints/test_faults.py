@@ -184,7 +184,7 @@ def test_a_failed_save_is_logged_and_the_run_continues(saved, caplog, monkeypatc
             with pytest.raises(TypeError):
                 store.save(f=len, step=1)  # misuse is not a disk error
         assert (
-            "step 6 was NOT saved: [Errno 5] Input/output error; training continues" in caplog.text
+            "step 6 was NOT saved: [Errno 5] Input/output error. Training continues" in caplog.text
         )
         assert_same_bits(run.advance(10).everything(), expected)
         assert run.save(store).clean

@@ -107,7 +107,7 @@ def test_a_disk_that_fails_while_copying_changes_nothing(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(files.Sink, "write", lambda sink, data: honest(sink, bytes(len(data))))
         with pytest.raises(
-            DamagedFile, match=r"differs from what was verified: .* the disk is failing"
+            DamagedFile, match=r"differs from the verified file, .* the disk is failing"
         ):
             roll_back_file(last, good)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

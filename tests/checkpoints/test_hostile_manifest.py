@@ -10,7 +10,7 @@ from fastguard import CheckpointStore
 from fastguard.checkpoints import DamagedFile, manifest
 from guardtest.commands import ckpt
 
-DAMAGED = r"manifest\.json is invalid: it has .*; nothing was changed"
+DAMAGED = r"manifest\.json is invalid: .*nothing was changed"
 
 
 def save(store, step):
@@ -60,7 +60,7 @@ def check_refused(store, capsys):
             CheckpointStore(store, read_only=read_only)
     for action in ("list", "verify", "rollback"):
         status, _, err = ckpt(capsys, action, store)
-        assert status == 1 and "manifest.json is invalid: it has " in err
+        assert status == 1 and "manifest.json is invalid: " in err
     status, out, _ = ckpt(capsys, "verify", store.parent)  # as one of the folders in it
     assert status == 1 and "manifest.json is invalid" in out
     after = everything(store.parent)

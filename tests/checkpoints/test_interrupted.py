@@ -106,7 +106,7 @@ def test_an_unflushed_manifest_is_used_and_reported(tmp_path, monkeypatch, caplo
             patch.setattr(files, "sync_folder", fail_for_new_manifest)
             assert save(store, 1) is None
         assert steps(store) == [1]
-        assert "step 1 was saved, but may not survive a power failure: [Errno 5]" in caplog.text
+        assert "step 1 was saved, but may be lost in a power failure: [Errno 5]" in caplog.text
         assert "NOT saved" not in caplog.text
     with CheckpointStore(tmp_path, keep=1) as store:
         assert store.load("last-clean").step == 1

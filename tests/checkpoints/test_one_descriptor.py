@@ -115,7 +115,7 @@ def test_a_source_replaced_after_inspection_is_not_copied(tmp_path, monkeypatch)
         return copy(source, path)
 
     monkeypatch.setattr(durable_files, "copy_temporary", swapped)
-    with pytest.raises(DamagedFile, match="differs from what was verified"):
+    with pytest.raises(DamagedFile, match="differs from the verified file"):
         roll_back_file(tmp_path / "last.pt", tmp_path / "good.pt")
     assert (tmp_path / "last.pt").read_bytes() == before
     assert not list(tmp_path.glob(".tmp-*"))

@@ -141,7 +141,7 @@ def test_what_weights_only_refuses_is_said(tmp_path, capsys, what):
     with pytest.raises((UnicodeDecodeError, Exception)):
         torch.load(path, weights_only=True)
     assert main(["ckpt", "verify", str(path)]) == 0
-    assert f"torch.load(weights_only=True) refuses it: {what}" in capsys.readouterr().out
+    assert f"torch.load(weights_only=True) refuses this file: {what}" in capsys.readouterr().out
 
 
 def test_a_store_has_no_file_that_it_cannot_load(tmp_path):

@@ -94,5 +94,5 @@ def test_the_backend_of_a_gpu_is_shown_with_the_reason(problem, backend_name, st
 def test_why_not_triton_reports_a_failed_import(monkeypatch):
     monkeypatch.setattr(backend, "triton_problem", lambda device: None)
     monkeypatch.setitem(sys.modules, "fastguard.stages.triton", None)
-    assert "its import failed" in backend.why_not_triton(torch.device("cuda", 0))
+    assert "importing triton failed" in backend.why_not_triton(torch.device("cuda", 0))
     assert "CUDA" in backend.why_not_triton(torch.device("cpu"))

@@ -52,7 +52,7 @@ def test_an_empty_yaml_section_is_an_error(
 def test_a_file_nested_too_deeply_is_refused(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"guard.{suffix}"
     path.write_text(("guard: " if suffix == "yaml" else "guard = ") + "[" * 5000)
-    with pytest.raises(ValueError, match=rf"guard\.{suffix}: it is nested too deeply"):
+    with pytest.raises(ValueError, match=rf"guard\.{suffix}: the values are nested too deeply"):
         GuardConfig.from_file(path)
 
 

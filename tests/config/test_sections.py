@@ -265,7 +265,7 @@ def test_a_store_is_opened_for_the_group_that_is_given(tmp_path: Path) -> None:
         (
             {"spike": {"loss": {"max": 1, "sigma": 2}}},
             ValueError,
-            "spike.loss has max, which makes a Threshold, and sigma of a SpikeRule; remove",
+            "spike.loss has max, a setting of Threshold, and sigma of SpikeRule; remove",
         ),
         ({"spike": {"loss": {"max": 1, "sgima": 2}}}, ValueError, "setting spike.loss.sgima"),
         ({"spike": []}, TypeError, "spike must hold settings by name"),

@@ -140,7 +140,7 @@ def test_an_overflow_in_float16_is_attributed_to_the_dtype() -> None:
 
     overflow = found(torch.float16)["float16-range"]
     assert overflow.severity == "error"
-    assert "the range of float16 is to blame, not the model" in overflow.seen
+    assert "the cause is the range of float16, not the model" in overflow.seen
     assert overflow.where == "0 (Refine)"
     assert overflow.value == pytest.approx(400**2, rel=0.1)
 

@@ -141,7 +141,7 @@ def test_the_remedy_for_a_model_with_its_own_loss_is_a_step(model: nn.Module) ->
 def test_a_model_with_its_own_loss_and_a_loss_fn_is_reported() -> None:
     x, y = sound_batch()
     found = by_kind(diagnose(OwnLoss(), ((x, y), y), functional.mse_loss))
-    assert "looks like its own loss" in found["loss-shape"].seen
+    assert "looks like a loss that the model computed" in found["loss-shape"].seen
     assert "step=lambda model, batch: model(*batch[0])" in found["loss-shape"].remedy
     passed_on = diagnose(OwnLoss(), ((x, y), y), lambda output, targets: output)
     assert not passed_on.of("loss-shape")

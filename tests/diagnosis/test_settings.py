@@ -112,7 +112,7 @@ def test_weight_decay_is_judged_at_the_peak_learning_rate() -> None:
         ("SGD", {"lr": 1e-4, "momentum": 0.9, "edit": {"momentum": 1.5}}, "error", "momentum=1.5"),
         ("RMSprop", {"momentum": 0.9999}, "warning", "1e+04 steps"),
         ("RMSprop", {"alpha": 1.0}, "error", "alpha=1"),
-        ("Adam", {"betas": (0.999, 0.9)}, "warning", "they look swapped"),
+        ("Adam", {"betas": (0.999, 0.9)}, "warning", "the two betas look swapped"),
         ("Adam", {"betas": (0.9, 0.5)}, "warning", "decays faster"),
         ("NAdam", {"betas": (0.9999, 0.99995)}, "warning", "1e+04 steps"),
         ("AdamW", {"betas": (0.9, 0.9999999)}, "warning", "does not follow"),

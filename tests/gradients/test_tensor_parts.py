@@ -224,7 +224,7 @@ def test_state_that_cannot_be_copied_is_named_in_the_first_step(tmp_path):
 @pytest.mark.parametrize(
     ("value", "called"),
     [
-        (threading.Lock(), "a lock that cannot be copied .*; keep it out of state_dict"),
+        (threading.Lock(), "a lock that cannot be copied .*; remove the object from state_dict"),
         (torch.empty(3, device="meta"), r"a Tensor \(torch.float32, torch.strided, meta\) that"),
     ],
     ids=["lock", "meta"],

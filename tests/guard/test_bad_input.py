@@ -82,10 +82,11 @@ def test_names_of_other_parameters():
     exhausted = model.named_parameters()
     list(exhausted)
     for named in (other.named_parameters(), exhausted, [], {}.items()):
-        with pytest.raises(ValueError, match=r"named_parameters names none of .* 2 parameters"):
+        with pytest.raises(ValueError, match=r"named_parameters contains none of .* 2 parameters"):
             GuardedOptimizer(sgd(list(model.parameters())), named_parameters=named)
     with pytest.raises(
-        ValueError, match=r"it is empty.*exhausted generator.*named_parameters\(\) of the model"
+        ValueError,
+        match=r"named_parameters is empty.*exhausted generator.*named_parameters\(\) of the model",
     ):
         GuardedOptimizer(sgd(list(model.parameters())), named_parameters=exhausted)
     for whole in (model, nn.Sequential(model)):

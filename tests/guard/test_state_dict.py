@@ -129,7 +129,7 @@ OTHER_CONFIGURATIONS = {
     "no rules": (lambda s: adamw().state_dict(), r"spike rules \[\] with windows \[\]"),
     "other window": (
         lambda s: adamw(spike={**SPIKES, "loss": SpikeRule(window=5, warmup=2)}).state_dict(),
-        "construct it with the same spike=",
+        "construct the guard with the same spike=",
     ),
     "other signal": (
         lambda s: adamw(

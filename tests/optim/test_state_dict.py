@@ -147,7 +147,7 @@ def test_another_master_mode_raises_and_changes_nothing(saved, now):
     optimizer = guarded.AdamW(parameters, lr=0.5, master=now)
     train(optimizer, parameters, range(1))
     before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match=rf"master={saved!r}.*construct it with"):
+    with pytest.raises(ValueError, match=rf"master={saved!r}.*construct the optimizer with"):
         optimizer.load_state_dict(first.state_dict())
     after = optimizer.state_dict()
     assert after["param_groups"] == before["param_groups"]

@@ -273,7 +273,7 @@ def refused() -> list[str]:
 
 def test_invalid_groups_are_an_error_on_every_rank(four: Ranks) -> None:
     for mesh, foreign, apart, flat in four.run(refused):
-        assert "pass mesh.get_group() of the intended dimension" in mesh
+        assert "pass mesh.get_group() with the intended dimension" in mesh
         assert "this rank is not a member" in foreign
         assert "no group contains both" in apart
         assert "flat buckets support only plain tensors" in flat

@@ -303,5 +303,5 @@ def test_settings_without_meaning_over_ranks_are_an_error(two: Ranks) -> None:
     scope, kind, lbfgs, nothing = same_on_all(two.run(refused))
     assert "clip_scope='tensor' needs one number per tensor" in scope
     assert "group='world' is not a process group" in kind
-    assert "LBFGS evaluates the model as often as the loss of this rank" in lbfgs
+    assert "LBFGS evaluates its closure as often as the loss of this rank" in lbfgs
     assert "group=None is not a process group" in nothing

@@ -97,7 +97,7 @@ def test_shards_without_a_group_are_an_error(
         for said in refusals:
             assert "shards of FullyShardedDataParallel in plain tensors" in said
             assert "pass group=torch.distributed.group.WORLD" in said
-            assert "with HYBRID_SHARD the process group that shards one replica" in said
+            assert "for HYBRID_SHARD, pass the process group that shards one replica" in said
         assert "group=Replicated(...) means that all ranks hold the same tensors" in replicated
 
 

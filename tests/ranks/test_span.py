@@ -123,7 +123,7 @@ def test_the_norm_covers_the_stage_only(four: Ranks, name: str) -> None:
         assert everything == pytest.approx(math.hypot(2.0, 20.0), rel=1e-6)
         (warning,) = said  # one for all calls, none where the group is given
         assert "2 of the 4 ranks of their root mesh" in warning
-        assert "pass a group that includes them" in warning
+        assert "pass a group that includes these ranks" in warning
 
 
 def one_stage_alone(name: str) -> list[float]:

@@ -317,7 +317,7 @@ def a_hook_for_shards() -> tuple[str, bool, bool]:
 
 def test_a_communication_hook_for_shards_is_an_error_and_changes_nothing(two: Ranks) -> None:
     for message, unwatched, same in two.run(a_hook_for_shards):
-        assert "fully_shard (without comm_hook)" in message
+        assert "with fully_shard, but comm_hook is only for Distributed" in message
         assert unwatched and same
 
 

@@ -128,7 +128,7 @@ def refusals() -> list[str]:
 
 def test_settings_that_ranks_cannot_compare_are_an_error(four: Ranks) -> None:
     dtensors, distinct, p_norm = same_on_all(four.run(refusals))
-    assert "some parameters are DTensors; leave it out" in dtensors
+    assert "some parameters are DTensors; remove 'replica_drift' from watch" in dtensors
     assert "hold different tensors; pass group=fastguard.Replicated" in distinct
     assert "norm_type=1; use norm_type=2.0" in p_norm
 

@@ -52,7 +52,9 @@ def test_an_added_group_uses_the_last_entry_of_per_group_arguments(
     assert opt.param_groups[2]["momentum"] == pytest.approx(0.1 + 0.8 / 4)
     play(opt, lr, [GOOD, GOOD, GOOD])
     assert [g["lr"] for g in opt.param_groups] == [1.0, 1.0, 0.1]
-    assert "param group 2 joins with lr 0.1 and floor 0.05; assign to lr.floor[2]" in caplog.text
+    assert (
+        "param group 2 was added with lr 0.1 and floor 0.05; assign to lr.floor[2]" in caplog.text
+    )
     lr.floor[2] = 0.3
     play(opt, lr, [GOOD])
     assert opt.param_groups[2]["lr"] == 0.3

@@ -77,7 +77,7 @@ def test_propagated_nan_prevents_snapshots_and_the_reason_is_logged(
     said = [m for m in caplog.messages if "no snapshot" in m]
     assert len(said) == 1
     assert (
-        "30 steps were bad since the last one" in said[0]
+        "30 steps were bad since the last snapshot" in said[0]
         and "every=3" in said[0]
         and "nonfinite_grad" in said[0]
     )

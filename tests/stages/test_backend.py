@@ -96,7 +96,7 @@ def test_a_broken_triton_is_a_reason_and_not_a_crash(monkeypatch):
 
     monkeypatch.setattr(backend, "triton_problem", lambda device: None)
     monkeypatch.setattr(backend, "_kernel_stages", broken)
-    with pytest.warns(RuntimeWarning, match=r"import failed: OSError\('libcuda"):
+    with pytest.warns(RuntimeWarning, match=r"importing triton failed: OSError\('libcuda"):
         assert backend.stages(CUDA) is reference
 
 
@@ -150,7 +150,7 @@ def test_old_gpus_are_named_by_their_capability(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.9.0")
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert backend.triton_problem(CUDA) == "its compute capability is 7.5"
+    assert backend.triton_problem(CUDA) == "the compute capability of the device is 7.5"
 
 
 def test_importing_and_using_fastguard_on_a_cpu_imports_no_triton_and_starts_no_gpu():

@@ -1,1 +1,1 @@
-"""Reads checkpoint files, including those of other programs, without executing them."""
+"""Reads checkpoint files, including files of other programs, without executing them."""

@@ -1,7 +1,7 @@
 """Reads the bytes of a pickle within a budget of memory and time.
 
 A length in a pickle is not trusted: it is compared with the size of the file before anything is
-allocated, and everything read is charged to the budget.
+allocated, and all bytes read are charged to the budget.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from fastguard.checkpoints.errors import DamagedFile
 from fastguard.checkpoints.reading.inert_values import LongBytes, LongText
 
 BUDGET = 400_000_000
-"""Approximate bytes of memory that the pickles of one file may take; work counts as bytes too, one
-per 3 to 4 ns. The allowance grows by 80 bytes per byte of pickle, up to three times this number,
-which is enough for 100,000 tensors."""
+"""Approximate bytes of memory that the pickles of one file may take. Work counts as bytes too: one
+byte per 3 to 4 ns. The allowance grows by 80 bytes per byte of pickle, up to three times this
+number, which is enough for 100,000 tensors.
+"""
 _SHORT_COST, _LINE_COST = 100, 100  # cost of reading a text or bytes object, or a line
 SHORT, LONG, KEPT = 4096, 16 << 20, 64 << 20
-"""Text and bytes (such as the data of numpy arrays) of up to 4 kB are kept in memory. Longer ones
-are left in the file if they are over 16 MB, or if more than 64 MB would be kept in total."""
+"""Text and bytes (such as the data of numpy arrays) of up to 4 kB are kept in memory. Longer values
+are left in the file if they are over 16 MB, or if more than 64 MB would be kept in total.
+"""
 _LINE = 1 << 20  # bytes; the longest argument of a protocol 0 opcode
 _DIGITS = 5000
 
@@ -56,17 +58,17 @@ class BoundedReader:
         """Reads `n` bytes."""
         if n < 0:
             raise ValueError("negative length")
-        # Text uses up to four bytes per character, plus the stored form.
+        # Text takes up to four bytes per character in memory, in addition to its stored form.
         self._budget -= _SHORT_COST + 5 * n
-        if n > SHORT:  # `read` allocates first, so check the size before
+        if n > SHORT:  # `read` allocates before it reads, so the size is checked first
             self._check_left(n)
             if self._budget < 0:
                 raise DamagedFile(
-                    f"its pickle has a value of {n:,} bytes, too large for a checkpoint"
+                    f"the pickle has a value of {n:,} bytes, too large for a checkpoint"
                 )
         raw = self.file.read(n)
         if len(raw) < n:
-            raise DamagedFile("its pickle ends too soon")
+            raise DamagedFile("the pickle ends too soon")
         return raw
 
     def _check_left(self, n: int) -> int:
@@ -75,14 +77,14 @@ class BoundedReader:
         end = self.file.seek(0, os.SEEK_END)
         self.file.seek(at)
         if n > end - at:
-            raise DamagedFile("its pickle ends too soon")
+            raise DamagedFile("the pickle ends too soon")
         return at
 
     def read_line(self) -> bytes:
         """Reads a line."""
         raw = self.file.readline(_LINE)
         if not raw.endswith(b"\n"):
-            raise DamagedFile("its pickle has a line without end")
+            raise DamagedFile("the pickle has a line without end")
         self.charge(_LINE_COST + 3 * len(raw))
         return raw[:-1]
 
@@ -90,7 +92,7 @@ class BoundedReader:
         """Reads a line with a number."""
         raw = self.read_line()
         if len(raw) > _DIGITS:
-            raise DamagedFile(f"its pickle has a number of {len(raw):,} digits")
+            raise DamagedFile(f"the pickle has a number of {len(raw):,} digits")
         self.charge(3 * len(raw))  # parsing takes quadratic time
         return raw
 

@@ -45,8 +45,8 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
 
     Raises:
         DamagedFile: The file is truncated, or in an unknown format.
-        UnsafeFile: It asks to call a function that torch does not write.
-        OSError: It cannot be opened, or is not a regular file.
+        UnsafeFile: The file asks to call a function that torch does not write.
+        OSError: The file cannot be opened, or is not a regular file.
     """
     with open_regular(path) as file:
         return contents_of(file, path)
@@ -57,7 +57,7 @@ def contents_of(file: BinaryIO, path: str | os.PathLike[str]) -> Contents:
 
     Args:
         file: The file.
-        path: Its name, which identifies safetensors files.
+        path: The name of the file, which identifies safetensors files.
     """
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
@@ -84,7 +84,7 @@ def read_shards(file: BinaryIO, path: Path, places: Sequence[tuple[int, int]]) -
 
     Args:
         file: The open file.
-        path: Its name.
+        path: The name of the file.
         places: First byte and length of each shard, which may not overlap.
 
     Returns:
@@ -161,8 +161,9 @@ def _read_zip(file: BinaryIO, size: int, origin: int = 0, spent: int = 0) -> Con
 
     Args:
         file: The archive.
-        size: Its size in bytes.
-        origin: Its byte offset in the whole file, for values that the pickle leaves in the file.
+        size: Size of the file in bytes.
+        origin: Byte offset of the archive in the whole file, for values that the pickle leaves
+            in the file.
         spent: See `BoundedReader`.
     """
     listed = read_directory(file, size)
@@ -175,7 +176,7 @@ def _read_zip(file: BinaryIO, size: int, origin: int = 0, spent: int = 0) -> Con
     if "byteorder" in records and _bytes_of(file, records["byteorder"]) != b"little":
         raise DamagedFile("written on a big-endian machine, which is not supported")
     if _ALIGNMENT in records and not _bytes_of(file, records[_ALIGNMENT]).isdigit():
-        raise DamagedFile(f"damaged: its record {_ALIGNMENT} is not a number")
+        raise DamagedFile(f"damaged: the record {_ALIGNMENT} is not a number")
 
     pickled = records["data.pkl"]
     found = read_pickle(
@@ -195,8 +196,9 @@ def _read_zip(file: BinaryIO, size: int, origin: int = 0, spent: int = 0) -> Con
 def _check_opened_by_torch(file: BinaryIO, records: Mapping[str, Record]) -> None:
     """Checks that torch's own reader finds the same records at the same offsets.
 
-    That reader allocates the stated size of some small records, so their sizes are checked first.
-    It also ignores the case of names: it takes a record `BYTEORDER` for the record `byteorder`.
+    torch's reader allocates the stated size of some small records, so their sizes are checked
+    first. The reader also ignores the case of names: it takes a record `BYTEORDER` for the record
+    `byteorder`.
     """
     for name in _SMALL_RECORDS:
         if name in records and records[name].end - records[name].start > _SMALL:
@@ -222,7 +224,8 @@ def _bytes_of(file: IO[bytes], record: Record) -> bytes:
     return file.read(record.end - record.start)
 
 
-# torch before 1.6: five pickles, then each storage as its length (int64) and its elements.
+# The format of torch before 1.6: five pickles, then each storage as its length (int64) and its
+# elements.
 
 
 def _read_legacy(file: IO[bytes], size: int) -> Contents:
@@ -233,7 +236,7 @@ def _read_legacy(file: IO[bytes], size: int) -> Contents:
     version = read_pickle(file, spent=magic.spent)
     if version.tree != _LEGACY_VERSION:
         raise DamagedFile("damaged: it does not have the version of torch's format before 1.6")
-    machine = read_pickle(file, spent=version.spent)  # its byte order and type sizes
+    machine = read_pickle(file, spent=version.spent)  # byte order and type sizes of the machine
     found = read_pickle(file, spent=machine.spent, has_views=True)
     listed = read_pickle(file, spent=found.spent)
     keys = listed.tree
@@ -261,7 +264,7 @@ def _read_legacy(file: IO[bytes], size: int) -> Contents:
 
 
 def _check_no_tar(file: IO[bytes]) -> None:
-    """Raises if the file is also a tar archive, which torch would try to read first."""
+    """Raises a DamagedFile if the file is also a tar archive, which torch would try first."""
     header = file.read(tarfile.BLOCKSIZE)
     file.seek(0)
     try:
@@ -333,7 +336,7 @@ def _contents(
 
 
 def _check_storage(ref: StorageRef, places: Mapping[str, tuple[int, int]]) -> None:
-    """Checks that a storage and its record have the same size; torch refuses a longer one too."""
+    """Checks that a storage and its record have the same size, as torch requires."""
     if ref.key in places:
         start, end = places[ref.key]
         itemsize = (ref.dtype or torch.uint8).itemsize

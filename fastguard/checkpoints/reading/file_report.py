@@ -21,13 +21,13 @@ SHARD = "__fastguard_shard__"
 
 @dataclass(frozen=True, slots=True)
 class FileReport:
-    """The result of reading a whole checkpoint, or one file of it.
+    """The result of reading a whole checkpoint, or one of its files.
 
     Attributes:
         header: The checkpoint's own metadata; None for a file that only holds shards.
         sha256: Checksum of the file; for a folder, of the list of files and their hashes.
         size: Size in bytes.
-        tensors: Names of the tensors, except those of random states.
+        tensors: Names of the tensors, except tensors of random states.
         bad: `(name, nan, posinf, neginf)` for each non-finite tensor or number.
     """
 
@@ -43,12 +43,12 @@ def report_on_file(path: Path, *, crc32: bool = True) -> FileReport:
 
     Args:
         path: The file.
-        crc32: Whether to check the checksums of its records; not needed if the SHA-256 is known.
+        crc32: Whether to check the checksums of the records; not needed if the SHA-256 is known.
 
     Raises:
         DamagedFile: The file is incomplete, or not a checkpoint of a store.
-        UnsafeFile: It asks to call a function.
-        OSError: It cannot be read, or is not a regular file.
+        UnsafeFile: The file asks to call a function.
+        OSError: The file cannot be read, or is not a regular file.
     """
     found = inspect(path, sha256=True, crc32=crc32, follow_links=False)
     if found.damaged:
@@ -75,7 +75,7 @@ def report_on_file(path: Path, *, crc32: bool = True) -> FileReport:
 
 
 def check_loadable(path: Path, contents: Contents) -> None:
-    """Raises a DamagedFile if a store could not load the file, whatever classes are registered."""
+    """Raises a DamagedFile if a store could not load the file with any registered classes."""
     if contents.refused:
         raise DamagedFile(
             f"{path} was not written by CheckpointStore: torch.load(weights_only=True) refuses "

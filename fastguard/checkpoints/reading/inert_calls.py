@@ -6,13 +6,14 @@ A name becomes one of three things:
   arrays). Each is replaced by a function of this package that only records its arguments: a tensor
   becomes a `TensorRef`.
 * A dtype or a storage type of torch.
-* Otherwise a `Name`. Creating an object of it, and giving it state and items, makes a `StandIn`.
+* Otherwise a `Name`. Opcodes that create an object of this name, with state and items, make a
+  `StandIn`.
 
 *Calling* a `Name` (the REDUCE opcode, with which a pickle runs `os.system`) also makes a `StandIn`
-if the name is that of a value type: an enum, a `datetime`, a `partial`, or a class from any
-package. If it is a function, or a class of the standard library that does more than hold values,
-`UnsafeFile` is raised. Nothing is executed in either case; the error is a warning about other
-readers.
+if the name denotes a value type: an enum, a `datetime`, a `partial`, or a class from any package.
+If the name denotes a function, or a class of the standard library that does more than hold values,
+`UnsafeFile` is raised. Nothing is executed in either case; the error warns that other readers would
+make the call.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def meaning(module: str, name: str) -> Any:
 
 
 def call(function: Any, arguments: tuple[Any, ...]) -> Any:
-    """Returns the placeholder for the result of a call, which is not made.
+    """Returns the placeholder for the result of a call, without making the call.
 
     Raises:
         UnsafeFile: The function does not belong to a value type.
@@ -102,7 +103,7 @@ def give_state(target: Any, state: Any, charge: Callable[[int], None]) -> None:
     """Handles the BUILD opcode for targets that are neither a `StandIn` nor a dict.
 
     Raises:
-        UnsafeFile: It would modify a name or a call.
+        UnsafeFile: The opcode would modify a name or a call.
     """
     if isinstance(target, NumpyArray | NumpyDtype):
         target.set_state(state, charge)
@@ -167,7 +168,8 @@ def _quantized(
     """Returns the integers of a quantized tensor and the scale that multiplies them.
 
     A scale of NaN or Inf makes every element non-finite. A per-tensor scale is a Python float; it
-    is represented as an array of one element, so that it is checked like per-channel scales.
+    is stored as an array of one element, so that it is checked in the same way as per-channel
+    scales.
     """
     if not isinstance(quantizer, tuple) or len(quantizer) < 3:
         raise DamagedFile("damaged: a quantized tensor without its scale")
@@ -295,7 +297,7 @@ for _name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
     CALLS[f"pathlib.{_name}"] = CALLS["pathlib.Path"]
 for _name in ("multiarray.scalar", "multiarray._reconstruct", "numeric._frombuffer"):  # numpy 2
     CALLS[f"numpy._core.{_name}"] = CALLS[f"numpy.core.{_name}"]
-# Python 3.13 pickles paths under the module that defines them, which only that version has.
+# Python 3.13 pickles paths under the module `pathlib._local`, which only that version has.
 MOVED = {"pathlib._local": "pathlib"}
 
 

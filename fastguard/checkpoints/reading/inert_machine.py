@@ -26,16 +26,16 @@ from fastguard.checkpoints.reading.value_types import check_object
 
 _DEVICE = re.compile(r"[A-Za-z_]\w*(:\d+)?")
 
-# Costs, in the unit of the budget: 3 to 4 ns, or a byte.
+# Costs, in the unit of the budget: one byte, or 3 to 4 ns.
 _STEP = 100  # an opcode
 _MEMO = 100
 _TUPLE = 100
 _OBJECT = 300  # a list or a dict
 _ITEM = 150  # a key and a value
-_REPLACED = 700  # a value that another one replaces
+_REPLACED = 700  # a value that another value replaces
 _NAME, _NEW_NAME = 200, 1500
 _CALL = 900  # a call or a new object, and its result
-_VALUE = 3000  # a call of a function by name, which must be checked
+_VALUE = 3000  # a call of a function by name, whose name must be checked
 _PARTIAL = 30_000  # a call of an object, which may be a chain of partials
 _STORAGE = 1200
 
@@ -59,8 +59,9 @@ class InertMachine(BoundedReader):
         self.stack: list[Any] = []
         self._below: list[list[Any]] = []  # the stacks below each mark
         self._names: dict[tuple[str, str], Any] = {}
-        self.refused: dict[str, None] = {}  # what `weights_only=True` refuses, except names
-        self.storages: dict[str, StorageRef] = {}  # and parts of storages, by their own names
+        self.refused: dict[str, None] = {}  # what `weights_only=True` refuses, other than names
+        # storages, and parts of storages under their own names
+        self.storages: dict[str, StorageRef] = {}
 
     def run(self, handlers: Mapping[bytes, Callable[[Any], object]]) -> Any:
         """Returns the tree that the pickle describes.
@@ -74,20 +75,20 @@ class InertMachine(BoundedReader):
             n_steps += 1
             if self._budget < 0:
                 raise DamagedFile(
-                    f"its pickle seems built to be slow or huge: after {n_steps:,} steps it "
+                    f"the pickle seems designed to be slow or huge: after {n_steps:,} steps it "
                     "exceeds what a checkpoint needs"
                 )
             handler = handlers.get(code)
             if handler is None:
-                raise DamagedFile(f"its pickle has an opcode {code!r}, which is not supported here")
+                raise DamagedFile(f"the pickle has an opcode {code!r}, which is not supported here")
             if code == pickle.STOP:
                 return self.stack.pop()
             handler(self)
-        raise DamagedFile("its pickle ends too soon")
+        raise DamagedFile("the pickle ends too soon")
 
     @property
     def names(self) -> list[str]:
-        """Returns the classes and functions that it names, except dtypes and storages."""
+        """Returns the classes and functions that the pickle names, except dtypes and storages."""
         found = (
             value.qualified_name if isinstance(value, Name) else value.name
             for value in self._names.values()
@@ -95,7 +96,7 @@ class InertMachine(BoundedReader):
         )
         return list(dict.fromkeys(found))
 
-    # The stack.
+    # Operations on the stack.
 
     def push(self, value: Any) -> None:
         """Pushes a value."""
@@ -134,7 +135,7 @@ class InertMachine(BoundedReader):
         self.charge(_OBJECT)
         self.push(value)
 
-    # The memo.
+    # Operations on the memo.
 
     def push_memo(self, index: int) -> None:
         """Pushes the value with this index in the memo."""
@@ -175,7 +176,7 @@ class InertMachine(BoundedReader):
             self.refused["text that is not UTF-8"] = None
             self.push(raw.decode("latin1"))
 
-    # Containers.
+    # Operations on containers.
 
     def append(self, items: list[Any], *, to_set: bool = False) -> None:
         """Adds items to the list or set on top."""
@@ -242,7 +243,7 @@ class InertMachine(BoundedReader):
         if self._budget >= 0:
             self.charge(sum(map(size_of, arguments)))
         if self._budget < 0:
-            raise DamagedFile("its pickle copies the same values too many times")
+            raise DamagedFile("the pickle copies the same values too many times")
         self.push(call(function, arguments))
 
     def new_object(self, arguments: Any, keywords: Any = None) -> None:
@@ -303,9 +304,9 @@ class InertMachine(BoundedReader):
         self._check_meaning(self.stack[-1])
 
     def _check_meaning(self, ref: StorageRef) -> None:
-        """Checks that all uses of a storage, and of a part of one, agree.
+        """Checks that all uses of a storage agree, and all uses of a part of a storage.
 
-        torch trusts the first one, even if the file drops its value later.
+        torch trusts the first use, even if the file drops its value later.
         """
         self.charge(_STORAGE)
         first = self.storages.setdefault(ref.key, ref)

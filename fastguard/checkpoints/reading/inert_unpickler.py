@@ -5,10 +5,10 @@ up (`inert_calls` provides placeholders) and the work is bounded: every opcode, 
 an opcode asks for, is charged to a budget of memory and time, so that a file of a few kilobytes
 cannot take gigabytes or minutes. Some attacks need more than a budget:
 
-* Memo indices: the C unpickler allocates an array as long as the largest index; this memo is a
-  dict.
+* Memo indices: the C unpickler allocates an array as long as the largest index, so this module uses
+  a dict.
 * Hashes of nested tuples, and integers chosen to collide: only plain keys are hashed
-  (`inert_values.plain_key`); all others are replaced.
+  (`inert_values.plain_key`), and all other keys are replaced.
 * Decimal digits, which take quadratic time to parse: at most 5,000 are accepted.
 
 Python's own unpickler is four times as fast for a checkpoint, but has no limits.
@@ -146,12 +146,12 @@ for _code, _handler in _HANDLERS.items():
 
 @dataclass(frozen=True, slots=True)
 class Pickled:
-    """What a pickle describes.
+    """The contents of a pickle.
 
     Attributes:
         tree: The nested containers.
-        names: The classes and functions that it names.
-        refused: What else in it `torch.load(weights_only=True)` refuses.
+        names: The classes and functions that the pickle names.
+        refused: Other parts of the pickle that `torch.load(weights_only=True)` refuses.
         storages: The first reference to each storage, by name.
         spent: See `BoundedReader`.
     """
@@ -188,5 +188,5 @@ def read_pickle(
     except (CheckpointError, UnsafeFile):
         raise
     except Exception as error:  # arbitrary bytes can raise anything
-        raise DamagedFile(f"its pickle cannot be read ({type(error).__name__}: {error})") from None
+        raise DamagedFile(f"the pickle cannot be read ({type(error).__name__}: {error})") from None
     return Pickled(tree, machine.names, list(machine.refused), machine.storages, machine.spent)

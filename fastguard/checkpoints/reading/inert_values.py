@@ -47,7 +47,7 @@ class Attached(NamedTuple):
     value: Any
     state: Any
 
-    def __repr__(self) -> str:  # the contents may contain themselves a billion times
+    def __repr__(self) -> str:  # omits the contents, which may contain themselves a billion times
         return "<tensor with attributes>"
 
 
@@ -92,7 +92,7 @@ class InertDict(dict[Any, Any]):
     """A dict from the file that may also have attributes (`state_dict._metadata`).
 
     Attributes:
-        attributes: The states that the file gives it, each a dict of attributes.
+        attributes: The states that the file gives the dict; each one is a dict of attributes.
     """
 
     attributes: tuple[Any, ...] = ()
@@ -102,7 +102,7 @@ class InertDict(dict[Any, Any]):
 
 
 class InertSet(list[Any]):
-    """A set from the file, kept as a list because stand-ins for its items may not be hashable."""
+    """A set from the file, kept as a list, since placeholders may not be hashable."""
 
 
 class InertFrozenSet(tuple[Any, ...]):
@@ -113,7 +113,7 @@ def hashable(items: Iterable[Any]) -> Iterable[Any]:
     """Returns the items.
 
     Raises:
-        TypeError: A set cannot hold one of them.
+        TypeError: A set cannot hold one of the items.
     """
     if any(map(_is_unhashable, items)):
         raise TypeError("a set that contains a list or a dict")
@@ -161,7 +161,7 @@ class LongBytes:
         start: First byte, counted from the beginning of the file.
         n_stored: Number of bytes stored.
         n: Number of bytes after decoding.
-        is_text: Whether they are stored as Latin-1 text in UTF-8, as in protocol 2.
+        is_text: Whether the bytes are stored as Latin-1 text in UTF-8, as in protocol 2.
     """
 
     start: int
@@ -189,12 +189,12 @@ class LongText:
 
 
 def kind_of(value: Any) -> str:
-    """Names a value without its contents, which may repeat the same tuple a billion times."""
+    """Describes a value without its contents, which may be huge."""
     return repr(value) if isinstance(value, Name | StandIn) else f"a {type(value).__name__}"
 
 
 def plain_key(key: Any) -> Any:
-    """Returns the key if hashing it is cheap and safe; else a key hashed by identity.
+    """Returns the key if hashing it is cheap and safe; else a key that is hashed by identity.
 
     Raises:
         TypeError: No reader can use the key.

@@ -2,7 +2,7 @@
 
 The file is read in pieces of 4 MB, in file order. One thread hashes a piece while another sums it:
 **if the sum is finite, so are all elements**. Only a piece with a non-finite sum is examined again
-(`nonfinite_spans`). Memory use is two pieces, for any file size.
+(`nonfinite_spans`). The memory for two pieces is enough for any file size.
 
 Rejected alternatives: measuring every piece (for bf16, a sixth of the speed of the sum), `mmap`
 (resident memory grows with the file), and hashing and summing on one thread (1.4 times the time).
@@ -48,7 +48,7 @@ class Inspection:
     Attributes:
         size: File size in bytes.
         sha256: Checksum of the whole file, hexadecimal; None if not requested.
-        contents: What the file contains.
+        contents: The contents of the file.
         bad: `(name, nan, posinf, neginf)` for each tensor with non-finite elements, in file order,
             except tensors that are infinite by design.
         damaged: Names of the records whose checksum differs from the stated one.
@@ -89,7 +89,7 @@ def inspect(
             raise type(error)(f"{os.fspath(path)}: {error}") from None
         except OSError:
             raise
-        except Exception as error:  # values that no torch tensor or numpy array can have
+        except Exception as error:  # raised by torch or numpy for impossible values
             raise DamagedFile(f"{os.fspath(path)}: damaged ({error!r:.200})") from None
 
 
@@ -168,7 +168,7 @@ class _Digests:
     def damaged(self) -> tuple[str, ...]:
         """Returns the records whose checksum differs from the stated one.
 
-        If no record matches, torch did not compute checksums, and nothing can be concluded.
+        If no record matches, torch did not compute checksums; then the list is empty.
         """
         wrong = [r.name for r, crc in zip(self._records, self._crcs, strict=True) if crc != r.crc32]
         return () if len(wrong) == len(self._records) else tuple(wrong)

@@ -15,7 +15,7 @@ from fastguard.checkpoints.reading.spans import Span, is_dense
 
 _BLOCK = 4 * 2**20  # bytes
 _LEAST = 3
-"""Minimum number of -Inf in a mask: one or two are not enough to recognize a pattern."""
+"""Minimum number of -Inf in a mask; with fewer, no pattern can be recognized."""
 _SHARE = 8
 """Minimum density: at least every eighth element of a mask is -Inf."""
 

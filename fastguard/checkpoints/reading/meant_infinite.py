@@ -1,7 +1,7 @@
 """Decides which infinities in a checkpoint are intended, such as an initial best loss or a mask.
 
-NaN is never intended, nor is Inf in a parameter or in optimizer state. Everything else is decided
-by position in the file, values and name:
+NaN is never intended, nor is Inf in a parameter or in optimizer state. For all other tensors, the
+position in the file, the values and the name decide:
 
 * **Bookkeeping**: a number stored beside the weights, not among them, such as the `best_score` of
   early stopping or the `kth_value` of a checkpoint callback.
@@ -11,7 +11,7 @@ by position in the file, values and name:
 * **A mask**: -Inf in a triangle or in bands, which no optimizer step produces, or any pattern of
   -Inf and 0 in a tensor whose name says mask.
 
-Anything else counts as bad; the user can exclude it with `--ignore`.
+All other infinities count as bad; the user can exclude tensors with `--ignore`.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _NUMBERS = _MINIMUM | _MAXIMUM | _LOW | _HIGH | _BOUND | _BEST
 _KEEPERS = frozenset({"callback", "callbacks", "stopping", "metrics", "meters", "history"})
 _MASK = frozenset({"mask", "masks", "masked", "inf"})
 _PARAMETER = frozenset({"weight", "weights", "token", "embed", "embedding", "proj"})
-# a run cannot continue if these are infinite
+# a run cannot continue if these values are infinite
 _NEVER = _PARAMETER | {"scale", "scaler", "lr", "step", "momentum"}
 _OPTIMIZER = frozenset({"optimizer", "optimizers", "optim"})
 
-_MAX_TENSORS = 1000  # each is examined together with its neighbors
+_MAX_TENSORS = 1000  # a limit, since each tensor is examined together with its neighbors
 
 BOOKKEEPING = "bookkeeping beside the weights"
-EXTREME = "a bound, or an extreme with nothing observed yet"
+EXTREME = "a bound, or a minimum or maximum before any observation"
 MASK = "a mask"
 
 
@@ -53,12 +53,12 @@ class _Place:
     """The position of a tensor in the tree.
 
     Attributes:
-        name: Its path.
+        name: The path of the tensor.
         n: Number of elements.
         words: Words in the last part of its name, in lower case.
-        is_trained: Whether it is a parameter or belongs to an optimizer.
-        among_weights: Whether it is in a state dict or a module.
-        is_kept: Whether its container has numbers and text, but no weights.
+        is_trained: Whether the tensor is a parameter or belongs to an optimizer.
+        among_weights: Whether the tensor is in a state dict or a module.
+        is_kept: Whether the tensor's container has numbers and text, but no weights.
     """
 
     name: str
@@ -76,7 +76,7 @@ def meant_infinite(
 
     Args:
         file: The open file; possible masks are read again.
-        contents: What the file contains.
+        contents: The contents of the file.
         counts: Numbers of NaN, +Inf and -Inf by tensor name.
     """
     asked = {name for name, (nan, pos, neg) in counts.items() if not nan and bool(pos) != bool(neg)}
@@ -95,7 +95,8 @@ def meant_infinite(
             found[place.name] = EXTREME
         elif neg and place.name in spans:
             span = spans[place.name]
-            left_to_read -= span.n * span.dtype.itemsize  # views of the same bytes add up
+            # views of the same bytes count several times
+            left_to_read -= span.n * span.dtype.itemsize
             if left_to_read >= 0 and _is_mask(file, span, place.words):
                 found[place.name] = MASK
     return found
@@ -135,11 +136,11 @@ def _places(tree: Any, names: Collection[str]) -> Iterator[_Place]:
 
 @dataclass(frozen=True, slots=True)
 class _Holder:
-    """The named values in a container; a list has none.
+    """The named values in a container (none in a list).
 
     Attributes:
         parts: Values by name.
-        has_numbers: Whether they include numbers and text.
+        has_numbers: Whether the values include numbers and text.
         n_weights: Number of tensors with several elements.
     """
 
@@ -153,7 +154,8 @@ def _holder(owner: Any) -> _Holder:
     if isinstance(owner, dict):
         parts = owner
     for part in owner.parts if isinstance(owner, StandIn) else ():
-        for state in part if isinstance(part, tuple) else (part,):  # (`__dict__`, slots)
+        # the state is (`__dict__`, slots)
+        for state in part if isinstance(part, tuple) else (part,):
             if isinstance(state, dict):
                 parts.update(dict.items(state))
     values = list(dict.values(parts))

@@ -13,9 +13,9 @@ _MODULE_PARTS = ("_parameters", "_buffers", "_modules")
 _LONGEST_KEY = 200  # characters; longer keys are cut
 _LONGEST_PATH = 1000
 _DEEPEST = 500  # nested containers
-_MAX_LEAVES = 3_000_000  # 2 seconds; a container counts as several
+_MAX_LEAVES = 3_000_000  # takes about 2 seconds; a container counts as several leaves
 _CONTAINER = 3  # a container takes as long as this many leaves
-_PLAIN = frozenset({type(None), bool, int, str, bytes})  # cannot be NaN
+_PLAIN = frozenset({type(None), bool, int, str, bytes})  # types that have no NaN
 
 
 def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
@@ -35,7 +35,7 @@ def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
 def owned_leaves(tree: Any) -> Iterator[tuple[str, Any, Sequence[Any]]]:
     """Like `named_leaves`, also yielding the containers around each leaf, outermost first.
 
-    Every item has the same list object, which changes with the next leaf; copy it to keep it.
+    All items share one list object, which changes with the next leaf; copy the list to keep it.
     """
     entered = {id(tree)}
     owners: list[Any] = []
@@ -64,14 +64,14 @@ def owned_leaves(tree: Any) -> Iterator[tuple[str, Any, Sequence[Any]]]:
             entered.add(id(value))
             if len(stack) > _DEEPEST or len(below) > _LONGEST_PATH:
                 raise DamagedFile(
-                    f"its containers are nested more than {_DEEPEST} deep, or their path has more "
+                    f"the containers are nested more than {_DEEPEST} deep, or their path has more "
                     f"than {_LONGEST_PATH} characters: {below[:60]}..."
                 )
             stack.append((below, children))
             owners.append(value)
         if n_left < 0:
             raise DamagedFile(
-                f"it has more than {_MAX_LEAVES:,} values, or {_MAX_LEAVES // _CONTAINER:,} "
+                f"the file has more than {_MAX_LEAVES:,} values, or {_MAX_LEAVES // _CONTAINER:,} "
                 "containers, too many for a checkpoint"
             )
 

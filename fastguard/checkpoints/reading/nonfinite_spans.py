@@ -26,8 +26,9 @@ from fastguard.stages.measure import measure
 
 BLOCK = 64 * 2**20  # bytes read at once from a tensor with gaps
 WORK, LEAST_WORK, SMALLEST_WORK, SMALLEST_COUNT = 64, 2 << 30, 20_000, 100_000
-"""Limit of the bytes that may be examined again to separate views: 64 times the size of the file,
-plus 2 GB. A tensor counts as at least 20 kB, or 100 kB if its elements are counted."""
+"""The bytes that may be examined again to separate views are limited to 64 times the size of the
+file, plus 2 GB. A tensor counts as at least 20 kB, or 100 kB if its elements are counted.
+"""
 _MAX_COUNT = 2**63 - 1  # largest count
 CARRY = 16  # bytes of the previous piece: the widest element (complex128) may straddle two pieces
 
@@ -113,13 +114,13 @@ class SpanSearch:
         self._budget -= max(n_bytes, SMALLEST_WORK)
         if self._budget < 0:
             raise DamagedFile(
-                f"its tensors are views that repeat the same bytes too many times; stopped at "
-                f"{name:.200}"
+                "the tensors are views that repeat the same bytes too many times; the check "
+                f"stopped at {name:.200}"
             )
 
     def _count_strided(self, span: Span) -> None:
         """Counts in a tensor with gaps or repetitions, one block of the file at a time."""
-        # A dimension of stride 0 repeats elements: count them once, then multiply.
+        # A dimension of stride 0 repeats elements, which are counted once and then multiplied.
         times = math.prod(s for s, d in zip(span.size, span.stride, strict=True) if d == 0)
         dims = sorted(
             ((d, s) for s, d in zip(span.size, span.stride, strict=True) if d and s > 1),

@@ -21,7 +21,7 @@ _PLAIN = frozenset(
     "b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8 c8 c16".split()
 )  # types that torch has too, or that can be cast to one
 _LONG = f"f{np.dtype(np.longdouble).itemsize}", f"c{np.dtype(np.clongdouble).itemsize}"
-_NO_NUMBERS = "USMm"  # text, bytes, times: neither NaN nor Inf
+_NO_NUMBERS = "USMm"  # kinds without NaN and Inf: text, bytes, times
 _MAX_FIELDS = 1000  # including fields of nested structures
 _DEEPEST = 20  # nested structures
 _LARGEST = 1 << 24  # bytes per element; a piece of an array holds at least one
@@ -32,8 +32,8 @@ class NumpyDtype:
 
     Attributes:
         plain: The dtype, if it is numeric or has fields; None if unknown.
-        what: Its name in messages.
-        holds_numbers: Whether its values can be NaN.
+        what: The name of the dtype in messages.
+        holds_numbers: Whether values of the dtype can be NaN.
     """
 
     def __init__(self, code: Any = None, *_: Any) -> None:
@@ -98,7 +98,7 @@ class NumpyArray:
 
     Attributes:
         shape: As in numpy.
-        unread: Description of the values that cannot be checked; None if all can.
+        unread: Description of the values that cannot be checked; None if all values can be checked.
     """
 
     def __init__(self, *, is_masked: bool = False) -> None:
@@ -134,23 +134,23 @@ class NumpyArray:
 
     @property
     def is_floating(self) -> bool:
-        """Whether its numbers could be weights."""
+        """Whether the numbers could be weights."""
         if self._dtype is None or not len(self._raw):
             return False
         return self._dtype.of_torch is not None or self._dtype.plain.kind in "fcV"  # type: ignore[union-attr]
 
     @property
     def start(self) -> int | None:
-        """Byte of the file at which its numbers begin, if they were left there."""
+        """Byte of the file at which the numbers begin, if they were left in the file."""
         return self._raw.start if isinstance(self._raw, LongBytes) else None
 
     @property
     def is_readable(self) -> bool:
-        """Whether it has numbers that can be checked."""
+        """Whether the array has numbers that can be checked."""
         return len(self._raw) > 0
 
     def pieces(self, read: Callable[[LongBytes], Iterator[bytes]]) -> Iterator[Tensor]:
-        """Yields its numbers in pieces of a few megabytes.
+        """Yields the numbers in pieces of a few megabytes.
 
         Args:
             read: Reads values that were left in the file.
@@ -180,7 +180,7 @@ class NumpyArray:
 
 def _tensors(values: np.ndarray) -> Iterator[Tensor]:
     if values.dtype.names is not None:
-        for name in values.dtype.names:  # at most 1000 in all, and 20 deep
+        for name in values.dtype.names:  # at most 1000 fields in total, and 20 levels
             yield from _tensors(values[name])
         return
     if values.dtype.itemsize > 8 and values.dtype != np.complex128:  # extended precision
@@ -193,7 +193,7 @@ def _tensors(values: np.ndarray) -> Iterator[Tensor]:
 
 
 def numpy_scalar(dtype: Any, raw: Any = None) -> Any:
-    """Returns the value of a numpy scalar; as an array if Python has no such number."""
+    """Returns the value of a numpy scalar, or an array if Python has no such number."""
     if not isinstance(dtype, NumpyDtype):
         return None
     plain = dtype.plain
@@ -223,14 +223,14 @@ def python_array(code: Any, values: Any = ()) -> NumpyArray:
 
     Args:
         code: A key of `_OF_PYTHON`.
-        values: Its numbers, or their bytes.
+        values: The numbers of the array, or their bytes.
     """
     made = NumpyArray()
     if isinstance(code, str | int) and code in _OF_PYTHON:
         dtype = NumpyDtype(_OF_PYTHON[code][1:])
         dtype.plain = np.dtype(_OF_PYTHON[code])
         if not isinstance(values, bytes | LongBytes):
-            # Not lists in lists: numpy would copy a list once for each of its occurrences.
+            # Lists in lists are refused, since numpy would copy a list once per occurrence.
             if not isinstance(values, list | tuple) or not all(map(_is_number, values)):
                 raise DamagedFile("damaged: an array of something other than numbers")
             values = np.array(values, dtype.plain).tobytes()

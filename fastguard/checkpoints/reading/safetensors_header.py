@@ -1,8 +1,8 @@
 """The safetensors format: the length of a JSON header, the header, the data.
 
-The rules are those of the reference reader, which refuses ambiguous files: tensor data must be
-contiguous, without overlaps or holes, up to the last byte of the file. Duplicate names, which the
-reference reader accepts, are refused here too, since readers differ in which one they use.
+The rules are the same as in the reference reader, which refuses ambiguous files: tensor data must
+be contiguous, without overlaps or holes, up to the last byte of the file. Duplicate names, which
+the reference reader accepts, are refused here too, since readers differ in which one they use.
 
 Source: https://huggingface.co/docs/safetensors/index
 """
@@ -21,7 +21,8 @@ from fastguard.checkpoints.reading.spans import Contents, Span
 
 _MAX_HEADER = 100 * 2**20  # bytes; the reference implementation refuses longer ones
 _LARGEST = 2**64 - 1
-_MAX_MARKS = 3_000_000  # brackets, colons and commas in JSON: 250,000 tensors, 240 MB when parsed
+# brackets, colons and commas in JSON; enough for 250,000 tensors, 240 MB when parsed
+_MAX_MARKS = 3_000_000
 _MAX_DIMENSIONS = 64  # the limit of torch's own loops over elements
 _DTYPES = {
     "BOOL": torch.bool,
@@ -67,11 +68,11 @@ def read_safetensors(file: IO[bytes], size: int) -> Contents:
         metadata = header.pop("__metadata__", None)
         metadata = {} if metadata is None else metadata
         if not all(isinstance(text, str) for text in metadata.values()):
-            raise DamagedFile("its __metadata__ contains a value that is not text")
+            raise DamagedFile("the __metadata__ contains a value that is not text")
         data = 8 + length
         spans = [_safetensor(name, entry, data, size) for name, entry in header.items()]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DamagedFile(f"its header is not a safetensors header ({error!r})") from None
+        raise DamagedFile(f"the header is not a safetensors header ({error!r})") from None
     spans.sort(key=lambda span: (span.start, span.end))
     _check_covered(spans, data, size)
     tree = {span.name: span for span in spans}
@@ -88,7 +89,7 @@ def json_without_doubles(raw: bytes) -> dict[str, Any]:
     """
     n_marks = sum(map(raw.count, (b",", b":", b"[", b"{")))
     if n_marks > _MAX_MARKS:
-        raise DamagedFile(f"its JSON is too large: {n_marks:,} brackets, colons and commas")
+        raise DamagedFile(f"the JSON is too large: {n_marks:,} brackets, colons and commas")
     found = json.loads(
         raw.decode("utf-8"),
         object_pairs_hook=_without_doubles,
@@ -96,7 +97,7 @@ def json_without_doubles(raw: bytes) -> dict[str, Any]:
         parse_int=lambda text: _no_json(text) if text == "-0" else int(text),
     )
     if not isinstance(found, dict):
-        raise DamagedFile("it is not a JSON object")
+        raise DamagedFile("the text is not a JSON object")
     if b"\\u" in raw:
         json.dumps(found, ensure_ascii=False).encode()  # a lone surrogate is not text
     return found
@@ -136,7 +137,7 @@ def _safetensor(name: str, entry: dict[str, Any], data: int, file_size: int) -> 
             f"{name:.200} has {len(size):,} dimensions; torch supports at most {_MAX_DIMENSIONS}"
         )
     n_bits = bits
-    for length in size:  # like the reference reader: a later 0 does not undo an overflow
+    for length in size:  # as in the reference reader, a later size of 0 does not undo an overflow
         n_bits *= length
         if n_bits > _LARGEST:
             raise DamagedFile(f"damaged: {name:.200} is larger than any file")

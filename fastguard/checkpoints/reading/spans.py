@@ -16,12 +16,12 @@ class Span:
     """The position of a tensor in a file.
 
     Attributes:
-        name: Its path in the tree, `"ema.0.weight"`.
+        name: The path of the tensor in the tree, such as `"ema.0.weight"`.
         dtype: Type of its elements.
         start: First byte, counted from the beginning of the file.
         n: Number of elements from the first to the last, including gaps.
         size, stride: As in torch, in elements.
-        dense: Whether the tensor uses each of these elements exactly once.
+        dense: Whether the tensor uses each element of this range exactly once.
     """
 
     name: str
@@ -71,10 +71,10 @@ class Contents:
         unread: Name and description of each value whose numbers cannot be checked.
         metadata: Strings stored in a safetensors file.
         names: Classes and functions named in the pickle, in order of appearance.
-        refused: What else in the pickle `torch.load(weights_only=True)` refuses.
+        refused: Other parts of the pickle that `torch.load(weights_only=True)` refuses.
         nan: Names of the Python floats that are NaN, such as a learning rate or loss scale.
-            Infinite floats are not listed: `ReduceLROnPlateau` starts with one, and `max_norm` may
-            be one.
+            Infinite floats are not listed, since `ReduceLROnPlateau` starts with one, and
+            `max_norm` may be infinite.
         spent: See `BoundedReader`.
     """
 

@@ -1,8 +1,8 @@
 """Decides, by name only, which calls in a pickle just make a value; nothing is looked up.
 
 A value type is an enum, a `datetime`, a `partial`, or any class of a package outside the standard
-library. A call to `os.system`, to an unknown function, or to a class that opens files is never
-made here; the error warns about `torch.load(weights_only=False)`, which would make it. Some types
+library. A call to `os.system`, to an unknown function, or to a class that opens files is never made
+here; the error warns about `torch.load(weights_only=False)`, which would make that call. Some types
 call their arguments (`map`, `starmap`), so their arguments are checked in the same way.
 """
 
@@ -71,14 +71,14 @@ _ELSEWHERE = frozenset(
 )
 # Classes of torch that hold numbers, which torch allows a file to create from a list.
 _TENSORS = re.compile(r"torch\.(\w+\.)*\w*(Tensor|Storage)|torch\._C\._TensorBase")
-_DEEPEST = 100  # nested partials, each counted once
+_DEEPEST = 100  # nested partials; a partial that occurs twice counts once
 
 
 def check_call(function: Any, arguments: tuple[Any, ...]) -> str:
-    """Returns the name under which a call makes a value.
+    """Returns the qualified name of the value type that a call creates.
 
     Raises:
-        UnsafeFile: The call may do more than that.
+        UnsafeFile: The call may do more than create a value.
     """
     called: list[str] = []
     seen: set[int] = set()
@@ -86,7 +86,8 @@ def check_call(function: Any, arguments: tuple[Any, ...]) -> str:
     while waiting:
         function = waiting.pop()
         if isinstance(function, StandIn) and function.qualified_name == "functools.partial":
-            # The function of a partial is its first argument, or that of its pickled state.
+            # The function of a partial is its first argument, or the first item of its pickled
+            # state.
             if id(function) in seen:
                 continue
             functions = [part[0] for part in function.parts if isinstance(part, tuple) and part]
@@ -97,7 +98,8 @@ def check_call(function: Any, arguments: tuple[Any, ...]) -> str:
         if not isinstance(function, Name) or not _makes_a_value(function.qualified_name, arguments):
             raise _refused(function)
         called.append(function.qualified_name)
-    return called[0] if called else "functools.partial"  # partials that only contain each other
+    # the default covers partials that only contain each other
+    return called[0] if called else "functools.partial"
 
 
 def _makes_a_value(qualified: str, arguments: tuple[Any, ...]) -> bool:
@@ -111,7 +113,8 @@ def _makes_a_value(qualified: str, arguments: tuple[Any, ...]) -> bool:
         return True
     if qualified in _VALUE_TYPES:
         return True
-    if qualified == "builtins.type":  # the type of None; with three arguments it makes a class
+    # `type(None)` is a value; with three arguments, `type` creates a class
+    if qualified == "builtins.type":
         return len(arguments) == 1
     root, _, _ = module.partition(".")
     _, _, above = module.rpartition(".")
@@ -147,7 +150,7 @@ def _is_iterator(value: Name | StandIn) -> bool:
 
 
 def check_object(kind: Name) -> None:
-    """Raises an UnsafeFile for objects that must be read but cannot be, such as tensors."""
+    """Raises an UnsafeFile for objects, such as tensors, whose values would go unread."""
     if _TENSORS.fullmatch(kind.qualified_name):
         raise _refused(kind)
 
@@ -155,7 +158,7 @@ def check_object(kind: Name) -> None:
 def _refused(function: Any) -> UnsafeFile:
     return UnsafeFile(
         f"the file asks to call {kind_of(function)}, which no checkpoint needs; nothing was "
-        "executed. Do not load it unless you trust its author"
+        "executed. Do not load the file unless you trust its author"
     )
 
 

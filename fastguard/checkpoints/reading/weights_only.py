@@ -12,9 +12,9 @@ OPCODES: frozenset[bytes] = frozenset(
     for name, code in vars(pickle).items()
     if isinstance(code, bytes) and len(code) == 1 and name.isupper() and hasattr(unpickler, name)
 )
-"""The opcodes that torch supports; its module imports each by name."""
+"""The opcodes that torch supports. torch's unpickler module imports each one by name."""
 
-# torch accepts these if torch.distributed.tensor or torch.nested is imported.
+# torch accepts these names if torch.distributed.tensor or torch.nested is imported.
 _OF_TORCH = ("torch.distributed.device_mesh.", "torch.distributed.tensor.", "torch.nested.")
 
 

@@ -1,11 +1,11 @@
-"""Reads the directory of a zip archive so that no two readers can see different records.
+"""Reads a zip directory, and accepts only archives in which all readers see the same records.
 
 A zip archive stores everything twice: in the directory at its end, and in a header before each
-record. Readers search it differently: torch searches for the directory from the end, takes the root
-from the first name, and ignores case; Python corrects offsets; a streaming reader uses the headers.
-A crafted file can thus show one tensor to a verifier and another to `torch.load`. Therefore only
-archives are accepted in which all of this agrees, as in those that torch writes: uncompressed
-records in one folder, with distinct names, contiguous from the first byte of the file.
+record. Readers interpret archives differently: torch searches for the directory from the end, takes
+the root from the first name, and ignores case; Python corrects offsets; a streaming reader uses the
+headers. A crafted file can thus show one tensor to a verifier and another to `torch.load`.
+Therefore this module accepts only archives in which all of these agree, as torch writes them:
+uncompressed records in one folder, with distinct names, contiguous from the first byte of the file.
 
 Source: https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT
 """
@@ -24,10 +24,10 @@ _LOCATOR64 = struct.Struct("<4sLQL")
 _ENTRY = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _MAX16, _MAX32 = 0xFFFF, 0xFFFFFFFF
-_STREAMED, _UTF8 = 0x8, 0x800  # flags: sizes after the data; names in UTF-8
+_STREAMED, _UTF8 = 0x8, 0x800  # flags: sizes follow the data; names are in UTF-8
 _DOS_FOLDER = 0x10  # attribute of a folder: torch leaves the memory of such a record uninitialized
 _LONGEST_NAME = 500  # torch's reader truncates longer names
-_MAX_RECORDS = 150_000  # each takes about 10 µs; a pickle has at most about 100,000 tensors
+_MAX_RECORDS = 150_000  # each record takes about 10 µs; a pickle has at most about 100,000 tensors
 _MAX_BYTES = 64 * 2**20  # directory size
 
 
@@ -39,7 +39,7 @@ class ZipRecord:
         name: Name without the root folder.
         header: First byte of its header.
         start, end: Byte range of its data.
-        crc32: The checksum stated for it.
+        crc32: The checksum that the directory states.
     """
 
     name: str
@@ -54,7 +54,7 @@ def read_directory(file: IO[bytes], size: int) -> list[ZipRecord]:
 
     Args:
         file: The archive.
-        size: Its size in bytes.
+        size: Size of the file in bytes.
 
     Raises:
         DamagedFile: The archive is damaged or ambiguous.
@@ -70,10 +70,10 @@ def read_directory(file: IO[bytes], size: int) -> list[ZipRecord]:
         root, _, name = entry.name.partition("/")
         roots.add(root)
         if len(roots) > 1 or not name:
-            raise _differs("its records lie in several folders, or in none")
+            raise _differs("the records lie in several folders, or in none")
         records.append((entry, _local(file, entry, start, name)))
     if at != len(raw):
-        raise _damaged("its directory does not have the stated length")
+        raise _damaged("the directory does not have the stated length")
     _check_names([record.name for _, record in records])
     ordered = sorted(records, key=lambda pair: pair[1].header)
     _check_places(file, ordered, start)
@@ -106,7 +106,7 @@ def _place(file: IO[bytes], size: int) -> tuple[int, int, int]:
         raise _damaged("the archive does not end with its directory")
     _, disk, first_disk, n_here, n, length, start, comment = _END.unpack(tail)
     if disk or first_disk or n_here != n or comment:
-        raise _differs("its end record does not describe a complete, single archive")
+        raise _differs("the end record does not describe a complete, single archive")
     end = size - _END.size
     wide = _wide_place(file, end)
     if wide is not None:
@@ -115,12 +115,12 @@ def _place(file: IO[bytes], size: int) -> tuple[int, int, int]:
             (n, length, start), exact, (_MAX16, _MAX32, _MAX32), strict=True
         ):
             if narrow not in (found, most):
-                raise _differs("its two ends disagree")
+                raise _differs("the two end records disagree")
         n, length, start = exact
     if start + length != end:
-        raise _differs("its directory is not where it says")
+        raise _differs("the directory is not at the stated position")
     if n > _MAX_RECORDS or length > _MAX_BYTES:
-        raise DamagedFile(f"its directory is too large: {n:,} records, {length:,} bytes")
+        raise DamagedFile(f"the directory is too large: {n:,} records, {length:,} bytes")
     return n, start, end
 
 
@@ -134,7 +134,7 @@ def _wide_place(file: IO[bytes], end: int) -> tuple[int, int, int, int] | None:
     if signature != b"PK\x06\x07":
         return None
     if disk or n_disks > 1 or start != at - _END64.size:
-        raise _differs("its 64-bit end record is not where it says")
+        raise _differs("the 64-bit end record is not at the stated position")
     file.seek(start)
     found = _END64.unpack(file.read(_END64.size))
     signature, length, _made_by, _needed, disk, first_disk, n_here, n, n_bytes, first = found
@@ -145,26 +145,26 @@ def _wide_place(file: IO[bytes], end: int) -> tuple[int, int, int, int] | None:
         or first_disk
         or n_here != n
     ):
-        raise _differs("its 64-bit end record does not describe a complete, single archive")
+        raise _differs("the 64-bit end record does not describe a complete, single archive")
     return start, n, n_bytes, first
 
 
 def _entry(raw: bytes, at: int) -> tuple[_Entry, int]:
     """Returns a directory entry and the position of the next one."""
     if at + _ENTRY.size > len(raw):
-        raise _damaged("its directory ends too soon")
+        raise _damaged("the directory ends too soon")
     (
         signature, _made_by, _needed, flags, method, _time, _date, crc32, packed, size,
         n_name, n_extra, n_comment, disk, _internal, attributes, header,
     ) = _ENTRY.unpack_from(raw, at)  # fmt: skip
     if signature != b"PK\x01\x02":
-        raise _damaged("its directory has an invalid entry")
+        raise _damaged("the directory has an invalid entry")
     at += _ENTRY.size
     raw_name = raw[at : at + n_name]
     extra = raw[at + n_name : at + n_name + n_extra]
     at += n_name + n_extra + n_comment
     if at > len(raw):
-        raise _damaged("its directory ends too soon")
+        raise _damaged("the directory ends too soon")
     name = raw_name.decode("utf-8", "surrogateescape")
     if min(raw_name, default=0) < 32 or "\\" in name or n_name > _LONGEST_NAME:
         raise _differs("a record has a name that readers cut or change")
@@ -183,7 +183,7 @@ def _exact(extra: bytes, *values: int) -> list[int]:
     wide, at = None, 0
     while at < len(extra):
         if at + 4 > len(extra):
-            raise _damaged("its directory has an invalid extra field")
+            raise _damaged("the directory has an invalid extra field")
         kind, length = struct.unpack_from("<2H", extra, at)
         body = extra[at + 4 : at + 4 + length]
         if len(body) < length or kind == 0x7075:  # a second copy of the name, used by some readers
@@ -242,7 +242,7 @@ def _check_places(file: IO[bytes], ordered: list[tuple[_Entry, ZipRecord]], dire
 
 
 def _size_of_descriptor(file: IO[bytes], record: ZipRecord) -> int:
-    """Returns the size of the trailer after a record that repeats its checksum and sizes."""
+    """Returns the size of the trailer after a record, which repeats its checksum and sizes."""
     size = record.end - record.start
     file.seek(record.end)
     raw = file.read(24)

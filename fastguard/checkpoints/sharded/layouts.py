@@ -1,4 +1,4 @@
-"""Chooses mesh and placements of loaded tensors in this process."""
+"""Chooses the mesh and the placements of loaded tensors in this process."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Layouts:
     """The mesh and the placements of each loaded tensor in this process.
 
     A tensor gets the mesh and placements of the tensor with the same name in the objects to
-    restore. If there is none, as for optimizer state that does not exist yet, it gets those of a
-    tensor with the same shape and placements. Otherwise, the saved placements are used, on the mesh
-    with the saved shape, or on the only mesh with as many dimensions. If there is no such mesh, the
-    whole tensor is loaded as a plain tensor.
+    restore. If there is no such tensor, as for optimizer state that does not exist yet, a tensor
+    with the same shape and placements is used instead. Otherwise, the saved placements are used, on
+    the mesh with the saved shape, or on the only mesh with that number of dimensions. If no mesh
+    fits, the whole tensor is loaded as a plain tensor.
 
     Args:
         objects: The objects to restore, by name.

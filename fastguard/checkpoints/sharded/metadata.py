@@ -1,8 +1,8 @@
 """Reads the pickle `.metadata` of `torch.distributed.checkpoint` without executing it.
 
-torch unpickles this file without restrictions. Here it is read like any checkpoint (`load_inert`:
-nothing is called and the work is bounded). Then torch's objects are built from the values, each of
-which is checked.
+torch unpickles this file without restrictions. This module reads it as any other checkpoint, with
+`load_inert`, which calls nothing and bounds the work. Then it checks every value and builds torch's
+objects from them.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def read_metadata(folder: Path) -> Any:
 
     Raises:
         UnsafeFile: The file asks to call a function; nothing was executed.
-        DamagedFile: It is not a valid metadata file.
-        OSError: It cannot be read.
+        DamagedFile: The file is not a valid metadata file.
+        OSError: The file cannot be read.
     """
     with open_regular(folder / NAME, follow_links=False) as file:
         return metadata_in(file, folder)
@@ -48,7 +48,7 @@ def metadata_in(file: BinaryIO, folder: Path) -> Any:
         return _metadata(load_inert(file))
     except CheckpointError as error:
         raise type(error)(f"{folder / NAME}: {error}") from None
-    except Exception as error:  # values that torch's own classes refuse
+    except Exception as error:  # raised by torch's own classes for invalid values
         raise DamagedFile(f"{folder / NAME} cannot be read ({error!s:.200})") from None
 
 

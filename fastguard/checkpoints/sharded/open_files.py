@@ -11,16 +11,16 @@ from typing import BinaryIO
 from fastguard.checkpoints.errors import DamagedFile
 from fastguard.records.regular_files import open_regular
 
-_HELD = 200  # files; many systems limit a process to 1024
+_HELD = 200  # open files; many systems limit a process to 1024
 
 Identity = tuple[int, int, int]
 """Inode, size and modification time: equal on all clients of a network file system."""
 
 
 class OpenFiles:
-    """The files of a folder. Opening one again returns the same unchanged file, or raises.
+    """The files of a folder; opening a file again returns the same unchanged file, or raises.
 
-    Up to 200 files stay open; the others are compared by inode, size and modification time.
+    Up to 200 files stay open; all other files are compared by inode, size and modification time.
 
     Args:
         folder: The folder. Links in it are not followed.
@@ -41,7 +41,7 @@ class OpenFiles:
 
         Raises:
             DamagedFile: The file is not the one opened under this name before.
-            OSError: It cannot be opened.
+            OSError: The file cannot be opened.
         """
         if Path(name).name != name or name in ("", ".."):
             raise DamagedFile(f"{self.folder} points to {name!r}, outside it")

@@ -10,7 +10,7 @@ Tensors with the same bytes on every rank are stored once, with the shards. Only
 `weights_only=False`.
 
 Every function here is collective: it succeeds on all ranks, or raises the same error on all. If a
-rank dies, torch raises on the others.
+rank dies, torch raises an error on the other ranks.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from fastguard.checkpoints.sharded.shared_tensors import is_shard, names_of_shar
 from fastguard.ranks.lockstep import Peers
 
 RANKS = "ranks"  # payload key: number of ranks that wrote it
-_PARTS = ("objects", "data")  # payload keys; the random states belong to each rank
+# payload keys that ranks may share; each rank has its own random states
+_PARTS = ("objects", "data")
 
 
 def has_shards(tree: Any) -> bool:
@@ -47,7 +48,7 @@ def has_shards(tree: Any) -> bool:
     return any(is_shard(t) for _, t in tensors(tree))
 
 
-# Writing.
+# Writes folders.
 
 
 def write(path: Path, payload: Mapping[str, Any], peers: Peers) -> Path:
@@ -109,7 +110,7 @@ def _write_rest(path: Path, rest: Mapping[str, Any]) -> None:
 def _of_the_disk(error: BaseException) -> OSError | None:
     """Returns the `OSError` wrapped in an error of torch.distributed.checkpoint, if any.
 
-    That error is not an `Exception`; like a KeyboardInterrupt, it would end the run.
+    torch's error is not an `Exception`, so it would end the run as a KeyboardInterrupt does.
     """
     if isinstance(error, OSError):
         return None
@@ -141,7 +142,7 @@ def _split(tree: Any, path: str, names: Mapping[str, str], shards: dict[str, Ten
     return tree
 
 
-# Reading.
+# Reads folders.
 
 
 def read(
@@ -153,10 +154,10 @@ def read(
         folder: The folder.
         objects: The objects to restore.
         peers: The ranks that read it.
-        opened: Its files as hashed before; None to open them now.
+        opened: The files of the folder as hashed before; None to open them now.
 
     Raises:
-        CheckpointError: It was saved by another number of ranks, which had different values.
+        CheckpointError: Another number of ranks saved the checkpoint, and their values differed.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.filesystem import FileSystem
@@ -213,8 +214,10 @@ def _metadata(opened: OpenFiles) -> Any:
 
 
 def _rest(opened: OpenFiles, peers: Peers, *, strict: bool) -> dict[str, Any]:
-    """Loads the values of this rank that are not shared; those of rank 0 if the number of ranks
-    differs."""
+    """Loads the values that ranks do not share.
+
+    If the number of ranks differs, loads the values of rank 0.
+    """
 
     def load(rank: int) -> dict[str, Any]:
         with opened.open(rest_name(rank)) as file:

@@ -42,7 +42,7 @@ def report_on(folder: Path, peers: Peers, *, crc32: bool = True) -> FileReport:
 
     Raises:
         DamagedFile: A file is missing or incomplete.
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
     """
     names = peers.first(lambda: _names(folder))
     share = names[peers.rank :: peers.size]

@@ -1,9 +1,9 @@
 """Finds the tensors that all ranks share, and the names under which a checkpoint stores them.
 
 A DTensor belongs to all ranks of its mesh. A plain tensor with the same bytes on every rank (DDP)
-is stored once; otherwise (pipeline stages, experts, batch statistics) each rank stores its own. No
-configuration is needed: the bytes are compared, at the cost of one SHA-256 over the plain tensors
-per save.
+is stored once; otherwise (pipeline stages, experts, batch statistics) each rank stores its own
+tensor. No configuration is needed, because the ranks compare the bytes. This costs one SHA-256 over
+the plain tensors per save.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def names_of_shared(tree: Any, peers: Peers) -> dict[str, str]:
             n_ranks = shard.device_mesh.size()  # type: ignore[attr-defined]
             if n_ranks > 1:
                 raise CheckpointError(
-                    f"{path} is spread over {n_ranks} ranks, but one process "
-                    "saves it; open the store on all of them with "
-                    "CheckpointStore(..., group=torch.distributed.group.WORLD)"
+                    f"{path} is spread over {n_ranks} ranks, but one process saves it; open the "
+                    "store on all of these ranks with CheckpointStore(..., "
+                    "group=torch.distributed.group.WORLD)"
                 )
         return {path: path for path in shards}
     mine = {path: _identity(t) for path, t in tensors(tree)}

@@ -1,8 +1,8 @@
 """Measures the cost of guarding a step, relative to the alternatives and to the bandwidth limit.
 
 One runner serves `fastguard bench` (about a minute), `python -m benchmarks` (the whole suite, in
-the source tree) and pytest-benchmark. Results are always ratios to a peer measured in the same
-process and the same rounds.
+the source tree) and pytest-benchmark. Results are always ratios to a peer that is measured in the
+same process and the same rounds.
 """
 
 from fastguard.commands.bench.runner import Row as Row

@@ -1,8 +1,8 @@
 """Times one call: wall time and, on a GPU, host and device time separately.
 
-On a GPU each call is timed twice. The first time, the device is idle: the time until it is idle
-again is the wall time, and the time until the call returns is the host time. The second time, a
-kernel keeps the device busy until the host has queued everything: the time between two events is
+On a GPU each call is timed twice. The first time, the device is idle: the time until the device is
+idle again is the wall time, and the time until the call returns is the host time. The second time,
+a kernel keeps the device busy until the host has queued all work: the time between two events is
 then pure device work, without launch gaps.
 """
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-CYCLES = 2_000_000  # per reading: 1 ms at full clock
+CYCLES = 2_000_000  # cycles per reading, 1 ms at full clock
 WARM_S, GIVE_UP_S = 0.1, 1.0  # minimum and maximum duration of the calibration
 MAX_DRIFT = 0.02  # relative change between two readings that agree
 SHORTEST_SLEEP_MS = 0.2  # margin for a slower host
@@ -75,15 +75,16 @@ class Clock:
     def _calibrate(self) -> float:
         """Cycles that `torch.cuda._sleep` takes per millisecond.
 
-        An idle card runs below its full clock, which would make later sleeps too short, so it is
-        kept busy until two readings agree.
+        An idle card runs below its full clock, which would make later sleeps too short. The card is
+        therefore kept busy until two readings agree.
         """
         start = time.perf_counter()
-        self._cycles_in_ms(CYCLES)  # warm-up: loads the kernel
+        self._cycles_in_ms(CYCLES)  # a warm-up call, which loads the kernel
         last, now = self._cycles_in_ms(CYCLES), self._cycles_in_ms(CYCLES)
         while (passed := time.perf_counter() - start) < WARM_S or abs(now / last - 1.0) > MAX_DRIFT:
             if passed > GIVE_UP_S:
-                break  # the clock keeps changing; the larger reading is safe, as sleeps get longer
+                # the clock keeps changing; the larger reading is safe, as it makes sleeps longer
+                break
             last, now = now, self._cycles_in_ms(CYCLES)
         return max(last, now)
 
@@ -109,7 +110,8 @@ class Clock:
 
         if prepare:
             prepare()
-        # Twice the host time just measured, so that the host is done before the device begins.
+        # Sleeps for twice the measured host time, so that the host is done before the device
+        # begins.
         torch.cuda._sleep(int(self._cycles_per_ms * max(host * 2e3, SHORTEST_SLEEP_MS)))
         before, after = self._events
         before.record()

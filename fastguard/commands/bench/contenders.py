@@ -16,7 +16,7 @@ from torch import Tensor
 import fastguard
 from fastguard.commands.bench.workload import Workload
 
-# Bound here, so that `patch_torch` cannot change it.
+# Saved at import, so that `patch_torch` cannot change the baseline.
 torch_clip: Callable[..., Tensor] = torch.nn.utils.clip_grad_norm_
 
 
@@ -188,7 +188,7 @@ CONTENDERS: dict[str, Callable[[Workload], Prepared]] = {
 def grad_scaler(device: torch.device) -> torch.amp.GradScaler:
     """A scaler with a constant scale of 1, so that gradients keep their values."""
     scaler = torch.amp.GradScaler(device.type, init_scale=1.0, growth_interval=2**31 - 1)
-    scaler.scale(torch.zeros((), device=device))  # creates the scaler's tensors
+    scaler.scale(torch.zeros((), device=device))  # this call creates the scaler's tensors
     return scaler
 
 
@@ -208,9 +208,9 @@ def mode_of(work: Workload) -> Literal["zero", "propagate"]:
 def finite_only(work: Workload) -> None:
     """Raises `Unavailable` for a contender that cannot replace NaN."""
     if work.case.situation.startswith("one NaN"):
-        raise Unavailable("it cannot replace NaN in a gradient")
+        raise Unavailable("this contender cannot replace NaN in a gradient")
 
 
 def _needs_cuda(work: Workload) -> None:
     if work.device.type != "cuda":
-        raise Unavailable("it needs a CUDA device")
+        raise Unavailable("this contender needs a CUDA device")

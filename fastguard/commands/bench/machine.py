@@ -1,7 +1,7 @@
 """Describes the machine and the versions, and measures the speed of the memory.
 
-The ceilings are the limit for every case, so each is the best of several ways in which PyTorch can
-move the same bytes.
+Each ceiling is an upper limit for the speed of every case. It is therefore the best of several ways
+in which PyTorch can move the same bytes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ TRIES = 7
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Memory bandwidths in GB/s (1e9 bytes). Update (in place) and copy count bytes read plus bytes
-    written.
+    """Memory bandwidths in GB/s (1e9 bytes).
+
+    Update (in place) and copy count bytes read plus bytes written.
     """
 
     read_gb_s: float
@@ -68,8 +69,8 @@ class Evictor:
     """Evicts the caches by reading unrelated memory.
 
     Reading, unlike filling, leaves nothing to be written back during the measured call. Two buffers
-    alternate, so that the memory read is not itself cached. Giving the gradients new addresses
-    instead would also invalidate caches keyed by address, which in training stay valid.
+    alternate, so that the memory read is not itself cached. New addresses for the gradients would
+    evict them too, but would also invalidate caches keyed by address, which stay valid in training.
     """
 
     def __init__(self, device: torch.device) -> None:

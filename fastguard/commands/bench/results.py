@@ -21,7 +21,7 @@ Result = dict[str, Any]
 # key -> type
 KEYS: dict[str, type | tuple[type, ...]] = {
     "schema": int,
-    "command": str,  # reproduces this file
+    "command": str,  # the command that reproduces this file
     "date": str,  # ISO 8601, UTC
     "seconds": (int, float),  # duration of the run
     "commit": (str, type(None)),
@@ -99,18 +99,23 @@ def check(result: object) -> None:
         ValueError: A key is missing or wrong; the message names it.
     """
     if not isinstance(result, dict) or result.get("schema") != SCHEMA:
-        raise ValueError(f"not a benchmark result of schema {SCHEMA}; measure it again")
+        raise ValueError(f"not a benchmark result of schema {SCHEMA}; run the benchmark again")
     for key, kind in KEYS.items():
         if key not in result:
-            raise ValueError(f"the key {key!r} is missing; measure it again")
+            raise ValueError(f"the key {key!r} is missing; run the benchmark again")
         if not isinstance(result[key], kind):
-            raise ValueError(f"the key {key!r} has the wrong type {type(result[key]).__name__}")
+            raise ValueError(
+                f"the key {key!r} has the wrong type {type(result[key]).__name__}; run the "
+                "benchmark again"
+            )
     for row in result["rows"]:
         if missing := set(Row.__annotations__) - set(row):
             raise ValueError(f"a row of {row.get('case')!r} lacks {', '.join(sorted(missing))}")
         for name in SPREADS:
             if set(row[name]) != {"p20", "p50", "p80"}:
-                raise ValueError(f"{name} of {row['case']!r} must hold p20, p50 and p80")
+                raise ValueError(
+                    f"{name} of {row['case']!r} must hold p20, p50 and p80; run the benchmark again"
+                )
 
 
 def find(result: Result, case: str, contender: str) -> dict[str, Any] | None:
@@ -122,7 +127,7 @@ def find(result: Result, case: str, contender: str) -> dict[str, Any] | None:
 
 
 def rounded(value: Any) -> Any:
-    """Rounds floats to five digits; more is noise and lengthens diffs."""
+    """Rounds floats to five digits; further digits are noise and lengthen diffs."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):

@@ -48,7 +48,7 @@ class Row:
 
     Attributes:
         case: Id of the case; name, dtype, situation, optimizer, cold and series are its parts.
-        contender, baseline: The measured contender and the one it is compared with.
+        contender, baseline: The measured contender, and the contender that it is compared with.
         rounds: Number of rounds.
         ms: Time of a call until its result is available.
         host_ms, device_ms: Host and device time; equal to `ms` on a CPU.
@@ -104,7 +104,7 @@ def run_case(
         on_round: Called after every round, for progress.
 
     Returns:
-        One row per contender that could run, and `{contender: reason}` for the others.
+        One row per contender that could run, and `{contender: reason}` for all other contenders.
     """
     needed, usable = bytes_needed(case), 0.8 * available_bytes(device)
     if needed > usable:
@@ -117,7 +117,7 @@ def run_case(
         for name, prepared in list(contenders.items()):
             try:
                 errors[name] = warm_up(prepared, work)
-            except Exception as error:  # some peers refuse a dtype
+            except Exception as error:  # some contenders raise an error for a dtype
                 if name.startswith(OURS):
                     raise
                 left_out[name] = f"{type(error).__name__}: {error}"
@@ -134,7 +134,7 @@ def run_case(
 
 
 def prepare(work: Workload) -> tuple[dict[str, Prepared], dict[str, str]]:
-    """The contenders of a case that can run, and the reasons why the others cannot."""
+    """The contenders of a case that can run, and why each other contender cannot."""
     inner = None
     if work.case.optimizer is not None:
         inner = inner_optimizer(work, work.parameters)
@@ -179,7 +179,7 @@ def interleave(
     clock = Clock(work.device)
     cold = work.case.cold or work.device.type == "cuda"
     evict = Evictor(work.device) if cold else None
-    # Wakes the CPU threads, which are awake after a backward pass but asleep after a serial copy.
+    # Wakes the CPU threads, which sleep after a serial copy but are awake after a backward pass.
     awake = torch.ones(2**18, device=work.device)
     preparations = {
         name: _preparation(prepared, evict or awake.sum) for name, prepared in contenders.items()

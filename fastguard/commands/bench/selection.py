@@ -17,7 +17,7 @@ FUNCTIONS = (
     "fastguard flat trusted",
 )
 USUAL_STEP = "clip + isfinite(norm) + step"
-SECONDS = 2.5  # per case
+SECONDS = 2.5  # duration per case
 
 
 def gpt2_shapes(layers: int = 12, width: int = 768, vocabulary: int = 50257) -> list[Shape]:

@@ -1,8 +1,8 @@
 """Whole optimizer steps, guarded in every usual way, around the same inner optimizer.
 
-All contenders of a case step the same parameters, so that none profits from its memory layout. Flat
-contenders own their memory and therefore step a copy. The learning rate is tiny: the arithmetic is
-the same, but the weights hardly change.
+All contenders of a case step the same parameters, so that no contender profits from its memory
+layout. Flat contenders own their memory and therefore step a copy of the parameters. The learning
+rate is tiny: the arithmetic is the same, but the weights hardly change.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def grad_scaler_step(work: Workload, inner: torch.optim.Optimizer) -> Prepared:
         scaler.unscale_(inner)
         norm = torch_clip(work.parameters, work.max_norm)
         scaler.step(inner)
-        scaler.update(1.0)  # a skip would halve the scale
+        scaler.update(1.0)  # undoes the halving of the scale after a skip
         return norm
 
     return Prepared(call, work.restore, work.parameters)
@@ -163,4 +163,4 @@ def _stepping(optimizer: torch.optim.Optimizer) -> Callable[[], Tensor | None]:
 
 def _finite_only(work: Workload) -> None:
     if work.case.situation.startswith("one NaN"):
-        raise Unavailable("a NaN would reach its weights and state")
+        raise Unavailable("with this contender, a NaN would reach the weights and the state")

@@ -44,7 +44,7 @@ def row_table(result: Result) -> Any:
         cells = [_cells(row) for row in members]
         about = f"[dim]{members[0]['tensors']} tensors; I/O: {members[0]['io']}[/dim]"
         columns = zip(*cells, strict=True)
-        # One table row per case, so that its description may take several lines.
+        # One table row per case, so that the description of a case may take several lines.
         t.add_row(f"{case}\n{about}", *("\n".join(column) for column in columns))
         t.add_section()
     return t

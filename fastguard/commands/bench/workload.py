@@ -29,7 +29,8 @@ Situation = Literal["nothing to clip", "clipping", "one NaN, zeroed", "one NaN, 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 UPDATED = {"AdamW": 3, "SGD": 2}  # tensors as large as g that a step reads and writes
 MIXED_FROM = 2**19  # elements
-BLOCK = 2**22 - 3  # random values drawn and repeated; drawing 1e9 takes longer than measuring
+# number of random values, which are repeated; drawing 1e9 values takes longer than measuring
+BLOCK = 2**22 - 3
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Case:
         name: Name of the gradients: a model, or `"5000 x 100"`.
         shapes: One shape per parameter.
         contenders: Names from `contenders.CONTENDERS` and `steps.STEPS`.
-        baseline: The contender that the others are compared with.
+        baseline: The contender with which all other contenders are compared.
         dtype: `"fp32"`, `"bf16"`, `"fp16"`; `"mixed"`: bf16 matrices and fp32 vectors;
             `"mixed matrices"`: bf16 from `MIXED_FROM` elements on, fp32 below.
         situation: State of the gradients.
@@ -75,7 +76,7 @@ class Case:
     series: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "shapes", tuple(self.shapes))  # hashable
+        object.__setattr__(self, "shapes", tuple(self.shapes))  # a tuple is hashable
 
     @property
     def id(self) -> str:
@@ -158,7 +159,7 @@ class Workload:
 
     @property
     def segment_ids(self) -> list[int]:
-        """The segment of each parameter: consecutive parameters, as many in each segment."""
+        """The segment of each parameter; all segments have the same number of parameters."""
         n, count = len(self.parameters), self.case.segments
         return [i * count // n for i in range(n)]
 

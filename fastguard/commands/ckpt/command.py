@@ -70,8 +70,11 @@ def run(args: argparse.Namespace) -> int:
             return answer.end(max(list_checkpoints(path, answer) for path in paths))
         return answer.end(max(verify(path, args.ignore, answer) for path in paths))
     except StoreLocked as error:
-        problem, _, _ = str(error).rpartition(";")  # the remedy after it is for Python code
-        raise UsageError(f"{problem}; end that run first; list and verify work meanwhile") from None
+        # the remedy after the semicolon is for Python code
+        problem, _, _ = str(error).rpartition(";")
+        raise UsageError(
+            f"{problem}; end that run first. The actions list and verify work while it is running"
+        ) from None
     except CheckpointError as error:
         say(f"fastguard ckpt: {error}", file=sys.stderr)
         return FOUND_BAD

@@ -61,11 +61,14 @@ def run(path: Path, to: str | None, ignore: Sequence[str], answer: Answer) -> in
     )
     answer.say(f"the replaced file is kept in {backup}")
     if to is None and after.epoch is None and after.step is None:
-        answer.note("it contains no epoch or step; it was chosen by modification time")
+        answer.note("the source contains no epoch or step; it was chosen by its modification time")
     if was_good:
-        answer.note(f"the replaced file was complete and finite too; to undo: --to {backup}")
+        answer.note(
+            "the replaced file was complete and finite too; to undo the rollback, use --to "
+            f"{backup}"
+        )
     if not after.resumable:
-        answer.note("it contains no optimizer state, so the optimizer starts from scratch")
+        answer.note("the source contains no optimizer state, so the optimizer starts from scratch")
     return FINE
 
 
@@ -82,7 +85,8 @@ def _rollback_store(path: Path, to: str | None, answer: Answer) -> int:
         before = store.list()
         with _rollback_unlogged():
             target = store.rollback(which)
-        aside = {entry.serial: entry for entry in store.replaced()}  # these have verdicts
+        # replaced checkpoints have verdicts
+        aside = {entry.serial: entry for entry in store.replaced()}
         for entry in before:
             if entry.serial in aside:
                 answer.say(f"put aside {aside[entry.serial]}")
@@ -113,7 +117,7 @@ def _rollback_unlogged() -> Iterator[None]:
 
 def _refuse_index(path: Path) -> None:
     if is_index(path):
-        raise UsageError(f"{path} is an index without tensors; pass one of the files")
+        raise UsageError(f"{path} is an index without tensors; pass one of the files that it lists")
 
 
 def _source_file(source: Path, target: Path) -> Path:

@@ -65,7 +65,7 @@ def _verify_found(found: finding.Found, ignore: Sequence[str], answer: Answer) -
         return _verify_index(found.path, ignore, answer, with_files=False)
     if found.kind == "incomplete":
         return _report(answer, found.path, found.why)
-    if found.kind == "shards":  # not verified, so the exit status is not 0
+    if found.kind == "shards":  # shards are not verified, so the exit status is not 0
         if not finding.is_of_a_store(found.path) and (lacking := missing_shards(found.path)):
             return _report(answer, found.path, lacking)
         _skip(answer, found.path, finding.how_to_read_shards(found.path))
@@ -125,8 +125,8 @@ def _verify_file(path: Path, ignore: Sequence[str], answer: Answer) -> int:
         answer.note(f"{name} was not read: {what}", INDENT)
     if refused := [*refused_names(found.contents.names), *found.contents.refused]:
         answer.note(
-            f"torch.load(weights_only=True) refuses it: {several(refused)}; load it without "
-            "weights_only only if you trust its author",
+            f"torch.load(weights_only=True) refuses this file: {several(refused)}. Load it with "
+            "weights_only=False only if you trust its author",
             INDENT,
         )
     return status

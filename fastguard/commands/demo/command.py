@@ -1,12 +1,13 @@
 """Trains a small GPT on Python's own source three times through the same faults.
 
 Bare PyTorch, PyTorch with clip_grad_norm_, and fastguard start from the same weights and get the
-same batches. Prints the outcome of each run, and writes a picture (demo.png) and the records of the
-guarded run (records.jsonl). Exit status 1 if the guarded run did not stay finite.
+same batches. The command prints the outcome of each run, and writes a picture (demo.png) and the
+records of the guarded run (records.jsonl). The exit status is 1 if the guarded run did not stay
+finite.
 
-With --incident it replays a failed run, unguarded and guarded, and writes a picture of both
-(incident.png) and the guarded run's records (records.jsonl) and report (records.html). Exit status
-1 if the unguarded run survived or the guarded run did not.
+With --incident, the command replays a failed run, unguarded and guarded. It writes a picture of
+both runs (incident.png), and the guarded run's records (records.jsonl) and report (records.html).
+The exit status is 1 if the unguarded run survived or the guarded run did not survive.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ class Fault:
     def corrupt_gradients(self, model: nn.Module, on_this_rank: bool = True) -> None:
         """Corrupts gradients in place.
 
-        A spike scales all of them, on every rank. Other faults change one element, and only if
-        `on_this_rank`.
+        A spike scales all gradients on every rank. All other faults change one element, and only if
+        `on_this_rank` is True.
         """
         if self.kind is Kind.SPIKE:
             for p in model.parameters():

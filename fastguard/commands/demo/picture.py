@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette is safe for color blindness.
 COLORS = {Bare.name: "#D55E00", Clipped.name: "#0072B2", Guarded.name: "#009E73"}
-# Where two runs agree, the wider guarded line stays visible on both sides.
+# The guarded line is wider, so that it stays visible on both sides where two runs agree.
 WIDTHS = {Bare.name: 1.6, Clipped.name: 1.6, Guarded.name: 3.0}
 INK, FAINT, GRID = "#333333", "#BBBBBB", "#EEEEEE"
 SMOOTH = 10  # steps in the moving average of the loss
@@ -109,7 +109,7 @@ def _draw_losses(axes: Axes, runs: Sequence[Run]) -> None:
             text = f"{run.name}: weights are NaN"
             beside = (12, 10) if run.name == Clipped.name else (12, -4)
             _annotate(axes, text, (steps[-1], smooth[-1]), beside, "left", color)
-    # Leave out the first steps: the initial loss is so high that it would flatten the curves.
+    # Leaves out the first steps, since their high loss would flatten the curves.
     shown = [v for run in runs for v in _finite(run.losses)[1][len(run.losses) // 14 :]]
     if shown:
         axes.set_ylim(min(shown) - 0.15, max(shown) + 0.15)
@@ -127,7 +127,8 @@ def _draw_norms(axes: Axes, runs: Sequence[Run], max_norm: float) -> None:
         axes.plot(steps, norms, color=color, linewidth=WIDTHS[run.name] / 2)
         if run.destroyed_at is not None:
             lost = range(run.destroyed_at, len(norms) + 1)
-            dashes = (0, (5, 5)) if run.name == Bare.name else (5, (5, 5))  # colors alternate
+            # the dashes of the two runs alternate
+            dashes = (0, (5, 5)) if run.name == Bare.name else (5, (5, 5))
             axes.plot(lost, [CEILING] * len(lost), color=color, linewidth=2, linestyle=dashes)
             axes.plot(lost[0], CEILING, marker="X", markersize=8, color=color, zorder=5)
         if skipped:

@@ -67,7 +67,7 @@ def where(record: StepRecord) -> str:
 
 
 def sentences(runs: Sequence[Run], faults: Sequence[Fault]) -> list[str]:
-    """Describes what happened, in one short text per run."""
+    """Describes the outcome in one short text per run."""
     by_name = {run.name: run for run in runs}
     bare, clipped, guarded = (by_name[way.name] for way in (Bare, Clipped, Guarded))
     if not faults:

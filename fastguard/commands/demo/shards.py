@@ -1,8 +1,8 @@
 """The demo on several processes: `torchrun --nproc-per-node 2 -m fastguard demo --fsdp`.
 
 Each process holds a shard of every parameter (FSDP2, gloo, on the CPU) and trains on its part of
-each batch. NaN and Inf are injected only in the last process; the guarded step's single collective
-tells the other processes.
+each batch. NaN and Inf are injected only in the last process. The other processes learn of them
+through the single collective of the guarded step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COMMAND = "torchrun --nproc-per-node 2 -m fastguard demo --fsdp"
 
 @dataclass(frozen=True, slots=True)
 class Shards:
-    """The rank of this process and the number of processes; the default is a single process."""
+    """The rank of this process and the number of processes; by default, there is one process."""
 
     rank: int = 0
     size: int = 1
@@ -82,7 +82,8 @@ def processes(sharded: bool, batch_size: int) -> Iterator[Shards]:
     """Yields the processes that `torchrun` started, or this single one.
 
     Raises:
-        UsageError: Not started by `torchrun`, or the processes cannot share a batch evenly.
+        UsageError: The command was not started by `torchrun`, or the processes cannot share a batch
+            evenly.
     """
     if not sharded:
         yield Shards()

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastguard.commands.usage import UsageError
 
 CAP = 1_500_000
-"""Maximum number of bytes read; more than a one-minute run uses."""
+"""Maximum number of bytes to read, which is more than a one-minute run uses."""
 MIN_CHARACTERS = 10_000
 """Minimum number of training bytes, and of held-out bytes."""
 
@@ -56,7 +56,8 @@ def load_text(folder: Path | None = None, cap: int = CAP) -> Text:
         cap: Stop after this many bytes.
 
     Raises:
-        UsageError: There is too little source (some Pythons ship only compiled files).
+        UsageError: There is too little source code (some Python installations have only compiled
+            files).
     """
     folder = folder or Path(sysconfig.get_path("stdlib"))
     parts: dict[bool, list[bytes]] = {False: [], True: []}

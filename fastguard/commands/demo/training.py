@@ -34,7 +34,7 @@ class Settings:
 
     @property
     def spike_rule(self) -> SpikeRule:
-        """Six sigma over the last 128 norms; short runs use a shorter warm-up."""
+        """The spike rule: six sigma over 128 norms, with a shorter warm-up in short runs."""
         return SpikeRule(window=128, sigma=6.0, warmup=max(2, min(64, self.steps // 5)))
 
 
@@ -108,8 +108,8 @@ class Run:
         norms: Gradient norm of each step; in the guarded run, over the finite elements.
         validation: Loss on held-out text after the last step.
         destroyed_at: The step that made a weight NaN or Inf, or None.
-        records: One record per step of the guarded run; empty for the others.
-        settings: The settings of the guard; empty for the others.
+        records: One record per step of the guarded run; empty for the other runs.
+        settings: The settings of the guard; empty for the other runs.
     """
 
     name: str

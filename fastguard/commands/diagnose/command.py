@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Calls the factory, runs the diagnosis and prints the findings."""
-    # Output of the user's code must not end up in the JSON.
+    # Redirects the output of the user's code, which must not end up in the JSON.
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         diagnosis = _diagnose(args)
     if args.json:

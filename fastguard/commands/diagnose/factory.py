@@ -22,8 +22,8 @@ def setup_of(spec: str) -> dict[str, Any]:
     """Returns the dict of `factory()`; modules in the current folder take precedence.
 
     Raises:
-        UsageError: The module or factory does not exist, it raises, or it does not return a dict
-            with the expected keys.
+        UsageError: The module or the factory does not exist, the factory raises an error, or it
+            does not return a dict with the expected keys.
     """
     module_name, colon, path = spec.partition(":")
     if not (module_name and colon and path):
@@ -33,7 +33,8 @@ def setup_of(spec: str) -> dict[str, Any]:
     if "/" in module_name or os.sep in module_name or module_name[0] == ".":
         name = Path(module_name).name.strip(".").removesuffix(".py")
         raise UsageError(
-            f"{module_name!r} is a file, not a module; run this in its folder with {name}:{path}"
+            f"{module_name!r} is a file, not a module; run the command in the folder of this "
+            f"file, with {name}:{path}"
         )
     folder = os.getcwd()
     if folder not in sys.path:
@@ -59,14 +60,14 @@ def _import(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is not None and f"{name}.".startswith(f"{error.name}."):
             raise UsageError(
-                f"there is no module {name!r} here or in the environment; run this in the folder "
-                "of your script, and leave out the .py"
+                f"there is no module {name!r} here or in the environment; run the command in the "
+                "folder of your script, and omit the suffix .py"
             ) from None
         raise UsageError(f"importing {name} raises {_one_line(error)}") from None
     except (Exception, SystemExit) as error:
         hint = ""
         if isinstance(error, SystemExit):
-            hint = '; put what should run only as a script under if __name__ == "__main__":'
+            hint = '; put code that should run only as a script under if __name__ == "__main__":'
         raise UsageError(f"importing {name} raises {_one_line(error)}{hint}") from None
 
 

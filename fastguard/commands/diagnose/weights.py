@@ -26,8 +26,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """Copies parameters and buffers from a file into the model.
 
     Raises:
-        UsageError: The file cannot be read, lacks tensors of the model, or has them in another
-            shape. The model is then unchanged.
+        UsageError: The file cannot be read, lacks tensors of the model, or has tensors of another
+            shape. The model is unchanged.
     """
     if path.is_dir():
         raise UsageError(f"--checkpoint {path} is a folder; pass a file in it")
@@ -39,20 +39,20 @@ def load_weights(model: nn.Module, path: Path) -> None:
     spans = {span.name: span for span in contents.spans}
     prefix = _prefix(spans, wanted)
     found = {name: spans[prefix + name] for name in wanted if prefix + name in spans}
-    # A file may contain tied weights only once, under the first of their names.
+    # A file may contain tied weights only once, under the first name.
     loaded = {wanted[name].data_ptr() for name in found}
     missing = [name for name, t in wanted.items() if name not in found]
     missing = [name for name in missing if wanted[name].data_ptr() not in loaded]
     if missing:
         raise UsageError(
             f"--checkpoint {path} lacks {len(missing)} of the model's {len(wanted)} tensors: "
-            f"{several(missing)}; does it belong to this model?"
+            f"{several(missing)}; check that the file belongs to this model"
         )
     for name, span in found.items():
         if span.size != tuple(wanted[name].shape):
             raise UsageError(
                 f"--checkpoint {path} has {name} with shape {list(span.size)}, the model has "
-                f"{list(wanted[name].shape)}; does it belong to this model?"
+                f"{list(wanted[name].shape)}; check that the file belongs to this model"
             )
     for name, span in found.items():
         wanted[name].copy_(_read(path, span))

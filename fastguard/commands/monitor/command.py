@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json and not args.once:
         raise UsageError("--json prints once; add --once")
     if not args.wait:
-        records_file(args.path)  # report usage errors before taking over the screen
+        records_file(args.path)  # reports usage errors before taking over the screen
     state = _once(args) if args.once else _live(args)
     if state.latest is None and (state.damaged or args.once):
         raise_no_records(records_file(args.path), state.damaged)

@@ -27,8 +27,9 @@ BLOCK = 1 << 20
 
 
 class Lines:
-    """Splits chunks of bytes into lines. Of a line longer than `BLOCK`, only the start is returned,
-    which is not a valid record.
+    """Splits chunks of bytes into lines.
+
+    If a line is longer than `BLOCK`, only its start is returned, which is not a valid record.
     """
 
     def __init__(self) -> None:
@@ -48,7 +49,7 @@ class Lines:
         return whole
 
     def flush(self) -> bytes:
-        """Returns and forgets the incomplete last line."""
+        """Returns the incomplete last line, and removes it."""
         rest, self._rest, self._dropping = self._rest, b"", False
         return rest
 
@@ -66,7 +67,7 @@ class Follower:
         self._file = -1
         self._identity: Identity = (0, 0)
         self._offset = 0
-        self._newest: Path | None = None  # the latest rotated file already read
+        self._newest: Path | None = None  # the latest rotated file that was read
         self._begin()
 
     def poll(self) -> Iterator[bytes]:
@@ -76,7 +77,8 @@ class Follower:
             OSError: The file cannot be read.
         """
         while True:
-            # Check before reading: nothing is written to a file after it was renamed.
+            # Checks for a newer file before reading, since nothing is written to a file after it
+            # was renamed.
             is_current = self._file >= 0 and identity_at(self.path) == self._identity
             yield from self._read_to_end()
             if is_current or not self._open_next():
@@ -84,7 +86,7 @@ class Follower:
             yield from self.finish()
 
     def finish(self) -> Iterator[bytes]:
-        """Yields the incomplete last line, if any. Call it after the file is complete."""
+        """Yields the incomplete last line, if any. Call this after the file is complete."""
         rest = self._lines.flush()
         if rest:
             yield rest
@@ -108,8 +110,9 @@ class Follower:
             self._take(current)
 
     def _open_next(self) -> bool:
-        """Opens the file after the one being read; returns False if there is none yet."""
-        current = open_at(self.path)  # before listing, so that no file is missed
+        """Opens the next file after the current one; returns False if there is none yet."""
+        # opened before the folder is listed, so that no file is missed
+        current = open_at(self.path)
         older, newer = split_at_current(self.path, self._identity, self._newest)
         if self._take_first(newer, current):
             return True
@@ -141,12 +144,13 @@ class Follower:
         if self._file < 0:
             return
         try:
-            if os.fstat(self._file).st_size < self._offset:  # truncated and restarted
+            # the file was truncated and written again
+            if os.fstat(self._file).st_size < self._offset:
                 self._offset = 0
                 self._lines.flush()
             while chunk := os.pread(self._file, BLOCK, self._offset):
                 self._offset += len(chunk)
                 yield from self._lines.feed(chunk)
         except OSError as error:
-            if error.errno != errno.ESTALE:  # on NFS: deleted by another machine
+            if error.errno != errno.ESTALE:  # ESTALE: another machine deleted the file on NFS
                 raise

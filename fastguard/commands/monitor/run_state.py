@@ -20,7 +20,7 @@ CURVE = 4096
 """Maximum number of records kept for the curves."""
 
 INCIDENTS = 100
-"""Maximum number of incidents kept for listing; the others are counted."""
+"""Maximum number of incidents kept for listing; further incidents are only counted."""
 
 INCIDENT = b'"reason": "'
 """`JsonLinesSink` writes this in the line of a step with a reason; other lines contain null."""
@@ -28,7 +28,7 @@ INCIDENT = b'"reason": "'
 _NO_COUNTS = b'"nan": 0, "posinf": 0, "neginf": 0,'
 
 LAYERS = 3
-"""Number of layers shown, those with the largest gradient norm."""
+"""Number of layers shown; the layers with the largest gradient norms are shown."""
 
 MAX_NAMES = 64
 """Maximum number of losses, thresholds and spikes kept per record."""
@@ -58,7 +58,7 @@ class RunState:
         reasons: Number of incidents per reason in the `last` records.
         layers: The `LAYERS` largest gradient norms by layer, largest first, at the latest step that
             recorded them.
-        layers_step: That step.
+        layers_step: The step of `layers`.
     """
 
     def __init__(self, last: int) -> None:
@@ -79,7 +79,7 @@ class RunState:
     def catch_up(self, lines: Iterable[bytes]) -> None:
         """Adds the lines that the run has written so far, oldest first.
 
-        Of the lines before the `last` ones, only incidents are parsed, which is 15 times faster.
+        Of all lines before the `last` lines, only incidents are parsed, which is 15 times faster.
         """
         latest: deque[bytes] = deque(maxlen=self.last)
         for line in lines:
@@ -105,7 +105,7 @@ class RunState:
             self.incidents.append(record)
 
     def feed(self, line: bytes) -> None:
-        """Adds one line; one that is neither a valid record nor a header counts as damaged."""
+        """Adds one line; a line that is neither a valid record nor a header counts as damaged."""
         if not line.strip():
             return
         try:
@@ -131,16 +131,16 @@ class RunState:
 
     @property
     def in_window(self) -> int:
-        """Number of records covered by the counts: `last`, or all if there are fewer."""
+        """Number of records covered by the counts: `last`, or all records if there are fewer."""
         return len(self._window)
 
     @property
     def incidents_in_window(self) -> int:
-        """How many of the `last` records are incidents."""
+        """Number of incidents among the `last` records."""
         return self.reasons.total()
 
     def _count(self, record: StepRecord) -> None:
-        # Interned: a million records then share a few strings.
+        # Strings are interned, so that a million records share a few strings.
         action = sys.intern(record.action)
         reason = sys.intern(record.reason or record.action) if is_incident(record) else None
         self._window.append((action, reason))
@@ -182,8 +182,8 @@ def _decrement(counts: Counter[str], key: str) -> None:
 def bounded(record: StepRecord) -> StepRecord:
     """Shortens a record to what a screen can show.
 
-    Limits the length of names and tags and the number of losses, and of `watch` keeps only the
-    replica drift.
+    Limits the length of names and tags and the number of losses, and keeps only the replica drift
+    of `watch`.
 
     Example:
         >>> record = StepRecord(1, 1.0, 1.0, "applied", tag="x" * 10**6, spikes=("a",) * 10**6)
@@ -212,7 +212,8 @@ def _name(name: str) -> str:
 class Rate:
     """Steps per second over the last `RATE_SECONDS`.
 
-    Measured by the arrival of records: this machine's clock may differ from that of the run.
+    Uses the arrival times of records, because the clock of this machine may differ from the clock
+    of the run.
     """
 
     def __init__(self) -> None:

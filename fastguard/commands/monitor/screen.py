@@ -18,7 +18,7 @@ from fastguard.commands.terminal import printable
 from fastguard.records.step_record import StepRecord
 
 LOSSES = 4
-"""Number of losses with a curve of their own; the others are listed by name."""
+"""Number of losses that are drawn as curves; further losses are listed by name."""
 
 NAMED = 32
 """Maximum number of losses listed by name without a curve."""
@@ -33,7 +33,7 @@ class Screen:
     Attributes:
         run: The path that the user gave.
         state: The state of the run.
-        activity: What is shown while there is no record.
+        activity: The text to show while there is no record.
         rate: Steps per second, or None while unknown.
         age: Seconds since the last write, or None.
     """

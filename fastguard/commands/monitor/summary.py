@@ -11,10 +11,10 @@ from fastguard.commands.terminal import printable
 from fastguard.records.step_record import StepRecord
 
 LISTED = 10
-"""Number of incidents listed in the text; the JSON lists all that are kept."""
+"""Number of incidents listed in the text; the JSON lists all incidents that are kept."""
 
 LOSSES, ACTIONS = 16, 8
-"""Maximum number listed by name; the others are counted."""
+"""Maximum number of losses and of actions listed by name; further ones are only counted."""
 
 NAME = 80
 """Maximum length of a name in characters."""

@@ -1,7 +1,8 @@
 """Infers the likely cause of a run's incidents from what they have in common.
 
-For each candidate cause, the incidents that it explains are counted. The first one that explains at
-least half of them is reported; if none does, the report says so. The candidates, from most to least
+For each candidate cause, the incidents that it explains are counted. The first candidate that
+explains at least half of the incidents is reported; if there is none, the report says so. The
+candidates, from most to least
 specific: a recurring batch, a part of the loss, a layer, the pass (forward or backward) in which
 the first non-finite value appeared, then the causes of finite spikes.
 """
@@ -43,28 +44,31 @@ def _candidates(summary: Summary, norm_rises: bool) -> Iterator[tuple[int, str]]
     for tags, what in ((evidence.tags, "tag"), (evidence.batches, "batch")):
         for tag, n in tags.most_common(1):
             if n > 1:
-                text = f"the data: {what} {tag} was used each time. Inspect it or leave it out."
+                text = (
+                    f"the data: {what} {tag} was used each time. Inspect this data, or exclude it."
+                )
                 yield n, text
     for name, n in evidence.lone_losses.most_common(1):
         text = (
-            f"the loss part “{name}”, non-finite while the others were finite. Check it for a "
-            f"division by zero, or a logarithm or root of zero; {_FIND}"
+            f"the loss part “{name}”, which was non-finite while all other parts were finite. "
+            f"Check this part for a division by zero, or a logarithm or root of zero; {_FIND}"
         )
         yield n, text
     text = (
-        "the forward pass: the loss itself was not finite. Bad input or an overflow: "
-        "use fastguard.check_batch and fastguard.explain_nonfinite to find out which."
+        "the forward pass: the loss itself was not finite. Use fastguard.check_batch and "
+        "fastguard.explain_nonfinite to find out whether bad input or an overflow is the reason."
     )
     yield kinds["loss"], text
     for layer, n in evidence.layers.most_common(1):
         text = f"the backward pass of {layer}: its gradients alone were not finite. {_FIND}"
         yield n, text
     text = (
-        "an overflow: infinite gradients without NaN, from a finite loss, and lowering the loss "
-        "scale did not help. If the model runs in fp16, its values exceed the range; use bf16."
+        "an overflow: gradients were infinite but not NaN although the loss was finite, and "
+        "lowering the loss scale did not help. If the model runs in fp16, its values exceed the "
+        "range of fp16; use bf16."
     )
     yield kinds["overflow"], text
-    text = f"the backward pass: NaN in the gradients of a finite loss. {_FIND}"
+    text = f"the backward pass: gradients contained NaN although the loss was finite. {_FIND}"
     yield kinds["backward"], text
     text = (
         "replicas that must be equal differ: a flipped bit, a missing broadcast of the weights, or "
@@ -85,12 +89,12 @@ def _spikes(summary: Summary, norm_rises: bool) -> Iterator[tuple[int, str]]:
         early = sum(row.incidents for row in summary.table.rows if row.last_step < peak)
         if peak < (summary.first_step + summary.last_step) / 2:
             text = (
-                "a warm-up that is too short or peaks too high: spikes before the learning rate "
-                f"peaked, at step {peak:,}."
+                "a warm-up that is too short or peaks too high: there were spikes before the "
+                f"learning rate peaked at step {peak:,}."
             )
             yield min(n, early), text
     text = (
-        "unusual single batches: finite spikes, and no lasting rise of the gradient norm. The "
-        "tags in the table identify them."
+        "unusual single batches: there were finite spikes, but the gradient norm did not keep "
+        "rising. The tags in the table identify these batches."
     )
     yield n, text

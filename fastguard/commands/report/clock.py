@@ -1,8 +1,8 @@
 """`Clock`: the time of each step of a run, for the time axis.
 
 A step that was repeated after a rollback has the time of its last repetition. Times never decrease
-with the step number: where they would, because a clock was set back or a run ended below its
-highest step, the larger time is repeated.
+with the step number. Where the recorded times decrease, because a clock was set back or a run ended
+below its highest step, the larger time is repeated.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-_LATEST = 1e11  # Unix seconds, in the year 5138; a larger number is not a time
+_LATEST = 1e11  # Unix seconds, in the year 5138; larger numbers are not times
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,12 +22,12 @@ from fastguard.records.step_record import LOSS_SCALE, replica_drifts
 from fastguard.records.strict_json import shortened
 
 MAX_NAMES = 32
-"""Maximum number of losses, and of thresholds, drawn by name; any others are only counted."""
+"""Maximum number of losses and of thresholds drawn by name; further ones are only counted."""
 
 OTHERS = "others"
 """Stands for any further action or reason once `MAX_NAMES` have been seen."""
 
-# KeyError: slicing a dict, since Python 3.12.
+# Since Python 3.12, slicing a dict raises a KeyError.
 _UNREADABLE = (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError)
 _MAX_TAG_LENGTH = 1000
 
@@ -41,7 +41,7 @@ class Series(NamedTuple):
 
 
 NORM, COEF, LR, LIMIT = Series("norm"), Series("coef"), Series("lr"), Series("limit")
-UNITS = Series("units")  # the share of clipped units, if any have a limit
+UNITS = Series("units")  # the share of clipped units, if units have a limit
 TIME = Series("time")
 _FIELDS = {NORM: "total_norm", COEF: "clip_coef", LR: "lr", LIMIT: "limit", TIME: "time"}
 _MAPPINGS = {"loss": "losses", "threshold": "thresholds"}
@@ -54,8 +54,8 @@ class BadStep:
     Attributes:
         row: Index in the block.
         step: Step number.
-        reason: As in `StepRecord`. If the record has none (the gradients were cleaned, or NaN was
-            propagated): what was non-finite.
+        reason: As in `StepRecord`. If the record has no reason (gradients were cleaned, or NaN was
+            propagated), says what was non-finite.
         action: As in `StepRecord`.
         culprits: As in `StepRecord`.
         n_culprits: Number of bad parameters.
@@ -133,7 +133,7 @@ class ColumnReader:
             return self._columns(readable, len(records) - len(readable))
 
     def _readable(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Returns the readable records. Bisection makes this fast if few of them are bad."""
+        """Returns the readable records; fast by bisection if only a few are bad."""
         try:
             self._columns(records, 0)
             return records
@@ -158,7 +158,8 @@ class ColumnReader:
         suspects.update(_nonfinite(values[NORM], [r.get("total_norm") for r in records]))
         for i in suspects:
             if any(records[i].get(key) for key in ("nan", "posinf", "neginf")):
-                values[NORM][i] = math.nan  # the norm of the finite elements would show as a dip
+                # NaN, since the norm of the finite elements would show as a dip
+                values[NORM][i] = math.nan
         if any(limited := [record.get("limited_units") or 0 for record in records]):
             clipped = _floats([record.get("clipped_units") for record in records])
             limited = _floats(limited)
@@ -181,7 +182,7 @@ class ColumnReader:
         for action, n in Counter(record.get("action", "applied") for record in records).items():
             actions[self._word("action", action)] += n
         bad = [self._bad_step(i, records[i]) for i in sorted(suspects)]
-        self.names = names  # without names from rejected records
+        self.names = names  # drops names that come from rejected records
         watched = [(r["step"], r["watch"]) for r in records if r.get("watch")]
         return Columns(steps, values, bad, actions, rejected, watched)
 
@@ -193,7 +194,7 @@ class ColumnReader:
         return [*known, *new[:room]]
 
     def _word(self, kind: str, word: Any) -> str:
-        """Returns an action or reason in printable form; the number of distinct ones is bounded."""
+        """Returns an action or reason in printable form; limits the number of distinct ones."""
         words = self._words[kind]
         if word in words:
             return words[word]

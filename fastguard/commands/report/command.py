@@ -1,9 +1,9 @@
-"""Reads the records of a run (JSON lines, as JsonLinesSink writes them) and writes one HTML page.
+"""Reads the records of a run (JSON lines, as written by JsonLinesSink) and writes one HTML page.
 
 The page shows a written verdict; plots of loss, gradient norm, clip coefficient, learning rate,
 incidents and affected layers over a shared step axis; and a table of incidents linked to the plots.
-It works offline. The verdict is also printed, as JSON with --json. Exit status 1 if the run ended
-in an incident.
+It works offline. The verdict is also printed, as JSON with --json. The exit status is 1 if the run
+ended in an incident.
 """
 
 from __future__ import annotations
@@ -122,5 +122,5 @@ def _progress(path: Path) -> Iterator[Callable[[int], object]]:
 def _size(file: Path) -> int:
     try:
         return file.stat().st_size
-    except FileNotFoundError:  # renamed or deleted after it was listed
+    except FileNotFoundError:  # the file was renamed or deleted after it was listed
         return 0

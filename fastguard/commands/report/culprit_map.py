@@ -33,8 +33,8 @@ def _drawn_layers(layers: Tally) -> list[str]:
 
 def _add_heat_map(summary: Summary, layers: Sequence[str], figure: go.Figure, i: int) -> None:
     first, last = summary.first_step, summary.last_step
-    # A cell one step wide would be too thin to see, so cells are wide, and a thin mark in each
-    # shows its first bad step.
+    # A cell that is one step wide would be too thin to see. Cells are therefore wider, and a thin
+    # mark in each cell shows its first bad step.
     bits = max(summary.layers.shift, ((last - first) // _HEAT_COLUMNS).bit_length())
     counts = np.full((len(layers), (last >> bits) - (first >> bits) + 1), np.nan)
     marks = []
@@ -78,7 +78,7 @@ def _add_heat_map(summary: Summary, layers: Sequence[str], figure: go.Figure, i:
 def _add_single_steps(
     figure: go.Figure, summary: Summary, layers: Sequence[str], names: Sequence[str], i: int
 ) -> None:
-    """Draws the bad steps of each layer as bars exactly one step wide, visible after zooming in."""
+    """Draws bad steps as bars exactly one step wide, which become visible after zooming in."""
     x: list[float | None] = []
     y: list[int | None] = []
     hover: list[str] = []

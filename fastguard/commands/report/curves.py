@@ -1,8 +1,8 @@
 """The curves of a report: losses, gradient norm, clip coefficient and learning rate.
 
 Every line passes through the minimum and maximum of each bucket, at the steps where they occurred,
-and through every step around an incident. All points are thus measured values, and no extreme is
-lost. If a bucket holds more than one step, its mean is drawn on top.
+and through every step around an incident. So all points are measured values, and no extreme is
+lost. If buckets contain more than one step, their means are drawn on top.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastguard.commands.report.style import ACTIONS, COLORS, Row, label
 from fastguard.commands.report.summary import Summary
 
 _HEIGHT = 170
-_OVERLAYS = 20  # the marks of row i use axis i + this offset
+_OVERLAYS = 20  # the marks of row i use axis i + `_OVERLAYS`
 _WIDE_RANGE = 50.0  # max/min ratio from which an axis is logarithmic
 
 
@@ -110,7 +110,7 @@ def _add_lines(summary: Summary, plot: _Plot, figure: go.Figure, i: int) -> None
             **common,
         )
         alone = _isolated(y)
-        if alone.any() and len(x) > 1:  # a line does not show a point between two gaps
+        if alone.any() and len(x) > 1:  # a line does not show a single point between two gaps
             figure.add_scatter(
                 x=x[alone],
                 y=_short(y[alone]),
@@ -140,7 +140,7 @@ def _add_lines(summary: Summary, plot: _Plot, figure: go.Figure, i: int) -> None
 
 
 def _short(y: np.ndarray) -> np.ndarray:
-    """The values as float32 unless one is beyond its range; 7 digits are more than a plot shows."""
+    """The values as float32, which is precise enough for a plot, if they are in its range."""
     size = np.abs(y[np.isfinite(y) & (y != 0)])
     limits = np.finfo(np.float32)
     fits = ((size >= limits.tiny) & (size <= limits.max)).all()
@@ -172,7 +172,7 @@ def _drawn_values(summary: Summary, plot: _Plot) -> np.ndarray:
 def _range(summary: Summary, plot: _Plot) -> list[float] | None:
     """The axis range of a row with nearly constant values; None to fit the data.
 
-    Around a constant Plotly would show ±1, a thousand times a usual learning rate.
+    Around a constant, Plotly would show ±1, which is a thousand times a usual learning rate.
     """
     if plot.title == "Clip coefficient":
         return [0.0, 1.05]

@@ -1,8 +1,8 @@
 """Downsamples a series to the number of points that a screen can show.
 
-A bucket holds the steps that agree in all but the last `shift` bits, so its width is a power of two
-and its position does not depend on where the run began. The minimum, maximum and mean of a bucket
-are exact. Steps may come in any order, as they do after a rollback.
+A bucket holds the steps that agree in all but the last `shift` bits. So its width is a power of
+two, and its position does not depend on the first step of the run. The minimum, maximum and mean of
+a bucket are exact. Steps may come in any order, as they do after a rollback.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def shift_for(step: np.ndarray, limit: int) -> int:
 
 
 def _starts(keys: np.ndarray) -> np.ndarray:
-    """Start of each stretch of equal keys; np.unique hashes and takes ten times as long."""
+    """Start of each stretch of equal keys; np.unique uses hashes and takes ten times as long."""
     return np.flatnonzero(np.diff(keys, prepend=keys[0] - 1))
 
 

@@ -1,6 +1,6 @@
 """Counts what the incidents of a run have in common, as evidence for a cause.
 
-Each incident counts once, by its first step: the steps after it are often consequences.
+Each incident counts once, by its first step, since later steps are often consequences.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Evidence:
 
 
 def kind_of(bad: BadStep) -> str:
-    """What went wrong first, as far as the record shows.
+    """The kind of the first fault, as far as the record shows.
 
     Returns:
         `"loss"` if a loss was non-finite; `"backward"` if the losses were finite and a gradient was

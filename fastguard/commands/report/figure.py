@@ -44,7 +44,7 @@ def draw(summary: Summary) -> go.Figure:
         row.draw(figure, i)
     _lay_out(figure, summary, rows)
     add_marks(figure, summary, rows)
-    # Read by the page's script.
+    # The page's script reads this entry.
     figure.layout.meta = {
         "bucket": 2**summary.shift,
         "names": {

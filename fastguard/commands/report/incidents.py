@@ -1,8 +1,8 @@
 """Groups consecutive bad steps into incidents, in a table of bounded length.
 
-An incident begins at a bad step and ends before the next good one, or where the step number goes
-back. When there are more than `2 * limit` rows, those with the fewest steps between them are merged
-until `limit` rows are left; a merged row counts the incidents that it holds.
+An incident begins at a bad step and ends before the next good step, or where the step number goes
+back. When there are more than `2 * limit` rows, neighboring rows with the fewest steps between them
+are merged until `limit` rows are left; a merged row contains the number of its incidents.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ class IncidentTable:
     """All incidents of a run, in a bounded number of rows.
 
     Args:
-        limit: Number of rows left after merging; merging starts beyond twice as many.
+        limit: Number of rows left after merging; merging starts above twice this number.
 
     Attributes:
         rows: The rows in the order of the run.
         incidents: Total number of incidents.
         steps: Total number of bad steps.
-        last: The latest incident on its own, even after it was merged into a row.
+        last: The latest incident by itself, even after it was merged into a row.
     """
 
     def __init__(self, limit: int = 100) -> None:
@@ -103,12 +103,12 @@ class IncidentTable:
         return True
 
     def pass_over(self, record: int, *, went_back: bool = False) -> None:
-        """Passes over a step that is neither good nor bad; it does not end an incident."""
+        """Skips a step that is neither good nor bad, and so does not end an incident."""
         if self.last is not None and record == self.last.end and not went_back:
             self.last.end = self.rows[-1].end = record + 1
 
     def shorten(self) -> None:
-        """Merges neighbors until `limit` rows are left; on ties, the earlier ones first."""
+        """Merges neighbors until `limit` rows are left; on ties, merges earlier rows first."""
         surplus = len(self.rows) - self.limit
         if surplus <= 0:
             return

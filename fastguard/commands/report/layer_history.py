@@ -14,7 +14,7 @@ COLUMNS = 96
 """Maximum number of columns."""
 
 MAX_LAYERS = 256
-"""Maximum number of layers; any others are left out."""
+"""Maximum number of layers; further layers are left out."""
 
 GREW = 10.0
 """A layer has grown if its value is this many times its usual value."""
@@ -27,7 +27,7 @@ class Growth(NamedTuple):
     """A layer whose value left its usual range.
 
     Attributes:
-        step: The step at which it did.
+        step: The step at which the value left its range.
         layer: The layer.
         factor: The value at that step, divided by the usual value.
     """
@@ -44,10 +44,10 @@ class _Layer:
     Attributes:
         cells: The largest value in each column and its step.
         count: Number of values.
-        log_sum: Sum of their logarithms.
+        log_sum: Sum of the logarithms of the values.
         usual: The logarithm of the usual value: a moving average.
         grew_at, factor: See `Growth`; `grew_at` is None while the layer is within its usual range.
-        grown: Whether two consecutive values were outside the usual range. A single one counts as
+        grown: Whether two consecutive values were outside the usual range. A single value counts as
             an outlier, unless it is the last value.
     """
 
@@ -85,7 +85,7 @@ class LayerHistory:
     def __init__(self) -> None:
         self.shift: int = 0
         self._layers: dict[str, _Layer] = {}
-        self._columns: dict[int, int] = {}  # the first watched step of each
+        self._columns: dict[int, int] = {}  # the first watched step of each column
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Adds the values of a watched step, positive numbers by layer."""

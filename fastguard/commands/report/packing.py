@@ -1,9 +1,9 @@
 """Packs text for the page: LZMA in base 91, decoded by `unpack.js`.
 
-The plotting library is most of the page. Of 4.8 MB, deflate (the only format that every browser
-decodes) in base 64 leaves 1.96 MB; LZMA in base 91 leaves 1.37 MB. The result is plain ASCII
-without `<`, `>` and `&`, so it needs no escaping in HTML, and no server or editor can change it by
-assuming another charset.
+The plotting library is most of the page. It has 4.8 MB. With deflate (the only format that every
+browser decodes) and base 64, 1.96 MB are left; with LZMA and base 91, 1.37 MB. The result is plain
+ASCII without `<`, `>` and `&`, so it needs no escaping in HTML, and no server or editor can change
+it by assuming another charset.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _FILTERS = [
         "preset": 6,
         "dict_size": 1 << 22,
         "nice_len": 128,
-        "pb": 0,  # text has no alignment
+        "pb": 0,  # text has no alignment that LZMA could use
     }
 ]
 _DIGITS = np.array([code for code in range(33, 127) if chr(code) not in "<>&"], np.uint8)
@@ -35,7 +35,7 @@ def pack(data: bytes) -> str:
     """
     packed = lzma.compress(data, lzma.FORMAT_ALONE, filters=_FILTERS)
     packed += bytes(-len(packed) % 13)
-    groups = np.frombuffer(packed, np.uint8).reshape(-1, 13)  # 8 numbers each
+    groups = np.frombuffer(packed, np.uint8).reshape(-1, 13)  # each group forms 8 numbers
     groups = np.pad(groups, ((0, 0), (0, 1))).astype(np.int32)
     numbers = np.empty((len(groups), 8), np.int32)
     for i in range(8):

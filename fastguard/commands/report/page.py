@@ -37,7 +37,7 @@ _FOLDER = Path(__file__).parent
 
 
 def _printable(value: Any) -> Any:
-    return printable(value) if type(value) is str else value  # Markup is a subclass
+    return printable(value) if type(value) is str else value  # jinja2's Markup is a subclass of str
 
 
 _TEMPLATES = Environment(
@@ -51,7 +51,7 @@ _TEMPLATES = Environment(
 
 @dataclass(frozen=True, slots=True)
 class _TableRow:
-    """A row of the table, in plain text.
+    """A row of the incident table, in plain text.
 
     Attributes:
         record: Index of the first record in the run; the table is sorted by it.
@@ -124,7 +124,7 @@ def _plot(figure: go.Figure) -> Markup:
         "responsive": True,
         "displaylogo": False,
         "modeBarButtonsToRemove": ["select2d", "lasso2d", "resetScale2d"],
-        "doubleClick": False,  # the page's script shows the whole run
+        "doubleClick": False,  # the page's script handles a double click and shows the whole run
     }
     drawn = json.loads(str(plotly.io.to_json(figure, validate=False)))
     data = json.dumps({"data": drawn["data"], "layout": drawn["layout"], "config": config})
@@ -219,8 +219,8 @@ def _notes(summary: Summary) -> list[str]:
         )
     if any(row.incidents > 1 for row in summary.table.rows):
         notes.append(
-            f"There were {summary.table.incidents:,} incidents; nearby ones share a row of the "
-            "table. The marks in the plots count them all."
+            f"There were {summary.table.incidents:,} incidents; nearby incidents share a row of "
+            "the table. The marks in the plots count all incidents."
         )
     if summary.n_jumps > len(summary.jumps):
         notes.append(
@@ -233,11 +233,16 @@ def _notes(summary: Summary) -> list[str]:
         )
     if summary.watched.norms.layers:
         notes.append(
-            "Gradient norm by layer: red is above the layer's median, full red 100 times; blue is "
-            "below."
+            "Gradient norm by layer, relative to the layer's median: red is larger (full red: 100 "
+            "times), blue is smaller."
         )
     if summary.watched.ratios.layers:
-        notes.append("Update / weight by layer: red is above 1e-3, full red 0.1; blue is below.")
+        notes.append(
+            "Update / weight by layer: red is above 1e-3 (full red: 0.1), blue is below 1e-3."
+        )
     if summary.unnamed_losses:
-        notes.append("The run has more losses or thresholds than drawn; only the first 32 are.")
+        notes.append(
+            "The run has more losses or thresholds than are drawn; the plots show only the first "
+            "32."
+        )
     return notes

@@ -28,11 +28,11 @@ class Row:
     """One plot of the figure.
 
     Attributes:
-        title: What it shows.
+        title: The title.
         height: In pixels.
         draw: Adds its traces to the figure, given the row's number from 1.
-        layers: The layers, if it has one line per layer.
-        is_curve: Whether bad steps are marked above it.
+        layers: The layers, if the plot has one line per layer.
+        is_curve: Whether bad steps are marked above the plot.
     """
 
     title: str
@@ -58,7 +58,7 @@ def in_natural_order(names: Sequence[str]) -> list[str]:
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
-    parts = _NUMBER.split(name)  # every second part is a number
+    parts = _NUMBER.split(name)  # every second part of the split is a number
     return [(i % 2 > 0, int(part) if i % 2 else 0, part) for i, part in enumerate(parts)]
 
 

@@ -54,7 +54,7 @@ class Summary:
     """Summary of a run; its size does not depend on the length of the run.
 
     Attributes:
-        records: Number of records read; steps repeated after a rollback count again.
+        records: Number of records read, including steps that were repeated after a rollback.
         damaged: Number of lines that are not valid records.
         size: Bytes read.
         first_step, last_step: The lowest and the highest step number.
@@ -117,7 +117,7 @@ class Summary:
 def summarize(
     blocks: Iterable[Block], *, progress: Callable[[int], object] | None = None
 ) -> Summary:
-    """Summarizes a run. Until they are downsampled, drawn values take 8 bytes of memory each.
+    """Summarizes a run; takes 8 bytes of memory per drawn value until downsampling.
 
     Args:
         blocks: The records, oldest first.
@@ -132,7 +132,7 @@ def summarize(
             summary.size += block.size
             summary.damaged += block.damaged + columns.rejected
             for header in map(header_of, block.headers):
-                # A rotated file repeats the header of the file before.
+                # A rotated file repeats the header of the previous file.
                 summary.starts += summary.header is None or header.time != summary.header.time
                 summary.header = header
             if len(columns.step):
@@ -148,7 +148,7 @@ def summarize(
 
 
 class _Part(NamedTuple):
-    """The part of a block that is drawn: arrays `(n,)` of int64, bool, and float64 per series."""
+    """The drawn part of a block: arrays `(n,)` of int64, bool, and float64 per series."""
 
     step: np.ndarray
     good: np.ndarray
@@ -214,7 +214,8 @@ def _jumps(summary: Summary, step: np.ndarray, before: int) -> set[int]:
 def _no_garbage_collection() -> Iterator[None]:
     """Pauses garbage collection, which would take a quarter of the time.
 
-    It would search thousands of new dicts for reference cycles, but records cannot contain any.
+    The collector would search thousands of new dicts for reference cycles, but records contain
+    none.
     """
     enabled = gc.isenabled()
     gc.disable()

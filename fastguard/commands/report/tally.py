@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 
 class Tally:
-    """Counts events per name and bucket, with the step of the first one.
+    """Counts events per name and bucket, with the step of the first event.
 
     Args:
         limit: Maximum number of buckets per name.
-        names: Maximum number of names; any others are counted under `OTHERS`.
+        names: Maximum number of names; events of further names are counted under `OTHERS`.
     """
 
     OTHERS = "all others"

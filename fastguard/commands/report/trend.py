@@ -3,12 +3,12 @@
     y(x) = level                        before the hinge
     y(x) = level + slope * (x - hinge)  after it
 
-The curve is averaged into at most 128 bins, on a logarithmic scale if it is positive. Only the part
-after its lowest point (running median of five) is used. The function above is fitted to it by least
-squares, with every bin tried as the hinge. The series counts as rising if the fit explains at least
-half of the variance (so the rise is at least three standard deviations of the residual), the rise
-reaches `factor` times the level, and the last quarter still rises. Noise, a plateau after warm-up
-and a single spike do not meet these conditions.
+The curve is averaged into at most 128 bins, on a logarithmic scale if all values are positive. Only
+the part after the lowest point (of a running median of five) is used. The function above is fitted
+to it by least squares, with every bin tried as the hinge. The series counts as rising if the fit
+explains at least half of the variance (so the rise is at least three standard deviations of the
+residual), the rise reaches `factor` times the level, and the last quarter still rises. Noise, a
+plateau after warm-up and a single spike do not meet these conditions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 BINS = 128
-_MIN_BINS = 8  # in the rise, and after the lowest point
+_MIN_BINS = 8  # minimum number of bins in the rise, and after the lowest point
 _EXPLAINED = 0.5
 _STILL_RISING = 0.1  # share of the rise that the last quarter must add; a straight line adds 0.25
 
@@ -56,7 +56,8 @@ def find_rise(step: np.ndarray, value: np.ndarray, *, factor: float = 1.5) -> Ri
     if len(y) < 2 * _MIN_BINS:
         return None
     logarithmic = bool(np.all(y > 0))
-    scale = float(np.abs(y).max())  # squaring the largest float would overflow
+    # scales the values, since the square of the largest float would overflow
+    scale = float(np.abs(y).max())
     x, y = _binned(x, np.log(y) if logarithmic else y / (scale or 1.0))
     lowest = int(np.argmin(_running_median(y)))
     x, y = x[lowest:], y[lowest:]
@@ -81,7 +82,8 @@ def find_rise(step: np.ndarray, value: np.ndarray, *, factor: float = 1.5) -> Ri
     else:
         before, now = scale * before, scale * now
     bin_width = (x[-1] - x[0]) / (len(x) - 1)
-    digits = -max(0, math.floor(math.log10(bin_width)))  # no more precise than a bin
+    # the step is rounded to the precision of a bin
+    digits = -max(0, math.floor(math.log10(bin_width)))
     return Rise(int(round(float(x[hinge]), digits)), before, now)
 
 

@@ -1,5 +1,7 @@
-"""Describes the outcome of a run in words. Every sentence gives its evidence; if the records do not
-reveal a cause, the verdict says so."""
+"""Describes the outcome of a run in words.
+
+Every sentence gives its evidence. If the records do not reveal a cause, the verdict says so.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ from fastguard.commands.report.trend import Rise, find_rise
 from fastguard.errors.plain_text import printable
 
 _CLIPPED_OFTEN = 0.5
-_LR_GONE = 1e-6  # as a fraction of the highest learning rate
-_LR_GONE_FOR = 0.05  # as a fraction of the run
+_LR_GONE = 1e-6  # a smaller fraction of the highest learning rate counts as zero
+_LR_GONE_FOR = 0.05  # minimum fraction of the run
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +86,9 @@ def _ending(summary: Summary) -> Iterator[str]:
     )
     if not applied:
         yield (
-            f"{since}, and every one was skipped: weights and optimizer state are those from "
-            f"before step {last.first.step:,}. If the batches are fine, the weights were already "
-            "bad; check a checkpoint with `fastguard ckpt verify`."
+            f"{since}, and all of these steps were skipped: weights and optimizer state are the "
+            f"same as before step {last.first.step:,}. If the batches are fine, the weights were "
+            "already bad; check a checkpoint with `fastguard ckpt verify`."
         )
         return
     yield (

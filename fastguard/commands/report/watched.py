@@ -1,4 +1,4 @@
-"""`Watched`: collects what `GuardedOptimizer(watch=...)` recorded, and words the findings."""
+"""`Watched`: collects what `GuardedOptimizer(watch=...)` recorded, and formulates the findings."""
 
 from __future__ import annotations
 

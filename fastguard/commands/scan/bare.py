@@ -15,8 +15,8 @@ MIN_LINES = 8
 
 _NUMBER = rb"[+-]?+(?:[0-9]++(?:\.[0-9]*+)?+(?:e[+-]?+[0-9]++)?+|nan|inf(?:inity)?+)(?![\w.])"
 _LINES = re.compile(
-    rb"(?:%b\n"  # tried first: twice as fast for one number per line
-    rb"|(?![ \t]*+\[[ \t]*+\d+,[ \t]*+\d+\])"  # [3, 2000] is epoch and batch
+    rb"(?:%b\n"  # tried first, since it is twice as fast for one number per line
+    rb"|(?![ \t]*+\[[ \t]*+\d+,[ \t]*+\d+\])"  # excludes [3, 2000], which is epoch and batch
     rb"[ \t]*+\[*+[ \t]*+%b(?:(?:,[ \t]*+|[ \t]++(?:,[ \t]*+)?+)%b)*+"
     rb"[ \t]*+,?+[ \t]*+\]*+,?+[ \t]*+\n)++" % ((_NUMBER,) * 3),
     re.IGNORECASE,
@@ -49,7 +49,7 @@ class Bare(NamedTuple):
 
 
 def bare_lines(lines: bytes, at: int) -> Bare | None:
-    """The lines of numbers from `at` on, without the first; None if there are too few."""
+    """The lines of numbers after the line at `at`; None if there are too few lines."""
     found = _LINES.match(lines, at)
     if found is None or (n := found[0].count(b"\n")) < MIN_LINES:
         return None

@@ -26,13 +26,13 @@ NEW_TOKEN = 24
 """Additional units for each NaN or Inf in the line; each byte costs one more."""
 
 WORDED = 24
-"""Units for a line whose shape is not cached, but whose wording is, plus one per 16 bytes."""
+"""Units for a line whose wording is cached but whose shape is not; each 16 bytes cost one more."""
 
 KNOWN = 8
 """Units for handling a line individually, without analyzing it."""
 
 IN_RUN = 2
-"""Number of lines per unit, if they continue a run of bad lines."""
+"""Number of lines per unit, for lines that continue a run of bad lines."""
 
 ROW = 16
 """Units for one row of a table or one JSON object that is read individually."""
@@ -64,7 +64,7 @@ _IN_WORD = np.zeros(256, bool)
 _IN_WORD[[*b"abcdefghijklmnopqrstuvwxyz0123456789_"]] = True
 _BLANK = re.compile(rb"\n[ \t\f\v\r]*+(?=\n|\Z)")
 _NAN = rb"[+-]?(?:nan|inf(?:inity)?|1\.#[a-z]+)(?![a-z0-9_/])"
-VALUES = (  # separate patterns, since `re` searches faster for fixed first characters
+VALUES = (  # separate patterns, since `re` is faster if the first character is fixed
     re.compile(rb"[:=][ \t\"'(\[]{0,9}" + _NAN),
     re.compile(rb"loss[a-z0-9_]{0,20}[\"']?(?: is| became| turned)?[ \t\"'(\[]{1,9}" + _NAN),
     re.compile(rb"norm[a-z0-9_]{0,20}[\"']?(?: is| became| turned)?[ \t\"'(\[]{1,9}" + _NAN),
@@ -77,10 +77,10 @@ class Counted:
     """Lines that were only searched.
 
     Attributes:
-        first_line, last_line: Line numbers; lines between them may have been analyzed.
+        first_line, last_line: Line numbers. Some lines between them may have been analyzed.
         n_lines: Number of lines.
-        n_nonfinite: Number of those lines that contain NaN or Inf, as a value or as a word.
-        first: The first of them.
+        n_nonfinite: Number of lines that contain NaN or Inf, as a value or as a word.
+        first: The first of these lines.
     """
 
     first_line: int = 0
@@ -90,7 +90,7 @@ class Counted:
     first: Line | None = None
 
     def add(self, number: int, lines: bytes, last_line: int) -> int:
-        """Adds consecutive lines, given their first and last line numbers; returns how many."""
+        """Adds consecutive lines, given the first and last line number; returns their number."""
         n = n_lines(lines)
         if not n:
             return 0

@@ -22,7 +22,8 @@ KINDS = (_EPOCH, _BATCH, _STEP)
 NAMED_BY = ("key", "metric", "name", "tag", "variable", "metric_name")
 """Columns with the name of a metric, whose value is in the column `value`."""
 
-_INTEGER = re.compile(r"\d{1,15}(?:\.0{0,9})?|\d\.\d{1,20}e\+?0\d")  # 1.20e+02, of numpy
+# such as 1.20e+02, as numpy prints integers
+_INTEGER = re.compile(r"\d{1,15}(?:\.0{0,9})?|\d\.\d{1,20}e\+?0\d")
 _NUMBER = re.compile(r"\d{1,15}(?:\.\d{0,20})?")
 
 
@@ -66,7 +67,7 @@ def is_loss(name: str) -> bool:
         (True, True, False)
     """
     words = words_of(name)
-    if name.endswith(("__MIN", "__MAX")):  # W&B exports them beside the series itself
+    if name.endswith(("__MIN", "__MAX")):  # W&B exports minima and maxima beside the series itself
         return False
     if not {"scale", "scaler", "best", "weight", "time", "ratio"}.isdisjoint(words):
         return False

@@ -1,16 +1,17 @@
 """Finds NaN and Inf in training logs, by epoch and batch, and losses that spike or climb.
 
-Understands the progress lines of Ultralytics, the dicts of Hugging Face's Trainer, the bars of
-Lightning and tqdm, free-form printed lines, and structured logs: trainer_state.json, JSON lines,
+The command understands the progress lines of Ultralytics, the dicts of Hugging Face's Trainer, the
+bars of Lightning and tqdm, free-form lines, and structured logs: trainer_state.json, JSON lines,
 CSV and TSV with a header, TensorBoard event files. LOG is a file, optionally gzipped, or - for
 standard input. Words like "info" or "nano" are not matches, and "no nan found" is only noted.
 
 The time is bounded, to about 0.2 s and 50 ms per MB: if the wording around NaN and Inf
-never repeats, only the first few thousand lines are analyzed. The others are searched for the words
-and counted, and the output reports how many. With --full every line is analyzed.
+never repeats, only the first few thousand lines are analyzed. All other lines are searched for
+these words and counted, and the output reports their number. With --full, every line is analyzed.
 
-Exit status 1 if NaN, Inf, a spike or steady growth was found; 2 if nothing was found, but a log is
-empty, could not be read to its end, or has lines with the words that were only counted; else 0.
+The exit status is 1 if NaN, Inf, a spike or steady growth was found. It is 2 if nothing was found,
+but a log is empty, could not be read to its end, or has lines that contain the words and were only
+counted. Otherwise it is 0.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ FINE, FOUND_BAD, NOT_READ = 0, 1, 2
 STDIN = "-"
 
 _DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/\d{1,6}|/dev/stdin")
-_NO_FILE = LogScan(problem="it is not a regular file")
+_NO_FILE = LogScan(problem="the log is not a regular file")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,10 +72,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(log: str) -> None:
-    """Checks a path without opening it, since opening a FIFO blocks and a device has no end.
+    """Checks a path without opening it.
+
+    Opening a FIFO would block, and a device has no end.
 
     Raises:
-        UsageError: It is neither a regular file nor a pipe given to this process (`<(command)`).
+        UsageError: The path is neither a regular file nor a pipe given to this process
+            (`<(command)`).
     """
     name = printable(log)
     try:
@@ -109,4 +113,4 @@ def _scan(log: str, *, full: bool) -> LogScan:
                 return scan_events(log)
             return scan_log(file, name=os.path.basename(log), full=full)
     except OSError as error:
-        return LogScan(problem=f"it cannot be read: {error.strerror}")
+        return LogScan(problem=f"the log cannot be read: {error.strerror}")

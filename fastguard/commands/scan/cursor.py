@@ -24,8 +24,8 @@ class Batch(NamedTuple):
 
     Attributes:
         lines: The lines without line feeds.
-        starts: Their offsets, and the offset of the end.
-        numbers: Their line numbers.
+        starts: The offsets of the lines, and the offset of the end.
+        numbers: The line numbers.
     """
 
     lines: list[bytes]
@@ -40,15 +40,15 @@ class Cursor:
         block: The block.
 
     Attributes:
-        lines: The lines, ended by line feeds only; offsets are those of the block.
-        size: Offset of their end.
+        lines: The lines, ended by line feeds only. Offsets are the same as in the block.
+        size: Offset of the end of the lines.
         at: Offset of the next line.
         without_header: Offset up to which no row has a header above it.
     """
 
     def __init__(self, block: Block) -> None:
         self._data = data = block.data
-        # Equal lengths keep offsets valid in both.
+        # Both have the same length, so offsets are valid in both.
         self.lines: bytes = (
             data.replace(b"\r\n", b" \n").replace(b"\r", b"\n") if b"\r" in data else data
         )
@@ -92,7 +92,7 @@ class Cursor:
         return not self.done
 
     def starts(self, text: bytes) -> bool:
-        """Whether the next line begins with this."""
+        """Whether the next line begins with `prefix`."""
         return self.lines.startswith(text, self.at)
 
     def line(self) -> bytes:
@@ -141,10 +141,10 @@ class Cursor:
         return self._suspects
 
     def objects(self) -> list[bytes]:
-        """The next lines that begin like JSON objects; empty if the first of them is not one."""
+        """The next lines that begin like JSON objects; empty if the next line does not."""
         line = self.lines[self.at : self.lines.find(b"\n", self.at) + 1]
         if not line.rstrip().endswith(b"}") or not isinstance(json_lines.parse(line), dict):
             return []
         found = _OBJECTS.match(self.lines, self.at)
-        assert found is not None  # the first line is one
+        assert found is not None  # the pattern matches at least the first line
         return found[0].split(b"\n")[:-1]

@@ -39,7 +39,7 @@ DEPTHS = 8
 
 _CELLS = frozenset({int, float, bool, str, type(None)})
 COUNTED = "epoch"
-"""What the index into lists of numbers counts, if no list is a place: epochs, as in Keras."""
+"""The meaning of an index into lists of numbers if no list is a place: the epoch, as in Keras."""
 
 Batch = tuple[Sequence[int], Sequence[Mapping[str, Any]]]
 """Line numbers, and the objects of a document, or the rows formed by its lists."""
@@ -83,7 +83,7 @@ def read_document(data: bytes, *, whole: bool) -> tuple[Iterator[Batch], int]:
 
     Args:
         data: The beginning of the log.
-        whole: Whether it is the whole log; only then is a sequence read.
+        whole: Whether the data is the whole log. A sequence is read only if it is.
 
     Raises:
         NoDocumentError: The data is not a document, or is incomplete.
@@ -168,15 +168,16 @@ def _batches(text: str, value: Any) -> Iterator[Batch]:
             if begin >= 0 and opened:
                 begin = opened.end()
                 yield _objects(lines, begin, inner)
-            else:  # the text spells the name differently, as with \u escapes
-                begin = len(text)  # a hostile document may have many such names
+            else:  # the text spells the name differently, for example with \u escapes
+                # ends the search, since a hostile document may have many such names
+                begin = len(text)
                 yield [1] * len(inner), inner
         elif types <= _CELLS:
             columns[name] = inner
         else:
             rest[name] = inner
     yield from _rows(columns)
-    if columns or has_objects:  # the rest describes the run, unless it holds lists
+    if columns or has_objects:  # all other entries describe the run, unless they hold lists
         rest = {name: inner for name, inner in rest.items() if isinstance(inner, list) and inner}
     if rest:
         yield [1], [rest]
@@ -191,7 +192,7 @@ def _one_level(value: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _rows(columns: Mapping[str, list[Any]]) -> Iterator[Batch]:
-    """The rows of lists of numbers; shorter lists are missing in the later rows."""
+    """The rows of lists of numbers. Later rows lack the values of shorter lists."""
     begin = 0
     for length in sorted({*map(len, columns.values())}):
         while begin < length:
@@ -248,7 +249,8 @@ class _Lines:
         quotes = np.flatnonzero(characters == ord('"'))
         quotes = quotes[characters[quotes - 1] != ord("\\")]
         braces = np.flatnonzero((characters == ord("{")) | (characters == ord("}")))
-        self._braces = braces[np.searchsorted(quotes, braces) % 2 == 0]  # not in a string
+        # only braces outside of strings
+        self._braces = braces[np.searchsorted(quotes, braces) % 2 == 0]
         self._opens = characters[self._braces] == ord("{")
         self._depths = np.cumsum(np.where(self._opens, 1, -1))
         self._begins: dict[int, np.ndarray] = {}
@@ -263,7 +265,7 @@ class _Lines:
         first = np.searchsorted(begins, at)
         begins = begins[first : first + len(objects)]
         # A string that ends in a backslash breaks the count of braces. In that case, the last
-        # object is not at the offset found here.
+        # object is not at its computed offset.
         if len(begins) == len(objects) and all(
             self._is_at(int(begins[i]), objects[i]) for i in (0, -1)
         ):

@@ -49,8 +49,8 @@ def read_scalars(path: str) -> Iterator[Scalar]:
     """
     if importlib.util.find_spec("tensorboard") is None:
         raise EventsError(
-            "it is a TensorBoard event file; to read it run: "
-            "pip install 'torch-fastguard[tensorboard]'"
+            "the log is a TensorBoard event file; to read it, run: pip install "
+            "'torch-fastguard[tensorboard]'"
         )
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
     from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
@@ -74,7 +74,7 @@ def read_scalars(path: str) -> Iterator[Scalar]:
 def _whole_records(path: str) -> tuple[int, str | None]:
     """The number of complete records in the file, and the problem after them, if any.
 
-    TensorBoard's reader trusts the length field and would allocate that much memory.
+    TensorBoard's reader trusts the length field of a record, and would allocate that much memory.
     """
     size = os.path.getsize(path)
     n = at = 0
@@ -82,18 +82,18 @@ def _whole_records(path: str) -> tuple[int, str | None]:
         while at < size:
             head = file.read(_HEAD.size)
             if len(head) < _HEAD.size:
-                return n, "it is a truncated event file"
+                return n, "the log is a truncated event file"
             length, _ = _HEAD.unpack(head)
             at += _HEAD.size + length + _CHECKSUM
             if at > size:
-                return n, "it is a truncated or damaged event file"
+                return n, "the log is a truncated or damaged event file"
             file.seek(at)
             n += 1
     return n, None
 
 
 def _scalar(value: Any) -> float | None:
-    """The number in a summary, as written by torch or TensorFlow 2; None if not a scalar."""
+    """The number in a summary written by torch or TensorFlow 2; None if it is not a scalar."""
     kind = value.WhichOneof("value")
     if kind == "simple_value":
         return float(value.simple_value)
@@ -103,5 +103,5 @@ def _scalar(value: Any) -> float | None:
 
     try:
         return float(make_ndarray(value.tensor))
-    except (TypeError, ValueError):  # a string, say
+    except (TypeError, ValueError):  # the value is not a number, but for example a string
         return None

@@ -27,13 +27,13 @@ from fastguard.commands.scan.spellings import first_nonfinite
 from fastguard.commands.scan.values import Value, has_nonfinite
 
 KEPT = 1000
-"""Maximum number of stretches kept individually; the others are counted."""
+"""Maximum number of stretches kept individually; further stretches are only counted."""
 
 STEPS = 10
 """Maximum number of steps kept per stretch."""
 
 TAIL = 1 << 16
-"""Number of trailing bytes that are searched for a place in lines that are only counted."""
+"""In lines that are only counted, number of trailing bytes that are searched for a place."""
 
 
 class Findings:
@@ -99,7 +99,7 @@ class Findings:
         if stretch is None or self._is_other_epoch(stretch):
             stretch = self._begin(number, line, dialect)
         stretch.last_line = number
-        if (self.place.batch or 0) >= (stretch.last.batch or 0):  # a bar may be redrawn at 0
+        if (self.place.batch or 0) >= (stretch.last.batch or 0):  # not if a bar was redrawn at 0
             stretch.last = self.place
         stretch.n_lines += 1
         stretch.count(bad, 1)
@@ -144,7 +144,7 @@ class Findings:
         self._without_step = stretch if self.dicts and self.place.step is None else None
 
     def mention(self, number: int, line: bytes) -> None:
-        """Adds a line that contains the word but no value."""
+        """Adds a line that contains NaN or Inf as a word but not as a value."""
         self.found.n_mentions += 1
         if self.found.mention is None:
             self.found.mention = Line(number, _around_word(text_of(line)))
@@ -160,7 +160,7 @@ class Findings:
         self._without_step = None
 
     def take_bare(self, bare: Bare, last_line: int) -> None:
-        """Adds lines of numbers; the first was added before."""
+        """Adds lines of numbers; the first line was added before."""
         self.end_run()
         self.found.n_lines += 1 + bare.n
         stretch = self.stretch
@@ -279,7 +279,7 @@ class Findings:
         return n - at
 
     def _move_to(self, rows: Rows, begin: int, i: int) -> None:
-        """Sets the place to that of a row; `begin` is the first row after the last one read."""
+        """Sets the place to the place of row i; `begin` is the first row that was not read yet."""
         place = rows.place(i)
         if place.epoch is None and begin < i:  # the previous row may be more specific
             self.place = rows.place(i - 1).within(self.place)

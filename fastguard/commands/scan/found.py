@@ -14,7 +14,7 @@ from fastguard.commands.scan.shapes import Shape
 from fastguard.commands.scan.values import Value
 
 NAMES = 64
-"""Maximum number of value names listed; others are counted under `OTHER_NAMES`."""
+"""Maximum number of value names listed; further names are counted under `OTHER_NAMES`."""
 
 OTHER_NAMES = "(others)"
 
@@ -59,8 +59,8 @@ class LogScan:
         n_bad: Number of lines with NaN or Inf as a value.
         n_stretches: Number of stretches.
         stretches: The first `KEPT` stretches.
-        n_mentions: Number of lines that contain the words but no value.
-        mention: The first such line.
+        n_mentions: Number of lines that contain NaN or Inf only as words.
+        mention: The first line of `n_mentions`.
         series: The losses and gradient norms that spike or climb, in structured logs.
         n_records: Number of lines that are fastguard records, which are not judged here.
         counted: The lines that were only searched, to bound the time.
@@ -93,9 +93,9 @@ class Run:
 
     Attributes:
         n: Number of lines after the first.
-        bad: Number of those lines per set of bad values.
+        bad: Number of lines after the first, per set of bad values.
         number: Line number of the last line.
-        last: The last line, and which bytes name its place.
+        last: The last line, and the bytes that name its place.
         furthest: The line with the largest batch number, since a bar may be redrawn at 0.
     """
 
@@ -113,12 +113,12 @@ class Run:
         """Adds consecutive lines of one shape, as far as they belong to the run.
 
         Args:
-            numbers: Their line numbers.
+            numbers: The line numbers.
             lines: The lines.
-            shape: Their shape.
+            shape: The shape of the lines.
 
         Returns:
-            How many belong to it.
+            The number of lines that belong to the run.
         """
         n, where = len(lines), shape.where
         if shape is not self._shape and not self._continues(shape):
@@ -165,5 +165,5 @@ class Run:
 
 
 def _named(where: Where) -> list[bool]:
-    """Which parts of its place a line names."""
+    """The parts of the place that a line names."""
     return [span is None for span in where]

@@ -4,8 +4,8 @@
 {'loss': 'nan', 'grad_norm': 'nan', 'learning_rate': '2.5e-05', 'epoch': '1.167'}
  58%|█████▊    | 7/12 [00:00<00:00, 515.96it/s]
 
-Transformers 5 prints the second form. A dict does not contain its step, which is taken from the
-progress bar that follows it.
+Transformers 5 prints the second form. A dict does not contain its step, so the step is taken from
+the progress bar that follows.
 """
 
 from __future__ import annotations

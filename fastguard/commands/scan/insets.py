@@ -5,7 +5,7 @@
       2    nan     |    2 |  nan |       "step": 2
                                        }
 
-They are found from a line with NaN or Inf, by the header above it or the brace before it.
+A table or an object is found by a line with NaN or Inf, and the header or brace before that line.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Header(NamedTuple):
 
 
 SPACES, BARS = " ", "||"
-"""Delimiters that stand for any number of spaces, and for bars of all kinds around the cells."""
+"""Delimiters for cells separated by spaces, and for cells with bars of any kind around them."""
 
 OF_CLASSES = ("class", "classes", "category", "label", "task", "tasks")
 """First columns of tables of evaluations, which have NaN for classes without samples."""
@@ -120,11 +120,11 @@ def _names(text: str, delimiter: str) -> list[str]:
 
 
 def _are_names(names: list[str]) -> bool:
-    """Whether these are names of columns: one is a place, or two are metrics."""
+    """Whether these are names of columns: one names a place, or two name metrics."""
     if not all(_NAME.fullmatch(name) for name in names if name):
         return False
     if any(name.lower() in PLACES and not is_place(name) for name in names):
-        return False  # a sentence
+        return False  # the line is a sentence
     if any(map(is_undefined, names)) or names[0].lower() in OF_CLASSES:
         return True
     return any(map(is_place, names)) or sum(map(is_metric, names)) > 1

@@ -40,7 +40,7 @@ MAX_VALUES = 1000
 """Maximum number of values read per object."""
 
 LONG = 4096
-"""Longer strings are read in parts of this many characters, cut at a space or line feed."""
+"""Longer strings are split into parts of this many characters, at a space or line feed."""
 
 MAX_BAD = 64
 """Maximum number of bad values reported per object."""
@@ -49,7 +49,7 @@ _WORDS = {"nan": math.nan, "inf": math.inf, "infinity": math.inf}
 TEXTS = ("log", "message", "msg", "text", "line", "event", "body", "content")
 """Keys with lines of text, which may name a place."""
 
-try:  # 3x as fast as the standard library, which is needed only for a bare NaN
+try:  # three times as fast as the standard library, which only a bare NaN needs
     from orjson import loads as _fast
 except ImportError:
     _fast = json.loads
@@ -172,7 +172,7 @@ def parse_lines(lines: Sequence[bytes]) -> list[Any]:
 def _flat(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Names and values, with nested objects as `outer/inner`; skips booleans and None.
 
-    Objects in a list share its name, unless each names a single value itself.
+    Objects in a list share the name of the list, unless each object names a single value.
     """
     left = MAX_VALUES
     stack: list[tuple[str, Any, int]] = [("", found, 0)]
@@ -236,7 +236,7 @@ def number_of(text: str) -> float | None:
 
 
 def is_settings(names: Iterable[str]) -> bool:
-    """Whether objects with these names hold settings of a run."""
+    """Whether objects with these keys hold settings of a run."""
     return names_settings(" ".join(f"{name}=" for name in islice(names, 200)))
 
 

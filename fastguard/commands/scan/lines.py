@@ -16,7 +16,7 @@ from fastguard.commands.scan.foreign import refuse_foreign
 
 CHUNK = 1 << 20
 LONGEST = 1 << 16
-"""Longer lines are split, at a space if possible."""
+"""Longer lines are split in parts, at a space if possible."""
 
 # Colors, cursor movements, window titles: ECMA-48 and two-byte control sequences.
 _ANSI = re.compile(rb"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\r\n]*(?:\x07|\x1b\\)|[@-Z\\-_])")
@@ -46,9 +46,9 @@ class Block(NamedTuple):
 
     Attributes:
         number: Number of the first line.
-        data: The bytes without control sequences, UTF-8 if the log is; line feeds and carriage
-            returns are kept. The infinity sign is written as "inf", full-width letters and digits
-            in ASCII.
+        data: The bytes without control sequences, in UTF-8 if the log is UTF-8. Line feeds and
+            carriage returns are kept. The infinity sign is replaced by "inf", and full-width
+            letters and digits by ASCII.
     """
 
     number: int
@@ -90,7 +90,7 @@ def read_blocks(file: BinaryIO) -> Iterator[Block]:
                 end = _cut(rest)
                 yield _block(number, rest[:end])
                 rest = rest[end:]
-    except (OSError, EOFError):  # yield the data before the damage, then raise
+    except (OSError, EOFError):  # yields the data before the damage, then raises the error
         if rest:
             yield _block(number, rest)
         raise
@@ -153,7 +153,7 @@ def _chunks(file: BinaryIO) -> Iterator[bytes]:
 
 
 class _Rejoined:
-    """A binary file whose first bytes were already read; puts them back in front."""
+    """A binary file that returns bytes which were already read once more."""
 
     def __init__(self, first: bytes, file: BinaryIO) -> None:
         self._first, self._file = first, file

@@ -15,11 +15,11 @@ from fastguard.commands.scan.vocabulary import LEVEL, is_metric
 LETTER = re.compile(r"[^\W\d_]")
 _DIGIT = re.compile(r"\d")
 CLAUSE = re.compile(r"[,;，；、|｜│┃║\[\]{}<>!?]|\.\s|[:=：＝]|\s-{1,2}\s|\(")
-"""Beginning of a clause; the name of a value does not extend across it."""
+"""Beginning of a clause, across which the name of a value does not extend."""
 
 _BESIDE = re.compile(r"\s(?:before|after|pre|post)[ -]?clip(?:ping)?$", re.IGNORECASE)
 _MARKUP = re.compile(r"<([^<>]*)>$")
-_INDEX = re.compile(  # loss[3]: nan, loss [epoch 3/10] -> nan
+_INDEX = re.compile(  # as in "loss[3]: nan" and "loss [epoch 3/10] -> nan"
     r"(?:\s?\[[\w,. ]{0,20}(?:/[\w ]{1,10})?\]|\]|(?<=\w)\{[^{}]{0,80}\}"
     r"|\s?【[^】]{0,40}】|\s?[(（](?=[^()（）]{0,60}[\d ])[^()（）]{0,60}[)）])+$"
 )
@@ -35,7 +35,8 @@ _STOPS = PLACES | frozenset(
     "new which while then than as skip skipping monitored metric total: nan inf "
     "non-finite nonfinite".split()
 )
-_SYMBOL = re.compile(r"[\u2016\u2200-\u22ff]")  # a norm in double bars, nabla
+# double bars of a norm, and mathematical operators such as nabla
+_SYMBOL = re.compile(r"[\u2016\u2200-\u22ff]")
 _WORDS = re.compile(r"[^\s\"`*\]]+")
 
 
@@ -59,9 +60,9 @@ def name_in(stem: str, *, separated: bool) -> str | None:
     if all(_is_place(word) or word.lower() in _STOPS for word in rest):
         end = at
     elif separated and rest[0].lower() in PLACES and any(map(_DIGIT.match, rest)):
-        end = at  # "after 3 epochs of warmup"
+        end = at  # as in "after 3 epochs of warmup"
     elif separated and len(rest) <= 9 and _DIGIT.match(rest[-1].strip("()#")):
-        end = at  # a place in unknown words or another language
+        end = at  # the place is in unknown words or another language
     elif not words[-1].isascii() and len(rest) <= 6:
         end = at  # a place and a verb in another language
     elif len(rest) <= 2 and all(word.isalpha() or _is_parenthesis(word) for word in rest):

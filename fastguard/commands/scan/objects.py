@@ -34,7 +34,7 @@ Names = tuple[Any, ...]
 
 
 class ColumnRows(Sequence[Mapping[str, Any]]):
-    """Objects given by their columns, each built when it is needed.
+    """Objects given by their columns. Each object is built when it is needed.
 
     Args:
         columns: The values of all objects, by name; equal lengths.
@@ -76,7 +76,8 @@ def rows_of(
 
     said = {tuple(name is None for name in named or ()) for named in places.values()}
     if len(said) > 1 and any(one[:1] != (False,) for one in said):
-        columns.odd.update(range(len(objects)))  # objects may inherit parts of their places
+        # objects may inherit parts of their places from the previous object
+        columns.odd.update(range(len(objects)))
     return Rows(
         dialect=json_lines.NAME,
         numbers=numbers,
@@ -143,7 +144,7 @@ class _Columns:
             self._take_numbers(name, column, at)
         elif kinds == {str}:
             self._take_texts(name, column, at)
-        elif kinds <= _NUMBERS | {str} and not self._has_text:  # "NaN" among numbers
+        elif kinds <= _NUMBERS | {str} and not self._has_text:  # the string "NaN" among numbers
             for texts in (False, True):
                 kept = [i for i, value in enumerate(column) if (type(value) is str) is texts]
                 self._take(name, [column[i] for i in kept], [at[i] for i in kept], depth)
@@ -225,7 +226,7 @@ def _columns(part: Sequence[Mapping[str, Any]]) -> Iterable[tuple[str, Sequence[
     """The names and columns of objects that all have the same names."""
     if isinstance(part, ColumnRows):
         return part.columns.items()
-    # `zip(*map(dict.values, part))` takes 5x as long: its views trigger garbage collections.
+    # `zip(*map(dict.values, part))` takes 5x as long, since its views trigger garbage collections.
     return ((name, list(map(itemgetter(name), part))) for name in part[0])
 
 

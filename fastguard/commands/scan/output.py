@@ -14,7 +14,7 @@ from fastguard.commands.scan.series import RULE, Growth, Series, Spike
 from fastguard.commands.terminal import print_table, printable
 
 ROWS = 50
-"""Maximum number of stretches in a table; the JSON has all that are kept."""
+"""Maximum number of stretches in a table; the JSON lists all stretches that are kept."""
 
 SPIKES = 8
 """Maximum number of spikes per series in the text."""
@@ -71,8 +71,8 @@ def _print_notes(found: LogScan) -> None:
         print(f"note: {_counted(found.counted)}")
     if found.mention is not None:
         print(
-            f"note: {_lines(found.n_mentions)} with the word NaN or Inf, but without a "
-            f"value; line {found.mention.number:,}: {printable(found.mention.text)}"
+            f"note: {_lines(found.n_mentions)} with NaN or Inf as a word, not as a value; line "
+            f"{found.mention.number:,}: {printable(found.mention.text)}"
         )
     if found.n_records and found.problem is None:
         are = "is a fastguard record" if found.n_records == 1 else "are fastguard records"
@@ -85,10 +85,10 @@ def _counted(counted: Counted) -> str:
     """Describes the lines that were only searched."""
     n, first = counted.n_nonfinite, counted.first
     between = f"{counted.first_line:,} to {counted.last_line:,}"
-    contain = "none contains one"
+    contain = "none contains NaN or Inf"
     if first is not None:
         text = printable(first.text)
-        contain = f"{n:,} contain{'s' * (n == 1)} one, first line {first.number:,}: {text}"
+        contain = f"{n:,} contain{'s' * (n == 1)} NaN or Inf, first line {first.number:,}: {text}"
     return (
         f"to bound the time, {_lines(counted.n_lines)} in the range {between} were only searched "
         f"for NaN and Inf, not analyzed: {contain} (--full analyzes all)"
@@ -96,7 +96,7 @@ def _counted(counted: Counted) -> str:
 
 
 def _judgement(series: Series, growth: Growth | None) -> Iterator[str]:
-    """Sentences about the steps that the rule would have skipped, and about growth."""
+    """Sentences about growth, and about the steps that the rule would have skipped."""
     if series.n_spikes:
         shown = series.spikes[:SPIKES]
         places = [_at(spike.place, spike.line) for spike in shown]

@@ -11,9 +11,9 @@ import re
 from fastguard.commands.scan.reading import INT, Where, span_of
 from fastguard.commands.scan.vocabulary import is_metric
 
-# Bounded quantifiers, so that no line takes long.
+# Quantifiers are bounded, so that no line takes long.
 _GAP = r"[\s:=#\[(\"'：＝]{0,9}"
-_MODE = r"(?:\(\w{1,9}\))?"  # Epoch(train) [3][ 100/1000], of mmengine
+_MODE = r"(?:\(\w{1,9}\))?"  # as in "Epoch(train) [3][ 100/1000]" of mmengine
 _FREE = r"(?<![-\w.])"
 _EPOCH = re.compile(
     rf"{_FREE}ep(?:och)?\b{_MODE}{_GAP}({INT}(?:\.[0-9]+)?)(?:\s*/\s*({INT}))?", re.IGNORECASE
@@ -24,16 +24,16 @@ _STEP = re.compile(
     re.IGNORECASE,
 )
 _STEPS = ("step", "it", "update")
-_TUTORIAL = re.compile(rf"\s*\[({INT}),\s*({INT})\]")  # [epoch, batch], of PyTorch's tutorials
+_TUTORIAL = re.compile(rf"\s*\[({INT}),\s*({INT})\]")  # "[epoch, batch]" as in PyTorch's tutorials
 _PAIR = re.compile(rf"\[\s*({INT})/({INT})\]\s{{0,3}}\[\s*({INT})/({INT})\]")  # [3/25][12/1583]
 _ESPNET = re.compile(rf"(?<![-\w.])({INT})epoch:\w{{1,20}}:({INT})-{INT}batch:")
 _COUNT = re.compile(
     rf"\[\s*({INT})\s*/\s*({INT})\b[^\]]{{0,40}}\]"  # [15/41]
-    rf"|(?:^|[\s|:])({INT})/({INT}|\?)\s{{1,9}}[\[━╸]"  # 15/41 [, of tqdm and Keras
-    rf"|:\s{{1,9}}({INT})\s{{0,9}}/\s{{0,9}}({INT})\s"  # epoch 003:     15 / 41, of fairseq
+    rf"|(?:^|[\s|:])({INT})/({INT}|\?)\s{{1,9}}[\[━╸]"  # "15/41 [" of tqdm and Keras
+    rf"|:\s{{1,9}}({INT})\s{{0,9}}/\s{{0,9}}({INT})\s"  # "epoch 003:     15 / 41" of fairseq
 )
-# 2026/11/21, 21/11/2026, and 11/21 before a time of day that is not a bar's clock, if no name
-# precedes it: Epoch 11/12 03:00:10.
+# Matches the dates 2026/11/21 and 21/11/2026. Also matches 11/21 before a time of day, but not if
+# the time is the clock of a bar, or if a name precedes the numbers, as in "Epoch 11/12 03:00:10".
 _DATE = re.compile(
     r"\b(?:\d{4}/\d\d?/\d\d?|\d\d?/\d\d?/\d{4}"
     r"|(?<![a-z] )(?<![a-z]: )\d\d/\d\d(?=[ ,T]{1,3}\d\d:\d\d:\d\d(?!\s{0,9}<)))\b"
@@ -69,13 +69,13 @@ _CONFIG = re.compile(
     re.IGNORECASE,
 )
 HEAD = 400
-"""Only this many characters of a line are searched for its place; what follows may be an array."""
+"""Number of characters that are searched for a place; further characters may be an array."""
 
 _HAS_DIGIT = re.compile(r"[0-9]")
 
 
 def where_in(text: str) -> Where:
-    """Which characters of a line name its place."""
+    """The spans of a line that name its place."""
     text = text[:HEAD]
     if not _HAS_DIGIT.search(text):
         return Where()
@@ -149,7 +149,7 @@ def _blank(match: re.Match[str]) -> str:
 
 
 def _now(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    """The first match about the present, not about the best epoch, all steps, or a file."""
+    """The first match that is the current place, not the best epoch, a total, or a file name."""
     for match in pattern.finditer(text):
         if _NOT_NOW.search(text, max(0, match.start() - 12), match.start()):
             continue

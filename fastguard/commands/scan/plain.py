@@ -26,14 +26,15 @@ MEASURED_BYTES = re.compile(
 """Matches slightly more than `_MEASURED`, in lower-case UTF-8, over many lines at once."""
 
 MEASURED_IN = 2000
-"""Only this many characters of a line are searched for a finite loss."""
+"""Number of characters of a line that are searched for a finite loss."""
 
-LOSS_SCALE = "skipped because of loss_scale: "  # in log lines of fastguard; not an incident
+# in log lines of fastguard, where it marks a step that is not an incident
+LOSS_SCALE = "skipped because of loss_scale: "
 
 
 NOWHERE_IN = Where()
 NOT_ASKED = Where(*[(0, 0)] * 5)
-"""Stands for a place that has not been looked up yet."""
+"""Placeholder for a place that has not been looked up yet."""
 
 
 def may_measure(text: str) -> bool:
@@ -61,7 +62,7 @@ class Passed:
     """The last good lines, whose place is needed if the next bad line does not give one.
 
     Parsing a line takes twenty times as long as skipping it, so lines are kept unparsed: the last
-    one that names an epoch, and up to `KEPT` lines after it.
+    line that names an epoch, and up to `KEPT` lines after it.
 
     Args:
         where: Returns which bytes of a line name its place.
@@ -70,7 +71,7 @@ class Passed:
 
     KEPT = 16
     TRIED = 8
-    """Maximum number of lines with "epoch" that are parsed, last one first."""
+    """Maximum number of lines with "epoch" that are parsed, from the last one backward."""
 
     TAIL = 1 << 13
     """Maximum number of trailing bytes kept of lines that are not parsed."""
@@ -85,7 +86,8 @@ class Passed:
         self._is_setting = is_setting
         self._lines: deque[tuple[Where, bytes]] = deque(maxlen=self.KEPT)
         self._epoch: tuple[Where, bytes] | None = None
-        self._pending: list[bytes | tuple[Where, bytes]] = []  # most are never parsed
+        # most of these lines are never parsed
+        self._pending: list[bytes | tuple[Where, bytes]] = []
 
     def add(self, where: Where, line: bytes) -> None:
         """Adds a line whose place is known."""

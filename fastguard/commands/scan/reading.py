@@ -31,7 +31,7 @@ class Place(NamedTuple):
     step: int | None = None
 
     def within(self, last: Place) -> Place:
-        """Returns this place; without an epoch, its missing fields are those of `last`."""
+        """Returns this place; if it has no epoch, takes missing fields from `last`."""
         if self.epoch is not None or last is NOWHERE:
             return self
         return Place(
@@ -95,7 +95,7 @@ def _bytes(text: str) -> int:
 
 
 def span_of(match: re.Match[str] | None, *groups: int | str) -> Span | None:
-    """Returns the span of the first of these groups that matched, or None."""
+    """Returns the span of the first of the given groups that matched, or None."""
     if match is None:
         return None
     return next((match.span(group) for group in groups if match[group] is not None), None)
@@ -107,11 +107,11 @@ class Reading(NamedTuple):
     Attributes:
         dialect: Dialect of the line.
         place: Where in the run it was written.
-        bad: Its NaN and Inf values.
-        measured: Whether it reports losses or norms. If it does, and none is bad, the run is
-            finite at this point.
+        bad: The NaN and Inf values in the line.
+        measured: Whether it reports losses or norms. If all of these are finite, the run is finite
+            at this line.
         where: The spans of the place, if they are valid for all lines that differ only in digits.
-        numbers: Its finite losses and gradient norms, if it is structured data.
+        numbers: The finite losses and gradient norms, if the line is structured data.
         unread: The part of a long string that was not read, to bound the time.
     """
 

@@ -1,4 +1,4 @@
-"""`Rows`: consecutive rows of a structured log, judged by column in a tenth of the time."""
+"""`Rows`: consecutive rows of a structured log, which are judged by column for speed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Rows(NamedTuple):
 
     Attributes:
         dialect: Dialect of the rows.
-        numbers: Their line numbers.
+        numbers: The line numbers of the rows.
         place: Returns the place that the row at an index names.
         epoch: Returns the epoch of the row at an index, faster than `place`.
         batches, steps: Whether a row may name a batch or a step.
@@ -27,7 +27,7 @@ class Rows(NamedTuple):
         bad: NaN and Inf values, by row.
         measured: 1 for each row with finite measurements, which ends a stretch.
         mentions: Rows that contain NaN or Inf, but not as a value.
-        odd: Rows that must be read individually.
+        odd: Indices of rows that must be read individually.
     """
 
     dialect: str

@@ -1,7 +1,7 @@
 """`scan_log`: reads a log block by block, and dispatches each kind of line to its parser.
 
 Rows of tables, JSON objects and lines of numbers are read many at a time. In other text, only lines
-that may hold NaN or Inf, or may end a stretch of them, are parsed.
+that may hold NaN or Inf, or that may end a stretch of bad lines, are parsed.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ def scan_log(file: BinaryIO, *, name: str = "value", full: bool = False) -> LogS
         for block in scanner.without_document(read_blocks(file)):
             scanner.take(block)
     except EOFError:
-        problem = "it is truncated gzip data"
+        problem = "the log is truncated gzip data"
     except NotTextError as error:
         problem = str(error)
     except (OSError, zlib.error) as error:
-        problem = f"it cannot be read: {getattr(error, 'strerror', None) or error}"
+        problem = f"the log cannot be read: {getattr(error, 'strerror', None) or error}"
     return scanner.finish(problem)
 
 
@@ -81,7 +81,7 @@ def scan_events(path: str) -> LogScan:
     except EventsError as error:
         problem = str(error)
     except OSError as error:
-        problem = f"it cannot be read: {error.strerror or error}"
+        problem = f"the log cannot be read: {error.strerror or error}"
     return scanner.finish(problem)
 
 
@@ -103,9 +103,9 @@ class _Scanner:
         found.series = self._findings.series.found()
         found.problem = problem
         if problem is None and not found.n_lines:
-            found.problem = "it is empty"
+            found.problem = "the log is empty"
         if problem is None and found.n_records and found.n_records == found.n_lines:
-            found.problem = "it contains fastguard records; use: fastguard report"
+            found.problem = "the log contains fastguard records; use: fastguard report"
         return found
 
     def without_document(self, blocks: Iterator[Block]) -> Iterator[Block]:
@@ -121,7 +121,8 @@ class _Scanner:
         """Reads the document in a block, or in all blocks if it may end later, up to its limit.
 
         Raises:
-            NoDocumentError: They are not a document; `parts` then has the blocks that were read.
+            NoDocumentError: The blocks are not a document; `parts` then has the blocks that were
+                read.
         """
         try:
             return self._take_document(parts[0].data, whole=False)
@@ -160,7 +161,7 @@ class _Scanner:
     def _begin_table(self, cursor: Cursor) -> None:
         """Begins the printed table whose header is the first line of the log, if there is one."""
         lines, begin = cursor.lines, cursor.at
-        for _ in range(3):  # the header, a rule, the first row
+        for _ in range(3):  # the header, a separator line, and the first row
             end = lines.find(b"\n", begin)
             if end < 0:
                 return
@@ -174,7 +175,7 @@ class _Scanner:
         """Counts the lines of a block for which no budget is left.
 
         Returns:
-            Whether it stopped at a line that may contain the first finding of the log.
+            Whether reading stopped at a line that may contain the first finding of the log.
         """
         end = cursor.size
         if not self._findings.found.n_bad and self._budget.reserve():

@@ -7,7 +7,7 @@ AssertionError: Rank 0: found NaN in local grad norm in backward pass          (
 Detected nan and/or inf values in `encoder.weight`.                            (Lightning)
 Batch 3: Invalid loss, terminating training                                    (Keras)
 
-All have the same structure: the kind of value, a verb such as "found", and where it was found.
+All of these sentences consist of the kind of value, a verb such as "found", and a place.
 Sentences about a possibility ("if", "when", "no", "checks") or about input data are ignored.
 """
 
@@ -33,7 +33,7 @@ class Sentence(NamedTuple):
     """A sentence that reports NaN or Inf.
 
     Attributes:
-        name: What was NaN or Inf; "" if not stated.
+        name: The name of the value that was NaN or Inf; "" if not stated.
         value: The kind, in the words of the line: "NaN", "infinite", "inf or nan", "non-finite".
         start, end: Span in the line.
     """
@@ -62,7 +62,7 @@ _SUBJECT = (
     r"updates?|tensors?|matrix|logprobs?|model|metric|[qv][ _-]?values?|advantages?|targets?|"
     r"layers?|function|scale))"
 )
-# Excludes input data: missing values in a table do not mean that training diverged.
+# Excludes input data, since missing values in a table do not mean that training diverged.
 _PLACE = (
     r"(?!(?:the |your |an? )?(?:input|data|dataset|dataframe|columns?|rows?|csv|files?|features?|"
     r"config\w*|log|annotations?|metadata|cells?|table|raw)\b)"
@@ -78,7 +78,7 @@ _PASSIVE = r"(?:found|detected|encountered|produced|generated|returned|occurred|
 _WAS = r"(?:was |were |is |are |has been |have been )?"
 _KINDS = r"(?: (?:values?|elements?|entries|numbers?))?"
 
-# "has_nan: True", "is_finite=False". With spaces around "=", it is source code.
+# As in "has_nan: True" or "is_finite=False". With spaces around "=", the text is source code.
 _FLAG = (
     r"(?<!data )(?<!dataset )(?<!input )(?:\b|_)"
     r"(?:(?:has|is|any|contains?)[ _]?(?P<value>nan|inf)s?['\"]?(?:=|:\s{0,9})"
@@ -145,7 +145,7 @@ COUNT = re.compile(
     r"|\b(?P<n4>\d{1,15})(?:/\d{1,15})? samples got (?P<value4>nan|inf) grad",
     re.IGNORECASE,
 )
-"""A count of NaN or Inf; it reports a problem unless it is 0."""
+"""A count of NaN or Inf, which reports a problem unless the count is 0."""
 
 _ERROR = _SENTENCES[-1]
 _VERBS = re.compile(
@@ -155,7 +155,7 @@ _VERBS = re.compile(
     "|any|is_|isnan|isinf|finite|^\\W*(?:nan|inf)|has_|observed|gave|diverged|ing| is| was| are"
     "| were| has| have| had| got| hit| saw| seen| in | at | on | with "
 )
-"""Text without any of these words contains no such sentence."""
+"""Text without any of these words contains no sentence that reports NaN or Inf."""
 
 _IF = (
     r"\b(?:if|in case|when|whenever|whether|unless|until|once|assert|wenn|falls|si|cuando|quando|se"
@@ -207,12 +207,12 @@ def bad_of_sentence(text: str) -> Sentence | None:
 
 
 def is_possibility(before: str) -> bool:
-    """Whether the sentence that ends this text is about a possibility: "if", "no", "checks"."""
+    """Whether the last sentence of the text is about a possibility: "if", "no", "checks"."""
     return _CONDITION.search(_END.split(before)[-1]) is not None
 
 
 def _in_window(text: str, trigger: int) -> Sentence | None:
-    # Checked once for all patterns: a condition before a sentence also precedes the NaN in it.
+    # One check serves all patterns, since a condition before a sentence also precedes its NaN.
     for pattern in (_ERROR,) if is_possibility(text[:trigger]) else _SENTENCES:
         for match in pattern.finditer(text):
             if DENIED.match(text, match.end()) or text[match.end() :].lstrip()[:1] == "?":

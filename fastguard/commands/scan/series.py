@@ -1,9 +1,9 @@
 """Judges the losses and gradient norms of structured logs as a guard would.
 
 Spikes are found by fastguard's own `SpikeRule`, applied value by value, so the output "SpikeRule(
-sigma=6) would have skipped step 15" is exact. A loss grows if it ends well above its lowest level
-and has been climbing since, or never returned to it. Memory does not depend on the length of the
-log.
+sigma=6) would have skipped step 15" is exact. A loss grows if it ends well above its lowest level,
+and has been climbing since that level or never returned to it. Memory does not depend on the length
+of the log.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from fastguard.stages.formulas import TINY
 from fastguard.stages.spike_rules import SpikeRule
 
 RULE = SpikeRule(window=32, sigma=6.0, warmup=8)
-"""The window is shorter than the default, since logs are short: many have only every tenth step."""
+"""The window is shorter than the default, since many logs contain only every tenth step."""
 
 KEPT = 100
-"""Maximum number of spikes kept per series; the others are counted."""
+"""Maximum number of spikes kept per series; further spikes are only counted."""
 
 NAMES = 64
 """Maximum number of series that are judged."""
@@ -41,7 +41,8 @@ LONG = 10_000
 Noise exceeds 6 sigma of 32 values once in a million values of a loss, and once in a hundred values
 of a gradient norm, which is heavy-tailed. So in a series of this length, a spike must be 1.5 times
 as far above the mean as the threshold is, plus 0.25 for each further factor of 10. Also, such
-spikes must be rarer than one in `RARE` values, or one must exceed four times the fourth highest.
+spikes must be rarer than one in `RARE` values, or one of them must exceed four times the fourth
+highest spike.
 """
 
 RARE = 2000
@@ -70,7 +71,7 @@ class Growth(NamedTuple):
     """A loss that climbs.
 
     Attributes:
-        line, place: Where it was lowest.
+        line, place: Where the loss was lowest.
         low: Lowest level, a running median.
         end: Final level.
     """
@@ -99,7 +100,7 @@ class Series:
     n_spikes: int = 0
     largest: Spike | None = None
     _n: int = 0
-    _highest: list[float] = field(default_factory=list)  # four spikes, in order
+    _highest: list[float] = field(default_factory=list)  # the four highest spikes, in order
     _heights: list[int] = field(default_factory=lambda: [0] * 16)
     _ring: deque[float] = field(default_factory=lambda: deque(maxlen=RULE.window))
     _in_a_row: int = 0
@@ -112,8 +113,8 @@ class Series:
         """Adds the next value, which must be finite; returns whether it is a spike."""
         ring = self._ring
         threshold = math.inf
-        # No value of n exceeds mean + sqrt(n - 1) * std, and sqrt(31) < 6, so a value that is not
-        # above the whole window is not a spike.
+        # None of n values exceeds mean + sqrt(n - 1) * std, and sqrt(31) < 6. So a value that is
+        # not above the whole window is not a spike.
         if len(ring) >= RULE.warmup and value > max(ring):
             threshold = threshold_of(ring)
         exceeds = value > threshold
@@ -154,12 +155,12 @@ class Series:
         """Adds values as repeated calls of `take` would, in a tenth of the time.
 
         Args:
-            lines: Their line numbers.
+            lines: The line numbers of the values.
             place: Returns the place of the value at an index.
             values: The values, all finite.
 
         Returns:
-            How many had to be compared with a threshold individually.
+            The number of values that had to be compared with a threshold individually.
         """
         alone = 0
         begin, n = 0, len(values)
@@ -180,7 +181,8 @@ class Series:
                 continue
             self._slide(lines, place, values, begin, at)
             begin, calm = at, 0
-            while begin < n and calm < RULE.window:  # the window contains a threshold, not a value
+            # while the window contains a threshold instead of a value
+            while begin < n and calm < RULE.window:
                 spike = self.take(lines[begin], place(begin), values[begin])
                 begin, calm, alone = begin + 1, 0 if spike else calm + 1, alone + 1
         self._slide(lines, place, values, begin, n)
@@ -221,8 +223,8 @@ class Series:
             return self._end_of_long(values)
         above = rise >= 0.5 * scale
         steady = _is_trend(values[low_at + 1 :])
-        # Exclude the noise of a few points: all of the later half must lie above all values that
-        # led to the low.
+        # To exclude the noise of a few points, all values of the later half must lie above all
+        # values before the low.
         later, earlier = values[low_at + len(tail) // 2 :], values[max(0, low_at - 2 * half - 4) :]
         stays = above and len(later) >= MIN_POINTS and min(later) > max(earlier[: 2 * half + 5])
         worse = n >= 20 and steady and begin > 0 and end >= 1.25 * begin
@@ -232,7 +234,7 @@ class Series:
         return Growth(line, place, low, end)
 
     def _end_of_long(self, values: list[float]) -> Growth | None:
-        """The growth within the last tenth of a long series, which averaged points hide."""
+        """The growth within the last tenth of a long series, which averaging would hide."""
         n = len(values)
         level = median(values[n // 2 :])
         end = min(self._ring, default=level)
@@ -291,7 +293,8 @@ def _may_exceed(padded: np.ndarray) -> np.ndarray:
         std = np.maximum(windows.std(axis=1), np.maximum(0.01 * abs(mean), TINY))
         threshold = mean + RULE.sigma * std
         rounding = 1e-9 * (abs(mean) + abs(threshold))
-        return at[~(values[at] < threshold - rounding)]  # NaN, for a window with -inf, stays
+        # NaN, which a window with -inf gives, is kept
+        return at[~(values[at] < threshold - rounding)]
 
 
 def _is_trend(values: list[float]) -> bool:

@@ -1,10 +1,10 @@
 """Parses lines that differ only in digits once.
 
 A training loop prints the same few lines again and again: "step 100: loss nan" and "step 101: loss
-nan" differ only in their place. Each line is looked up by its shape, which is the line with every
-digit replaced by 0. The cached result gives the characters that are the place. Digits in a name
-("loss_2") or a count ("nan iterations: 0") change the meaning of a line, so they are part of the
-key. A line whose shape is new is looked up by its wording, see `wording`.
+nan" differ only in their place in the run. Each line is looked up by its shape, which is the line
+with every digit replaced by 0. The cached result tells which characters give the place. Digits in a
+name ("loss_2") or a count ("nan iterations: 0") change the meaning of a line, so they are part of
+the key. A line whose shape is new is looked up by its wording, see `wording`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ LONG = 600
 """Lines of at least this many bytes are cached when their shape occurs for the second time."""
 
 MEANT = 12
-"""A line with more numbers than this in its names and counts is not cached."""
+"""A line is not cached if its names and counts contain more numbers than this."""
 
 
 class Shape(NamedTuple):
@@ -69,10 +69,10 @@ class Shape(NamedTuple):
 
     Attributes:
         suspect: Whether they contain NaN or Inf, as a value or as a word.
-        dialect: Their dialect; None if they say nothing about a run.
-        bad: Their NaN and Inf values.
+        dialect: The dialect of the lines; None if they say nothing about a run.
+        bad: The NaN and Inf values in the lines.
         measured: Whether they report losses or norms.
-        where: Which bytes give the place.
+        where: The spans of the bytes that give the place.
     """
 
     suspect: bool
@@ -173,7 +173,7 @@ class Shapes:
             meant = self._wordings.spans(wording.line)
         else:
             self._budget.spend(units_of(line))
-            if b"gpu_mem" in line.lower():  # a header, whose names are kept
+            if b"gpu_mem" in line.lower():  # the line is a header, whose names are kept
                 return self._read(line), _digits_with_a_meaning(line)
             shape = self._read(wording.line)
             meant = _digits_with_a_meaning(wording.line)
@@ -210,11 +210,12 @@ class Shapes:
         text = text_of(line)
         lower = text.lower()
         if not (may_have(lower) or may_measure(text) or any(mark in lower for mark in _MARKS)):
-            return Shape(False)  # its place is looked up only if it is needed
+            return Shape(False)  # the place is looked up only if it is needed
         bad, mentions = nonfinite_values(without_launcher(text))
         suspect = bool(bad) or mentions
         reading = self._ultralytics.read(text)
-        if reading is not None and reading.where is None:  # a header: rows now have other names
+        # a header, after which rows have other names
+        if reading is not None and reading.where is None:
             self._lines.clear()
             self._wordings.clear()
             self.generation += 1
@@ -223,7 +224,8 @@ class Shapes:
         if reading is None:
             return Shape(suspect)
         where = (reading.where or Where()).in_bytes(text, line)
-        bad = tuple(dict.fromkeys(reading.bad))  # lines are counted, not occurrences
+        # removes duplicates, since lines are counted, not occurrences
+        bad = tuple(dict.fromkeys(reading.bad))
         return Shape(suspect, reading.dialect, bad, reading.measured, where)
 
 
@@ -234,7 +236,7 @@ def _keep(known: dict[Any, Any], key: Any, value: Any) -> None:
 
 
 def _in_words(shape: Shape, wording: Wording) -> Shape:
-    """Translates the result for a wording to that for its line."""
+    """Translates the result for a wording to the result for its line."""
     suspect, dialect, bad, measured, where = shape
     if any(where):
         where = Where(*(span and wording.span(span) for span in where))
@@ -332,5 +334,6 @@ def _before_numbers(head: bytes) -> int:
     while head[same : same + 1].isspace():
         same += 1
     numbers = head[same:]
-    whole = head[:same].rstrip()[-1:] not in (b"", b"[", b"(")  # words may name what follows
+    # if words precede, they may name what follows
+    whole = head[:same].rstrip()[-1:] not in (b"", b"[", b"(")
     return len(head) if whole or not _HAS_DIGIT.search(numbers) else same

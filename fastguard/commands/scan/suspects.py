@@ -9,17 +9,17 @@ from fastguard.commands.scan import huggingface, lightning, plain, ultralytics
 _NEEDLES = (
     b"nan",
     b"inf",
-    b"finit",  # infinite, non-finite, infinity
+    b"finit",  # as in infinite, non-finite and infinity
     b"not a number",
     b"1.#",
-    b"gpu_mem",  # header of an Ultralytics table
+    b"gpu_mem",  # the header of an Ultralytics table
     b"invalid loss",
     b"invalid value enc",
     b"scale reached",
     b"scale already",
 )
 _WORDS = (b"nan", b"inf")
-"""Needles that must end a word, so that "info" and "nano" do not match."""
+"""Search strings that must end a word, so that "info" and "nano" do not match."""
 
 _JSON = b'\n{"'
 
@@ -51,7 +51,7 @@ class Suspects:
         self._soonest = -1
 
     def after(self, at: int, *ends: re.Pattern[bytes]) -> int:
-        """Offset of the first suspect or match of `ends` from `at` on; else the end."""
+        """Offset of the first suspect or match of `ends` from `at` on; the end if there is none."""
         if self._soonest < at:
             for needle, known in self._next.items():
                 if known < at:

@@ -41,13 +41,13 @@ NAME = "table"
 
 _DELIMITERS = "\t,;|"
 _HEAD = re.compile(
-    r"(?!.*[\s:=][+-]?\.?\d[\d.e+-]*$)"  # "loss 0.5" is not a name
+    r"(?!.*[\s:=][+-]?\.?\d[\d.e+-]*$)"  # excludes "loss 0.5", which is not a name
     r"[^\W\d][\w./@%()\[\]:,|+*#&^~ -]{0,79}"
 )
 _DECIMAL_COMMA = re.compile(r"^(\s*[+-]?\d+),(\d+(?:[eE][+-]?\d+)?\s*)$")
 _NO_CELL = re.compile(r"[\s:=]")
 _CELL = rb'"?[^,;|\t\n"#]*+"?'
-# Cells of places and judged columns. Trying plain numbers first makes this 3x as fast.
+# Cells of places and judged columns. The pattern tries plain numbers first, which is 3x as fast.
 _NUMBER = (
     rb"(?:[0-9]++(?:\.[0-9]*+)?+(?=[,;|\t\n])"
     rb'|"?[ ]*+(?:[+-]?(?:[0-9]++\.?[0-9]*+(?:e[+-]?[0-9]++)?|nan|inf(?:inity)?))?[ ]*+"?)'
@@ -55,7 +55,7 @@ _NUMBER = (
 _SPACED_NUMBER = rb"[+-]?(?:[0-9]++\.?[0-9]*+(?:e[+-]?[0-9]++)?|nan|inf(?:inity)?)(?=\s)"
 _SPACED_CELL = rb"[+-]?(?:[0-9.][^\s\"]*+|nan|inf(?:inity)?|-+)(?=\s)"
 MISSES = 256
-"""Number of consecutive lines that are not rows after which the table has ended."""
+"""A table ends after this number of consecutive lines that are not rows."""
 
 MAX_ROWS = 4096
 """Maximum number of rows that are read together."""
@@ -78,7 +78,7 @@ class Table:
         self._begun = False
         self._delimiter = ""
         self._names: list[str] = []
-        self._bad: set[int] = set()  # columns whose last value was bad
+        self._bad: set[int] = set()  # indices of columns whose last value was bad
         self._rows: re.Pattern[bytes] | None = None
         self._misses = 0
 
@@ -121,7 +121,7 @@ class Table:
             names = _cells(text, delimiter)
             named = (
                 names[1:] if names[:1] == [""] else names
-            )  # pandas leaves the index column unnamed
+            )  # pandas does not name the index column
             if (
                 len(names) > 1
                 and all(map(_HEAD.fullmatch, named))
@@ -172,7 +172,7 @@ class Table:
         return (at, b"") if found is None else (found.end(), found[0])
 
     def read_rows(self, rows: bytes, numbers: Sequence[int]) -> Rows:
-        """Parses such rows; `numbers` are their line numbers."""
+        """Parses rows that can be read together; `numbers` are their line numbers."""
         delimiter, k = self._delimiter.encode(), len(self._names)
         if self._delimiter == SPACES:
             cells = rows.split()
@@ -262,7 +262,8 @@ class Table:
         bad, found, again_good, some = [], set(), False, False
         numbers: dict[str, float] = {}
         names, judged = self._names, self._judged
-        if self._named_by is not None and self._value_at is not None:  # key, value, step
+        # a row with the columns key, value and step
+        if self._named_by is not None and self._value_at is not None:
             names, judged = names.copy(), judged.copy()
             names[self._value_at] = cells[self._named_by]
             judged[self._value_at] = self._series.judges(cells[self._named_by])
@@ -343,7 +344,7 @@ def _numbers(column: Sequence[bytes]) -> Column:
         values = _floats([column[i] for i in kept])
     else:
         kept = range(len(column))
-    if all(map(math.isfinite, values)):  # 1e999 is not
+    if all(map(math.isfinite, values)):  # excludes 1e999, which is infinite
         return kept, values
     pairs = [(i, value) for i, value in zip(kept, values, strict=True) if math.isfinite(value)]
     return [i for i, _ in pairs], [value for _, value in pairs]

@@ -1,4 +1,4 @@
-"""Reads lines of text: a batch is looked up by shape in C, and few lines are handled one by one."""
+"""Reads lines of text in batches, which are looked up by shape in C."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastguard.commands.scan.shapes import Shape, Shapes, alike
 from fastguard.commands.scan.suspects import BAR, ENDS
 
 MIN_BATCH, MAX_BATCH = 1 << 11, 1 << 16
-"""First and largest size of a batch in bytes; the size doubles when a batch is read to its end."""
+"""First and largest size of a batch in bytes. The size doubles when a batch is read to its end."""
 
 REFRESHED = (1, 8, 64)
 """After this many new shapes in a batch, its remaining lines are looked up again."""
@@ -118,7 +118,7 @@ class TextReader:
                     break
                 shape = self._shapes.of(line)
                 misses += 1
-                if misses in REFRESHED and i + 1 < n:  # the next lines may be of this shape
+                if misses in REFRESHED and i + 1 < n:  # the next lines may have this new shape
                     shapes[i + 1 :] = self._shapes.all_known(lines[i + 1 :])
             end, run = i + 1, findings.run
             if run is not None and shape.bad:

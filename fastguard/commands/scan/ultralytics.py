@@ -4,7 +4,7 @@
       3/100      2.1G        nan      2.346     0.9877         34        640: 37% ━━━━──────── 15/41
 
 The losses are running means over an epoch, so a NaN persists until the epoch ends. The batch number
-is that of the bar, which may be one behind the losses.
+is taken from the bar, which may be one batch behind the losses.
 """
 
 from __future__ import annotations

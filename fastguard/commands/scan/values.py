@@ -23,10 +23,14 @@ from fastguard.commands.scan.spellings import NUMBER, TOKEN, canonical, may_have
 from fastguard.commands.scan.vocabulary import LEVEL, UNIT_OF_RATE, is_bound, is_metric
 
 CONTEXT = 100
-"""Number of characters considered on either side; matching may take quadratic time in it."""
+"""Number of characters considered on either side. Matching may take quadratic time in this
+number.
+"""
 
 LISTED = 4
-"""Maximum number of array values listed individually; of the rest, each kind is listed once."""
+"""Maximum number of array values listed individually. Of all further values, each kind is listed
+once.
+"""
 
 
 class Value(NamedTuple):
@@ -57,7 +61,7 @@ _NUMBER_BEFORE = re.compile(
     re.IGNORECASE,
 )
 _BESIDE = re.compile(r"\d\s*(?:\(|±\s?|\+/-\s?)$")
-_LEVEL = "\0level"  # not a name: log level INF, short for INFO
+_LEVEL = "\0level"  # returned instead of a name for the log level INF, which is short for INFO
 _DIGITS = str.maketrans("023456789", "111111111")
 _STATISTICS = ("max", "min", "mean", "std", "sum")
 _CALL = re.compile(r"([A-Za-z_][\w.]*)\([^()]*(?:\([^()]*\)[^()]*)*$")
@@ -85,7 +89,7 @@ _PANDAS = re.compile(r"\d\s{2,}$")
 """Matches the text before a missing value in a row of a table that pandas printed."""
 _ARROW = re.compile(r"\s*[-=~]+>$")
 _IN_BARS = re.compile(r"[|│┃]\s*([^\W\d][\w./-]{0,40})\s$"), re.compile(r"\s*(?:[|│┃]|$)")
-"""Match the texts before and after a value whose cell also has its name: `| tr nan | val 2.3`."""
+"""Match the texts around a value whose cell also contains its name: `| tr nan | val 2.3`."""
 _INTERVAL = re.compile(
     r"(?:\(\s*-inf,\s*(?:[^,\]()]{1,20}\]|\+?inf\s*\))|\[[^,\[\]()]{1,20},\s*\+?inf\s*\))",
     re.IGNORECASE,
@@ -171,7 +175,7 @@ def _name(before: str, after: str, end: str, token: str) -> str | None:
     if not name or "1" not in name:
         return name
     at = alike.rfind(name)
-    if at < 0:  # its words are not adjacent in the text
+    if at < 0:  # the words of the name are not adjacent in the text
         return _name_of_value(before, after, end, token)
     real = before[at : at + len(name)]
     if is_metric(name) and not is_metric(real):  # "f3" is not "f1"
@@ -188,10 +192,10 @@ def _in_sentence(value: str) -> str:
 
 @lru_cache(1 << 11)
 def _name_of_value(before: str, after: str, end: str, token: str) -> str | None:
-    """Returns the name of the value between two texts: "" if it has none, None if it is a word.
+    """Returns the name of the value between two texts: "" for no name, None if it is a word.
 
     Args:
-        before: The text before it, up to `CONTEXT` characters.
+        before: The text before the value, up to `CONTEXT` characters.
         after: The text after it.
         end: The text after the array or row that it begins.
         token: The token as written.
@@ -205,11 +209,11 @@ def _name_of_value(before: str, after: str, end: str, token: str) -> str | None:
         return None
     if text != "nan" and _INTERVAL.search(before[-20:] + token + after[:20]):
         return None
-    level = token == "INF"  # how some loggers abbreviate INFO
+    level = token == "INF"  # some loggers abbreviate INFO in this way
     opened = _OPENERS.search(before)
     assert opened is not None  # the pattern also matches the empty string
     stem = before[: opened.start()]
-    if _QUOTED_FLOAT.search(before):  # source code: printed values have no quotes
+    if _QUOTED_FLOAT.search(before):  # the line is source code, since printed values have no quotes
         return None
     if not stem and not _CONTAINER_BEFORE.search(before):
         return _LEVEL if level and LETTER.search(end) else _at_start(before, after, end)
@@ -282,7 +286,7 @@ def _separated(name: str, stem: str, end: str, text: str, *, in_call: bool) -> s
 def _among_numbers(before: str, after: str, end: str) -> str | None:
     if _CONTAINER_BEFORE.search(before) and (_CLOSER.match(after) or _CLOSER.match(end)):
         return ""
-    if _CELLS.match(after) and _CELLS.match(before):  # a table row: 2,nan,
+    if _CELLS.match(after) and _CELLS.match(before):  # a table row such as "2,nan,"
         return ""
     if not _stands_alone(end):
         return None

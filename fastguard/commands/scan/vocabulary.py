@@ -1,7 +1,7 @@
 """The vocabulary of training logs: classifies names as metrics, rates, bounds or settings.
 
 Only a metric that is NaN or infinite is a problem. Rates may divide by a time of zero, bounds begin
-at infinity, and settings may be either.
+at infinity, and settings may be NaN or infinite.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _INTERVALS = frozenset("range ranges interval domain bounds".split())
 _PARTS = frozenset("processor processors filter warper detector callback".split())
 """Last words of names of program parts, whatever the rest: "logits_processor"."""
 _LOSSES = frozenset("loss losses norm norms grad grads gnorm nll ppl perplexity".split())
-"""Last words that make a name a metric regardless of the rest: "duration loss", "clip_loss"."""
+"""Last words that make any name a metric: "duration loss", "clip_loss"."""
 
 # Words in Latin letters may be in camel case; other scripts may lack spaces.
 _WORD = re.compile(r"[A-ZÀ-Þ]?[a-zß-ɏ]+\d?|[A-ZÀ-Þ]+(?![a-zß-ɏ])\d?|\d+|[^\W\d_a-zA-ZÀ-ɏ]+")
@@ -137,11 +137,12 @@ def is_bound(name: str, text: str) -> bool:
 
 
 def _is_infinite_bound(words: tuple[str, ...], text: str) -> bool:
-    if "best" in words or words[-1] == ("min" if text == "inf" else "max"):  # where a search begins
+    # a bound with which a search begins
+    if "best" in words or words[-1] == ("min" if text == "inf" else "max"):
         return True
     if not {"min", "max"}.isdisjoint(words) and not any(map(is_metric, {*words} - {"lr"})):
-        return True  # a range
-    if words[-1] in ("inf", "infinity"):  # a constant
+        return True  # one end of a range
+    if words[-1] in ("inf", "infinity"):  # a constant such as math.inf
         return True
     if text == "-inf" and words[-1] == "bias" and not _ATTENTION.isdisjoint(words):
         return True

@@ -1,8 +1,8 @@
 """Reduces lines to their wording, so that lines which differ in words without meaning share one.
 
 "alexnet block loss nan" and "resnet stem loss nan" differ only in names. Words that no pattern of
-the scan contains are replaced by placeholders, numbered in order. The wording is parsed instead of
-the line; `Wording.name` and `Wording.span` translate the result back to the words of the line.
+the scan contains are replaced by numbered placeholders. The result, the wording, is parsed instead
+of the line; `Wording.name` and `Wording.span` translate the result back to the words of the line.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ _LONG = 12
 _NOT_LITERAL = re.compile(r"\\.|\(\?P<\w+>|\[[^\]]*\]")
 _LITERAL = re.compile(r"([a-z]+)(\??)")
 _ANYWHERE = re.compile(r"nan|inf|finit|loss|norm|acc|ppl|mse|mae|err")
-"""Some patterns match these even within a word."""
+"""Some patterns match these strings even within a word."""
 
-# Names are recognized by these endings, so a placeholder keeps them.
+# Names are recognized by these endings, so placeholders keep the endings.
 _ENDINGS = ("ing", "ed", "")
 _NUMBERS = tuple(map("".join, product("bcdfghjkpvwxz", repeat=2)))
 _HOLDER = re.compile(r"(?:Q[B-Z]{2}|(?:Q|(?<![a-z])q)[b-z]{2}(?:ing|ed)?)(?![a-z])")
@@ -97,7 +97,7 @@ _UPPER = tuple(map(bytes.upper, _numbered("q", "")))
 
 
 def _placeholders(word: str) -> tuple[bytes, ...]:
-    """The placeholders of a word by position; none if it has a meaning."""
+    """The placeholders of a word by position; None if the word has a meaning."""
     if _has_meaning(word.lower()):
         return ()
     if word.isupper():
@@ -125,7 +125,7 @@ class Wording(NamedTuple):
         return self.words[_INDEX[holder[0][1:3].lower()]].decode()
 
     def span(self, span: Span) -> Span:
-        """Returns the span in the line of digits at this span in the wording."""
+        """Returns the span in the line that corresponds to a span of digits in the wording."""
         begin, end = span
         holders = _HOLDER_BYTES.findall(self.line, 0, begin)
         shift = len(b"".join(self.words[: len(holders)])) - len(b"".join(holders))

@@ -1,4 +1,4 @@
-"""The checks, one module per family; `check(evidence)` yields its findings."""
+"""The checks, one module per family; the function `check(evidence)` of each yields findings."""
 
 from __future__ import annotations
 

@@ -12,20 +12,21 @@ from fastguard.errors import several
 
 CHECK = Family("backward")
 
-FORGOTTEN = 0.01  # share of trainable elements without a gradient that counts as an error
+# from this share of trainable elements without a gradient on, the finding is an error
+FORGOTTEN = 0.01
 TOTAL_NORM_HIGH, TOTAL_NORM_HOPELESS = 1e2, 1e6
 PROFILE = 1e4  # largest ratio between the rms gradients of early and late layers
 DEEP = 4  # minimum number of weights for comparing early and late layers
 
 _TWICE = (
-    "the graph had already been freed: step= must return the loss and not call backward or "
-    "optimizer.step, which diagnose does itself; in training, look for a state (of an RNN, a "
-    "memory) that is carried over from the previous batch without .detach()."
+    "the graph had already been freed. The function passed as step= must return the loss and must "
+    "not call backward or optimizer.step, because diagnose calls both. In training, look for a "
+    "state (of an RNN or a memory) that is carried over from the previous batch without .detach()."
 )
 
 
 def check(evidence: Evidence) -> Iterator[Finding]:
-    """Checks the gradients of one step; without a loss, the gradients of the output's mean."""
+    """Checks the gradients of the loss, or of the output's mean if there is no loss."""
     evidence = evidence.repaired
     failure = evidence.step.failed("backward")
     if failure is not None:
@@ -53,7 +54,7 @@ def _missing(evidence: Evidence) -> Iterator[Finding]:
     gradients = {name: found[name] for name in evidence.trained if name in found}
     parameters = evidence.subject.parameters
     missing = [name for name, gradient in gradients.items() if gradient is None]
-    if not missing or evidence.is_detached:  # the loss check reports this
+    if not missing or evidence.is_detached:  # the check of the loss reports a detached loss
         return
     n = sum(parameters[name].numel() for name in gradients)
     share = sum(parameters[name].numel() for name in missing) / max(n, 1)
@@ -68,8 +69,8 @@ def _missing(evidence: Evidence) -> Iterator[Finding]:
         value=share,
         limit=0,
         remedy="use the output of this module (the loss may ignore a head, or a branch may not be "
-        "called), look for .detach() and torch.no_grad() on the way, or mark it as intended with "
-        "requires_grad_(False).",
+        "called), and look for .detach() and torch.no_grad() between this module and the loss. "
+        "If the parameter should not be trained, set requires_grad_(False).",
     )
 
 
@@ -110,7 +111,8 @@ def _zero(evidence: Evidence) -> Iterator[Finding]:
     left_out = any(
         f.problem == "length" and f.is_certain for f in evidence.step.functions.loss_inputs
     )
-    # A bias alone may cancel, as the last one of a Wasserstein critic does.
+    # A zero gradient of a bias can be correct: in a Wasserstein critic, the last bias cancels out
+    # of the loss.
     matrices = [n for n in zero if evidence.subject.parameters[n].ndim > 1]
     yield Finding(
         CHECK,
@@ -120,10 +122,11 @@ def _zero(evidence: Evidence) -> Iterator[Finding]:
         where="" if everything else zero[0],
         value=len(zero) / len(trained),
         limit=0,
-        remedy="make sure that the loss gets samples that it can align; see the loss check."
+        remedy="make sure that the loss gets samples that it can align; see the finding about the "
+        "loss."
         if left_out
-        else "look for dead ReLUs, saturated activations, a clamp that is always at its end, a "
-        "softmax over one class, and weights that are all 0 further on.",
+        else "look for dead ReLUs, saturated activations, a clamp whose input is always out of "
+        "range, a softmax over one class, and later layers whose weights are all 0.",
     )
 
 
@@ -137,12 +140,13 @@ def _sizes(evidence: Evidence) -> Iterator[Finding]:
             CHECK,
             "exploding-gradient",
             "error" if norm > TOTAL_NORM_HOPELESS else "warning",
-            f"the gradient norm is {norm:.3g}, the largest element {worst.largest:.3g} in {name}",
+            f"the gradient norm is {norm:.3g}; the largest element is {worst.largest:.3g}, "
+            f"in {name}",
             where=name,
             value=norm,
             limit=TOTAL_NORM_HIGH,
-            remedy="clip it with GuardedOptimizer(max_norm=1.0); then look for large inputs, a "
-            "summed loss, a missing norm, or a large gain.",
+            remedy="clip the gradient with GuardedOptimizer(max_norm=1.0). Then look for large "
+            "inputs, a summed loss, a missing normalization layer, or a large gain.",
         )
     if len(profile) < DEEP:
         return
@@ -155,13 +159,15 @@ def _sizes(evidence: Evidence) -> Iterator[Finding]:
         if ratio > PROFILE:
             yield CHECK.warning(
                 kind,
-                f"over {len(profile)} layers the gradient becomes {ratio:.3g} times {what} on its "
-                f"way back: rms {last:.3g} at {profile[-1][0]}, {first:.3g} at {profile[0][0]}",
+                f"over {len(profile)} layers the gradient becomes {ratio:.3g} times {what} in the "
+                f"backward pass: its rms is {last:.3g} at {profile[-1][0]}, {first:.3g} at "
+                f"{profile[0][0]}",
                 where=profile[0][0],
                 value=ratio,
                 limit=PROFILE,
-                remedy="use norms and residual connections between the layers, Kaiming or Xavier "
-                "initialization, and no saturating activations in deep stacks.",
+                remedy="use normalization layers and residual connections between the layers, use "
+                "Kaiming or Xavier initialization, and avoid saturating activations in deep "
+                "stacks.",
             )
 
 

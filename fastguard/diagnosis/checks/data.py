@@ -1,4 +1,4 @@
-"""Checks batches: whether they are finite and in range, and have valid labels and no duplicates."""
+"""Checks batches for non-finite and extreme values, invalid labels, and duplicates."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from fastguard.errors import describe_culprits
 CHECK = Family("data")
 
 RANGE = 100.0  # normalized inputs reach about 5; raw images reach 255
-MIN_LABELS = 16  # fewer labels may be equal by chance
+MIN_LABELS = 16  # fewer labels may all be equal by chance
 MIN_ELEMENTS = 4  # samples with fewer elements may be equal by chance
 
 
 def check(evidence: Evidence) -> Iterator[Finding]:
-    """Checks the batch and `data`; the range of labels is taken from the loss in the step."""
+    """Checks the batch and `data`; labels are checked against the loss that uses them."""
     found: dict[str, Finding] = {}
     for prefix, inputs, targets in evidence.batches():
         if (empty := _empty(prefix, inputs)) is not None:
@@ -47,17 +47,21 @@ def _empty(prefix: str, inputs: Any) -> Finding | None:
     name, tensor = known[0]
     return CHECK.error(
         "empty-batch",
-        f"there are no samples: {list(tensor.shape)}; the mean of no losses is 0/0, which is NaN",
+        f"there are no samples: {list(tensor.shape)}; so the mean of the losses is 0/0, which is "
+        "NaN",
         where=name,
         value=0,
         limit=1,
-        remedy="check what filters the samples, and the sampler; a DataLoader drops a partial "
-        "batch with drop_last=True.",
+        remedy="check the sampler, and the code that filters samples; a DataLoader with "
+        "drop_last=True drops a partial batch.",
     )
 
 
 def _of_batch(prefix: str, inputs: Any, targets: Any, harmful: bool) -> Iterator[Finding]:
-    """Checks one batch. `harmful`: the step is not finite, so a -Inf may be more than a mask."""
+    """Checks one batch.
+
+    If the step is `harmful` (not finite), a -Inf in the batch may be more than a mask.
+    """
     names = (f"{prefix}inputs", f"{prefix}targets")
     high = {f"{prefix}inputs*": RANGE}
     low = {f"{prefix}inputs*": -RANGE}
@@ -72,7 +76,8 @@ def _of_batch(prefix: str, inputs: Any, targets: Any, harmful: bool) -> Iterator
         if problem.kind == "nonfinite":
             if values.nan or values.posinf or harmful:
                 yield _nonfinite(values)
-            if problem.name.startswith(names[0]) and values.absmax > RANGE:  # a NaN hides the range
+            # with a NaN, the range is unknown
+            if problem.name.startswith(names[0]) and values.absmax > RANGE:
                 yield _range(values)
         elif problem.kind == "constant":
             yield _constant(values)
@@ -110,8 +115,8 @@ def _nonfinite(values: TensorRange) -> Finding:
         where=values.name,
         value=1 - values.finite_share,
         limit=0,
-        remedy="find the samples (x.isfinite().flatten(1).all(1)) and repair or drop them where "
-        "the data is read; fastguard.check_batch checks every batch without a sync.",
+        remedy="find the samples (x.isfinite().flatten(1).all(1)) and repair or drop these samples "
+        "where the data is read; fastguard.check_batch checks every batch without a sync.",
     )
 
 
@@ -121,8 +126,8 @@ def _constant(values: TensorRange) -> Finding:
         f"all {values.numel} elements are {values.max:.4g}",
         where=values.name,
         value=values.max,
-        remedy="check how it is read and normalized (a division by a standard deviation of 0, an "
-        "integer division by 255); nothing can be learned from constant data.",
+        remedy="check how the data is read and normalized (a division by a standard deviation of "
+        "0, an integer division by 255); nothing can be learned from constant data.",
     )
 
 
@@ -134,8 +139,8 @@ def _range(values: TensorRange) -> Finding:
         where=values.name,
         value=values.absmax,
         limit=RANGE,
-        remedy="normalize: divide images by 255, or subtract the mean and divide by the standard "
-        "deviation of the training data, plus an eps.",
+        remedy="normalize the inputs: divide images by 255, or subtract the mean of the training "
+        "data and divide by its standard deviation plus an eps.",
     )
 
 
@@ -143,7 +148,7 @@ def _indices(evidence: Evidence) -> Iterator[Finding]:
     seen = evidence.step.functions.indices
     yield from (_bad_indices(found, "") for found in seen if found.bad_share)
     losses = [found for found in seen if found.function != "embedding"]
-    if len(losses) != 1:  # with several losses it is unclear which targets belong to which
+    if len(losses) != 1:  # with several losses it is unclear which targets belong to which loss
         return
     loss = losses[0]
     for i, (_, targets) in enumerate(_pairs(evidence.further_batches)):
@@ -174,7 +179,7 @@ def _bad_indices(found: Indices, where: str) -> Finding:
         remedy="make the embedding as large as the vocabulary of the tokenizer."
         if tokens
         else "count classes from 0, give the last layer one output per class, and mark positions "
-        "to skip with ignore_index. On a GPU this fails with a device-side assert.",
+        "to skip with ignore_index. On a GPU, an index out of range causes a device-side assert.",
     )
 
 
@@ -183,8 +188,8 @@ def _binary_targets(evidence: Evidence) -> Iterator[Finding]:
         if low < 0 or high > 1:
             yield CHECK.error(
                 "target-out-of-range",
-                f"binary cross-entropy got targets from {low:.4g} to {high:.4g}; outside of 0 to 1 "
-                "it has no lower bound",
+                f"binary cross-entropy got targets from {low:.4g} to {high:.4g}; for targets "
+                "outside of 0 to 1, this loss has no lower bound",
                 where="targets",
                 value=high if high > 1 else low,
                 limit=1 if high > 1 else 0,
@@ -194,7 +199,7 @@ def _binary_targets(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _duplicates(evidence: Evidence) -> Iterator[Finding]:
-    # The batch is probably also in `data`.
+    # The batch itself is probably also in `data`.
     batches = evidence.further_batches or [evidence.subject.batch]
     seen: dict[bytes, bytes] = {}
     n = again = contradicting = 0
@@ -208,15 +213,15 @@ def _duplicates(evidence: Evidence) -> Iterator[Finding]:
     if not again:
         return
     kind = "contradicting-labels" if contradicting else "duplicates"
-    twice = f"{again} of {n} samples are copies of an earlier one"
+    twice = f"{again} of {n} samples are copies of an earlier sample"
     yield CHECK.warning(
         kind,
         f"{twice}, {contradicting} of them with another target" if contradicting else twice,
         where="data" if evidence.further_batches else "batch",
         value=again / n,
         limit=0,
-        remedy="look for files listed twice, a sampler with replacement, workers that share a "
-        "seed, and for leaks between training and validation.",
+        remedy="look for files that are listed twice, a sampler with replacement, workers that "
+        "share a seed, and leaks between training and validation.",
     )
 
 

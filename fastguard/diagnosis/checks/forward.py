@@ -21,24 +21,24 @@ from fastguard.errors import several
 CHECK = Family("forward")
 
 LARGE = 1e4  # float16 ends at 65504, and norms and losses square their inputs
-HOPELESS = 1e12  # one square and one sum away from float32's limit, 3.4e38
+HOPELESS = 1e12  # squares of such values, when summed, may exceed float32's limit of 3.4e38
 DEAD_RELU = 0.99
 SATURATED = 0.9
 ONE_HOT_SOFTMAX = 0.99
 
 _FIT = (
-    "make the model's output as large as its targets (a decoder that lacks upsampling steps; "
-    "torch.nn.functional.interpolate(output, size=target.shape[-2:])), or the targets as large "
-    "as the output."
+    "give the output and the targets the same size: add the missing upsampling steps to the "
+    "decoder, use torch.nn.functional.interpolate(output, size=target.shape[-2:]), or resize the "
+    "targets."
 )
 
 _LEFT_OUT = (
     "later checks are skipped; run the model on this batch by itself to see the whole traceback."
 )
 _ONE_VALUE = (
-    "one value has no variance, so a norm over it is undefined in training: drop a last "
-    "batch of one sample (DataLoader(drop_last=True)), give this layer more than one position, "
-    "use GroupNorm or LayerNorm, or call model.eval() to use the running statistics."
+    "a single value has no variance, so this normalization is undefined in training: drop a last "
+    "batch of one sample (DataLoader(drop_last=True)), give this layer more than one position, use "
+    "GroupNorm or LayerNorm, or call model.eval() to use the running statistics."
 )
 
 
@@ -59,7 +59,7 @@ def check(evidence: Evidence) -> Iterator[Finding]:
         )
 
 
-# Does it run?
+# Whether the forward pass runs.
 
 
 def _failures(evidence: Evidence) -> Iterator[Finding]:
@@ -81,7 +81,7 @@ def _remedy_of(evidence: Evidence, message: str) -> str:
     return "; ".join(filter(None, [hint, _LEFT_OUT]))
 
 
-# Does it have the shape of its targets?
+# Whether the output has the shape of its targets.
 
 
 def _shapes(evidence: Evidence) -> Iterator[Finding]:
@@ -91,7 +91,7 @@ def _shapes(evidence: Evidence) -> Iterator[Finding]:
     }
     for mismatch in step.functions.shape_mismatches:
         yield _shape_mismatch(mismatch, places.get((mismatch.output, mismatch.target), ""))
-    if step.functions.shape_mismatches:  # reported above
+    if step.functions.shape_mismatches:  # `_broadcasts` reports these
         return
     failed = step.failed("loss")
     for where, output, target in misfits(step.output, targets):
@@ -135,7 +135,7 @@ def _shape_mismatch(mismatch: ShapeMismatch, where: str) -> Finding:
     )
 
 
-# Does it stay finite?
+# Whether values stay finite.
 
 
 def _nonfinite(evidence: Evidence) -> Iterator[Finding]:
@@ -149,15 +149,16 @@ def _nonfinite(evidence: Evidence) -> Iterator[Finding]:
             CHECK,
             "ignored-nonfinite",
             "warning" if any(a.values.nan for a in bad) else "note",
-            f"{several(_names(bad))} output NaN or Inf, which reach neither loss nor gradients",
+            f"{several(_names(bad))} output NaN or Inf, but these values reach neither the loss "
+            "nor the gradients",
             where=bad[0].where,
             value=bad[0].values.nonfinite / bad[0].values.numel,
             limit=0,
-            remedy="this is fine for a mask of -Inf; but a NaN that is only masked out reappears "
-            "in the backward pass as 0 * NaN.",
+            remedy="this is fine for a mask of -Inf. A NaN that is only masked out, however, "
+            "reappears in the backward pass as 0 * NaN.",
         )
         return
-    if evidence.repaired is not evidence:  # the model itself may also produce NaN or Inf
+    if evidence.repaired is not evidence:  # the model itself may produce NaN or Inf too
         yield from _nonfinite(evidence.repaired)
     yield _first_nonfinite(evidence, bad, report)
 
@@ -172,7 +173,7 @@ def _first_nonfinite(
         f"{percent(share)} of the output of {first.where} is NaN or Inf, the first of "
         f"{len(set(_names(bad)))} affected modules out of {n}"
     ]
-    remedy = "call fastguard.explain_nonfinite on this batch to see the operation."
+    remedy = "call fastguard.explain_nonfinite on this batch to find the operation."
     if report is not None:
         remedy = report.remedy
         if report.origin == "forward":
@@ -180,7 +181,7 @@ def _first_nonfinite(
         elif report.origin is not None:
             seen.append(f"the {report.origin} value {report.tensor} was non-finite before")
         if report.origin == "batch":
-            seen.append("the checks of the backward pass and later ones replaced it by 0")
+            seen.append("the check of the backward pass and all later checks used 0 instead")
         seen += [text for text in (report.evidence, report.source) if text]
     return CHECK.error(
         "nonfinite-activation",
@@ -196,7 +197,7 @@ def _names(activations: list[Activation]) -> list[str]:
     return list(dict.fromkeys(a.where for a in activations))
 
 
-# Does it stay in range?
+# Whether values stay in range.
 
 
 def _extreme(evidence: Evidence) -> Iterator[Finding]:
@@ -213,12 +214,12 @@ def _extreme(evidence: Evidence) -> Iterator[Finding]:
         where=large[0].where,
         value=worst,
         limit=LARGE,
-        remedy="put a norm before this layer, lower the gain of its weights, and normalize the "
-        "inputs.",
+        remedy="put a normalization layer before this layer, lower the gain of its weights, and "
+        "normalize the inputs.",
     )
 
 
-# Is it saturated?
+# Whether activations are saturated.
 
 
 def _saturated(saturations: list[Saturation]) -> Iterator[Finding]:
@@ -241,19 +242,21 @@ def _saturated(saturations: list[Saturation]) -> Iterator[Finding]:
 _SATURATION = {
     "relu": (
         "of the ReLU's output is 0 and passes no gradient",
-        "lower the learning rate or the bias, put a norm before it, or use a leaky ReLU or GELU.",
+        "lower the learning rate or the bias, put a normalization layer before the ReLU, or use a "
+        "leaky ReLU or GELU.",
     ),
     "sigmoid": (
         "of the sigmoid's output is within 3e-4 of 0 or 1 and passes no gradient",
-        "reduce the scale of its input; for a loss use binary_cross_entropy_with_logits.",
+        "reduce the scale of the sigmoid's input; in a loss, use binary_cross_entropy_with_logits.",
     ),
     "tanh": (
         "of the tanh's output is within 5e-4 of -1 or 1 and passes no gradient",
-        "reduce the scale of its input, or put a norm before it.",
+        "reduce the scale of the tanh's input, or put a normalization layer before it.",
     ),
     "softmax": (
         "of the softmax's rows are one-hot and pass no gradient",
         "divide attention scores by the square root of the head size, or normalize queries and "
-        "keys. A softmax over an axis of length 1 is always 1; then the axis is wrong.",
+        "keys. If the softmax is over an axis of length 1, its result is always 1, and the axis is "
+        "wrong.",
     ),
 }

@@ -1,4 +1,4 @@
-"""Checks that weights are finite, varied and of a usual scale; and checks the eps of norms."""
+"""Checks weights for NaN, equal values and unusual scale, and the eps of normalizations."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from fastguard.stages.measure import measure
 
 CHECK = Family("initialization")
 
-# The gain of a random layer is the rms of its outputs over that of its inputs: 0.58 for torch's
+# The gain of a random layer is the rms of its outputs divided by the rms of its inputs: 0.58 for
+# torch's
 # default nn.Linear, 1.4 for Kaiming, about 0.1 for small GPTs initialized with 0.02, and 0.01 for
 # the last layer of a policy.
 GAIN_HIGH, GAIN_LOW = 10.0, 0.009
-GAIN_HOPELESS = 1e3  # ten such layers exceed the range of float32
-NORM_EPS = 1e-12  # the smallest eps in any published model
+GAIN_HOPELESS = 1e3  # with this gain, ten layers exceed the range of float32
+NORM_EPS = 1e-12  # no published model has a smaller eps
 
 _WEIGHTED = (
     nn.Linear,
@@ -56,7 +57,7 @@ def _nonfinite(evidence: Evidence) -> Iterator[Finding]:
     named = dict(evidence.subject.parameters)
     for prefix, root in evidence.subject.roots.items():
         named |= dict(root.named_buffers(prefix=prefix))
-    # A buffer may be a mask of -Inf by design.
+    # A buffer may contain -Inf by design, as a mask does.
     held = [(n, t.detach()) for n, t in named.items() if t.dtype in FLOATING and t.numel()]
     stats = measure(bucketize([t for _, t in held], names=[n for n, _ in held]))
     culprits = [c for c in stats.culprits() if c[0] in evidence.subject.parameters or c[1]]
@@ -68,21 +69,22 @@ def _nonfinite(evidence: Evidence) -> Iterator[Finding]:
             value=sum(sum(c[1:]) for c in culprits),
             limit=0,
             remedy="if the model is new, check how this tensor is initialized (torch.empty is not "
-            "initialized); otherwise an earlier step destroyed it: go back to a checkpoint that "
-            "passes `fastguard ckpt verify`, and train with fastguard.GuardedOptimizer.",
+            "initialized); otherwise an earlier step destroyed the tensor: go back to a "
+            "checkpoint that passes `fastguard ckpt verify`, and train with "
+            "fastguard.GuardedOptimizer.",
         )
 
 
 def _norm(module: Any, name: str) -> Iterator[Finding]:
     eps = module.eps
-    if eps is not None and eps < NORM_EPS:  # None: torch uses the eps of the dtype
+    if eps is not None and eps < NORM_EPS:  # with None, torch uses the eps of the dtype
         yield CHECK.warning(
             "norm-eps",
-            f"eps is {eps:g}: constant inputs are divided by 0",
+            f"eps is {eps:g}: so constant inputs are divided by 0",
             where=name,
             value=eps,
             limit=NORM_EPS,
-            remedy="give it torch's default, eps=1e-5 (1e-6 for RMSNorm).",
+            remedy="use torch's default, eps=1e-5 (1e-6 for RMSNorm).",
         )
     variance = getattr(module, "running_var", None)
     if isinstance(variance, Tensor) and bool((variance < 0).any()):
@@ -94,7 +96,7 @@ def _norm(module: Any, name: str) -> Iterator[Finding]:
             value=float(variance.min()),
             limit=0,
             remedy="call module.reset_running_stats() and run some batches in training mode; "
-            "averaging checkpoints or a broken load can cause this.",
+            "averaged checkpoints and incomplete loading can cause a negative variance.",
         )
 
 
@@ -141,7 +143,7 @@ def _constant(name: str, value: float) -> Finding:
         f"every weight is {value:.3g}: all units compute the same value and remain identical",
         where=name,
         value=value,
-        remedy="start from random weights: torch.nn.init.kaiming_normal_(weight).",
+        remedy="start from random weights, for example with torch.nn.init.kaiming_normal_(weight).",
     )
 
 

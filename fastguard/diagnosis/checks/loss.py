@@ -1,4 +1,4 @@
-"""Checks the loss: whether it exists, is scalar, finite and a mean, and the effect of its parts."""
+"""Checks whether the loss exists, is a finite scalar and a mean, and what its parts contribute."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastguard.errors import several
 CHECK = Family("loss")
 
 LARGE = 1e4
-PARTS = 1e3  # largest ratio of the gradient norms of two parts
+PARTS = 1e3  # largest normal ratio between the gradient norms of two parts
 
 
 def check(evidence: Evidence) -> Iterator[Finding]:
@@ -48,7 +48,8 @@ def _failure(evidence: Evidence) -> Iterator[Finding]:
     failure = evidence.step.failed("loss")
     if failure is None or failure.has_own_finding:
         return
-    if raised_by_shapes(evidence.step, evidence.subject.targets):  # the forward check reports it
+    # the check of the forward pass reports such an error
+    if raised_by_shapes(evidence.step, evidence.subject.targets):
         return
     function = f" in {failure.function}" if failure.function else ""
     yield CHECK.error(
@@ -77,8 +78,8 @@ def _kind(evidence: Evidence) -> Iterator[Finding]:
             instead = step_for(evidence) or plain_step(evidence)
             yield CHECK.warning(
                 "loss-shape",
-                "the model returns one number for all samples, which looks like its own loss, but "
-                "loss_fn compares it with the targets",
+                "the model returns one number for all samples, which looks like a loss that the "
+                "model computed, but loss_fn compares this number with the targets",
                 value=1,
                 remedy=f"if this number is the loss, pass {instead} instead of loss_fn.",
             )
@@ -86,8 +87,8 @@ def _kind(evidence: Evidence) -> Iterator[Finding]:
     if subject.loss_fn is None and subject.given_step is None and not number_in(step.result):
         yield CHECK.note(
             "not-checked",
-            "there is no loss: no loss_fn or step was given, and the output contains none; the "
-            "backward pass starts at the mean of the output",
+            "there is no loss, because no loss_fn or step was given and the output contains no "
+            "loss; the backward pass starts at the mean of the output",
             remedy="; ".join(["pass loss_fn= or step=", *filter(None, [hint_for(evidence)])]) + ".",
         )
         return
@@ -112,10 +113,11 @@ def _kind(evidence: Evidence) -> Iterator[Finding]:
     )
     yield CHECK.error(
         "loss-shape",
-        f"the loss is {what}; expected a scalar tensor, a dict of them, or an object with a `loss`",
+        f"the loss is {what}; expected a scalar tensor, a dict of scalar tensors, or an object "
+        "with a `loss`",
         value=result.numel() if isinstance(result, Tensor) else 0,
         limit=1,
-        remedy='reduce it, with .mean() or reduction="mean".'
+        remedy='reduce the loss to a scalar, with .mean() or reduction="mean".'
         if isinstance(result, Tensor)
         else "return the loss itself, a dict of its parts, or an object with a `loss`.",
     )
@@ -127,8 +129,8 @@ def _detached(seen: str) -> Finding:
         seen,
         remedy="return the loss tensor itself, and use .item() or float() only for logging. "
         "Otherwise look for .detach(), .data, .numpy(), torch.tensor(loss), torch.no_grad(), "
-        "argmax or rounding between the parameters and the loss, for requires_grad=False, and for "
-        "an optimizer of another part of the model.",
+        "argmax or rounding between the parameters and the loss. Also check for "
+        "requires_grad=False, and whether the optimizer belongs to another part of the model.",
     )
 
 
@@ -160,12 +162,12 @@ def _values(evidence: Evidence) -> Iterator[Finding]:
             value=largest,
             limit=LARGE,
             remedy="average over elements instead of summing, normalize the targets, and give this "
-            "part a smaller weight.",
+            "part of the loss a smaller weight.",
         )
 
 
 def _parts(evidence: Evidence) -> Iterator[Finding]:
-    """Compares the parts by their gradients, each on the parameters that it affects."""
+    """Compares the gradients of the parts, each over the parameters that the part affects."""
     if len(evidence.step.parts) < 2 or evidence.no_steps_reason:
         return
     found = evidence.part_gradients
@@ -176,9 +178,9 @@ def _parts(evidence: Evidence) -> Iterator[Finding]:
         if rest / norm > PARTS and _is_small_nearby(evidence, name):
             yield CHECK.warning(
                 "loss-parts",
-                f"the gradient of {name} is {norm:.3g}, while that of the other parts on the same "
-                f"parameters is {rest:.3g}: {rest / norm:.3g} times as large, so {name} has almost "
-                "no effect",
+                f"the gradient of {name} is {norm:.3g}, while the gradient of the other parts on "
+                f"the same parameters is {rest:.3g}: {rest / norm:.3g} times as large, so {name} "
+                "has almost no effect",
                 where=name,
                 value=rest / norm,
                 limit=PARTS,
@@ -189,15 +191,15 @@ def _parts(evidence: Evidence) -> Iterator[Finding]:
     if idle:
         yield CHECK.note(
             "loss-parts",
-            f"no gradient comes from {several(idle)}, which adds to the loss but trains nothing",
+            f"no gradient comes from {several(idle)}, so this part of the loss trains nothing",
             where=idle[0],
             remedy="this is fine for a value that is only logged, and for a part that is inactive "
-            "on this batch; otherwise look for .detach() and .item() in it.",
+            "on this batch; otherwise look for .detach() and .item() in the code of this part.",
         )
 
 
 def _own_and_rest(found: dict[str, dict[str, float]], name: str) -> tuple[float, float]:
-    """Returns the gradient norms of a part and of the others, on the parameters it affects."""
+    """Returns the gradient norms of a part and of the other parts on the same parameters."""
     own = found[name]
     others = [norms for other, norms in found.items() if other != name]
     rest = math.hypot(*(norms.get(p, 0.0) for norms in others for p in own), 0.0)
@@ -211,7 +213,7 @@ def _is_small_nearby(evidence: Evidence, name: str) -> bool:
 
 @torch.no_grad()
 def _sum_over_samples(evidence: Evidence) -> Iterator[Finding]:
-    """Detects a summed loss: its value is the sum, not the mean, of the losses of two halves."""
+    """Detects a summed loss by comparing it with the losses of the batch's two halves."""
     loss_fn, output, targets = evidence.subject.loss_fn, evidence.step.output, None
     targets = evidence.subject.targets
     lengths = {t.shape[0] if t.ndim else 0 for t in tensors((output, targets))}
@@ -225,7 +227,7 @@ def _sum_over_samples(evidence: Evidence) -> Iterator[Finding]:
         first = _total(loss_fn(_part(output, 0, half), _part(targets, 0, half)))
         second = _total(loss_fn(_part(output, half, 2 * half), _part(targets, half, 2 * half)))
         whole = _total(loss_fn(_part(output, 0, 2 * half), _part(targets, 0, 2 * half)))
-    except Exception:  # a loss that needs whole batches cannot be checked
+    except Exception:  # a loss that needs the whole batch cannot be checked
         return
     if not math.isfinite(whole) or first <= 0 or second <= 0:
         return

@@ -77,9 +77,9 @@ def _remedy(found: LossInput) -> str:
         return REMEDY
     if found.problem == "axis":
         return (
-            "take the softmax over the class axis: dim=1 for (N, C, ...); if the classes are last, "
-            "move them there with output.movedim(-1, 1). Softmax without dim= uses axis 0 of a "
-            "tensor with 1 or 3 dimensions."
+            "take the softmax over the class axis, which is dim=1 for (N, C, ...). If the classes "
+            "are in the last axis, call output.movedim(-1, 1) first. Softmax without dim= uses "
+            "axis 0 of a tensor with 1 or 3 dimensions."
         )
     if name == "kl_div":
         if found.problem == "swapped":
@@ -88,7 +88,10 @@ def _remedy(found: LossInput) -> str:
                 "log-probabilities come first. The current order is right only for KL(q || p)."
             )
         if found.argument == "target":
-            return "log_target=True expects log-probabilities as target; log_target=False does not."
+            return (
+                "use log_target=True if the target contains log-probabilities, and "
+                "log_target=False if it contains probabilities."
+            )
         return "pass log-probabilities: kl_div(output.log_softmax(-1), target)."
     if name in ("nll_loss", "ctc_loss"):
         instead = ", or cross_entropy(logits, target)" if name == "nll_loss" else ""

@@ -1,8 +1,8 @@
 """Detects whether a sample's output depends on the other samples in its batch.
 
 A softmax over axis 0, or a recurrent or attention layer that treats its input as (time, batch), is
-suspected from its arguments and confirmed by an experiment: in evaluation mode, one sample is
-replaced by a copy of another one, and the outputs of all other samples must not change.
+suspected because of its arguments and then tested: in evaluation mode, one sample is replaced by a
+copy of another sample, and the outputs of all other samples must not change.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def check_mixing(evidence: Evidence) -> Iterator[Finding]:
         f"{several(where)}: axis 0 is the batch of {n} samples",
         where=where[0],
         value=n,
-        remedy="take the softmax over dim=-1 or dim=1; without dim= it uses axis 0 of a tensor "
-        "with 1 or 3 dimensions."
+        remedy="take the softmax over dim=-1 or dim=1; without dim=, softmax uses axis 0 of a "
+        "tensor with 1 or 3 dimensions."
         if suspects
-        else "create the layer with batch_first=True, or pass it input.transpose(0, 1).",
+        else "create the layer with batch_first=True, or pass input.transpose(0, 1) to the layer.",
     )
 
 
@@ -65,8 +65,8 @@ def _samples(evidence: Evidence) -> int:
     if len(sizes) != 1 or not second:
         return 0
     n = sizes.pop()
-    # A sequence may be (time, batch). With one target per sample, or for rows and images, axis 0
-    # is the batch.
+    # A sequence may have the axes (time, batch). If there is one target per sample, or if the
+    # samples are rows or images, axis 0 is the batch.
     plain = all(t.numel() == n for t in second) or all(
         t.ndim == 4 or (t.ndim == 2 and t.is_floating_point()) for t in first
     )

@@ -18,9 +18,9 @@ from fastguard.guard.model_buffers import are_protected
 CHECK = Family("optimizer")
 
 _UNLESS = ", unless another optimizer trains them (as in a GAN)"
-VANISHED_LR = 1e-12  # in float32 it cannot change any weight above 1e-5
+VANISHED_LR = 1e-12  # in float32, a smaller rate cannot change any weight above 1e-5
 UPDATE_HIGH = 0.1  # relative to the weights' norm; 1e-3 is usual
-UPDATE_LOW = 1e-8  # below the spacing of float32 numbers
+UPDATE_LOW = 1e-8  # relative to the weights' norm; less than the spacing of float32 numbers
 
 
 def check(evidence: Evidence) -> Iterator[Finding]:
@@ -50,13 +50,13 @@ def _members(evidence: Evidence, optimizer: Optimizer) -> Iterator[Finding]:
             "the optimizer holds none of the model's parameters, so it trains another model",
             value=len(trainable),
             limit=0,
-            remedy="create the optimizer after the model is complete: after replacing layers, "
-            "loading, deep-copying and moving it.",
+            remedy="create the optimizer after the model is complete, that is, after replacing "
+            "layers, and after loading, deep-copying or moving the model.",
         )
         return
     left_out = [name for name, p in trainable.items() if p not in held]
     if left_out:
-        # Without a gradient in this step, they belong to another optimizer with another step.
+        # Parameters without a gradient in this step belong to another optimizer with its own step.
         reached = evidence.step.gradients is None or any(n in evidence.gradients for n in left_out)
         yield Finding(
             CHECK,
@@ -67,8 +67,8 @@ def _members(evidence: Evidence, optimizer: Optimizer) -> Iterator[Finding]:
             where=left_out[0],
             value=len(left_out) / len(trainable),
             limit=0,
-            remedy="add them to the optimizer, or mark them as intended with "
-            "requires_grad_(False).",
+            remedy="add these parameters to the optimizer, or set requires_grad_(False) if they "
+            "should not be trained.",
         )
     frozen = [name for name, p in parameters.items() if not p.requires_grad]
     if frozen:
@@ -100,17 +100,18 @@ def _buffers(evidence: Evidence) -> Iterator[Finding]:
             where=changing[0],
             value=len(changing),
             limit=0,
-            remedy="call fastguard.protect_buffers(model, optimizer), which restores them when a "
-            "step is skipped; the trainer integrations do so already.",
+            remedy="call fastguard.protect_buffers(model, optimizer), which restores these "
+            "buffers when a step is skipped; the trainer integrations call it already.",
         )
 
 
 def _learning_rate(optimizer: Optimizer, group: dict[str, Any], where: str) -> Iterator[Finding]:
-    lr = float(group["lr"]) if "lr" in group else math.nan  # syncs if it is a tensor on a GPU
+    # synchronizes if `lr` is a tensor on a GPU
+    lr = float(group["lr"]) if "lr" in group else math.nan
     if (math.isnan(lr) and "lr" not in group) or lr >= VANISHED_LR:
         return
     peak = group.get("initial_lr")
-    # A warm-up from 0, before its first step.
+    # A warm-up that starts at 0, before its first step.
     warms_up = lr == 0 and peak is not None and float(peak) > 0 and not optimizer.state
     scheduled = f"; its schedule started at {float(peak):.3g}" if peak is not None else ""
     yield Finding(
@@ -121,10 +122,10 @@ def _learning_rate(optimizer: Optimizer, group: dict[str, Any], where: str) -> I
         where=where,
         value=lr,
         limit=VANISHED_LR,
-        remedy="this is fine only if a warm-up begins here; take one step and check again."
+        remedy="this is fine only if a warm-up begins at this step; take one step and check again."
         if warms_up
-        else "restart the schedule, step it once per epoch or per step as planned, and give it a "
-        "floor: fastguard.GuardedLR(scheduler, floor=1e-6).",
+        else "restart the schedule, step the scheduler once per epoch or per step as planned, and "
+        "set a minimum with fastguard.GuardedLR(scheduler, floor=1e-6).",
     )
 
 
@@ -137,7 +138,8 @@ def _decayed_norms(evidence: Evidence, group: dict[str, Any], where: str) -> Ite
     if decayed:
         yield CHECK.note(
             "decayed-norms",
-            f"weight decay {decay:g} also applies to {len(decayed)} biases and scales of norms: "
+            f"weight decay {decay:g} also applies to {len(decayed)} biases and scales of "
+            f"normalization layers: "
             f"{several(decayed)}",
             where=where,
             value=len(decayed),
@@ -155,14 +157,14 @@ def _eps(evidence: Evidence, group: dict[str, Any], where: str) -> Iterator[Find
     known = [names[p] for p in group["params"] if p in names]
     sizes = {n: evidence.gradients[n] for n in known if n in evidence.gradients}
     below = [n for n, values in sizes.items() if 0 < values.rms < float(eps)]
-    # A bias before a batch norm has a gradient of rounding errors only.
+    # The gradient of a bias before a batch norm consists of rounding errors only.
     if sum(sizes[n].numel for n in below) <= 0.5 * sum(v.numel for v in sizes.values()):
         return
     rms = max(sizes[n].rms for n in below)
     yield CHECK.warning(
         "eps-dominates",
-        f"gradients with rms {rms:.3g} or less are smaller than eps {float(eps):g}, which "
-        f"therefore makes the step smaller: {several(below)}",
+        f"gradients with rms {rms:.3g} or less are smaller than eps {float(eps):g}, so eps makes "
+        f"the step smaller: {several(below)}",
         where=where,
         value=rms,
         limit=float(eps),
@@ -182,7 +184,7 @@ def _updates(evidence: Evidence, optimizer: Optimizer) -> Iterator[Finding]:
         if not weight or UPDATE_LOW <= moved / weight <= UPDATE_HIGH or not math.isfinite(moved):
             continue
         if float(group.get("lr", 1.0)) < VANISHED_LR:
-            continue  # reported already
+            continue  # another finding reports a rate of 0
         ratio = moved / weight
         large = ratio > UPDATE_HIGH
         yield CHECK.warning(
@@ -191,7 +193,7 @@ def _updates(evidence: Evidence, optimizer: Optimizer) -> Iterator[Finding]:
             where=f"param group {i}",
             value=ratio,
             limit=UPDATE_HIGH if large else UPDATE_LOW,
-            remedy="lower the learning rate, warm it up, and clip the gradient norm."
+            remedy="lower the learning rate, add a warm-up, and clip the gradient norm."
             if large
             else "raise the learning rate; if gradients are that small, scale the loss up.",
         )

@@ -14,7 +14,7 @@ _TARGETS = frozenset("target targets label labels y y_true tgt gt ground_truth".
 
 
 def step_for(evidence: Evidence) -> str:
-    """Returns the `step=` to suggest for a model that takes the targets; empty if it takes none."""
+    """Returns the `step=` to suggest for a model that takes targets; empty for other models."""
     batch = evidence.subject.batch
     inputs, targets = split(batch)
     if targets is None:
@@ -38,7 +38,7 @@ def step_for(evidence: Evidence) -> str:
 
 
 def plain_step(evidence: Evidence) -> str:
-    """Returns the `step=` of a model that computes its loss from the inputs alone."""
+    """Returns the `step=` to suggest for a model that computes its loss from inputs alone."""
     inputs, targets = split(evidence.subject.batch)
     stars = "**" if isinstance(inputs, Mapping) else "*" * isinstance(inputs, list | tuple)
     part = "batch" if targets is None else "batch[0]"
@@ -48,7 +48,7 @@ def plain_step(evidence: Evidence) -> str:
 
 
 def hint_for(evidence: Evidence) -> str:
-    """Returns advice for a model that may compute its own loss, without a period; may be empty."""
+    """Returns advice for a model that may compute its own loss; empty if there is none."""
     step = step_for(evidence)
     if step:
         return f"a model that takes its targets and returns its own loss needs {step}"
@@ -61,7 +61,7 @@ def hint_for(evidence: Evidence) -> str:
 
 
 def returns_its_loss(evidence: Evidence) -> bool:
-    """Whether the model outputs one number for many targets that is not used as the loss."""
+    """Whether the model outputs one number for many targets and it is not used as the loss."""
     subject, step = evidence.subject, evidence.step
     output, targets = step.output, subject.targets
     return (

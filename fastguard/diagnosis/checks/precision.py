@@ -15,7 +15,7 @@ from fastguard.errors import several
 CHECK = Family("precision")
 
 LOST_GRADIENTS = 0.1  # share of nonzero gradients that would round to 0
-LOSS_DIFFERENCE = 0.05  # relative
+LOSS_DIFFERENCE = 0.05  # relative to the loss in float32
 ROUNDED = 0.5  # share of elements that an update leaves unchanged
 
 
@@ -48,13 +48,13 @@ def _to_blame(evidence: Evidence) -> Iterator[Finding]:
     reached = f"; in float32 {module} reaches {largest:.3g}" if over else ""
     yield CHECK.error(
         "float16-range",
-        f"this batch is not finite in {name} but finite in float32: the range of {name} is to "
-        f"blame, not the model{reached}",
+        f"the step on this batch is not finite in {name} but finite in float32, so the cause is "
+        f"the range of {name}, not the model{reached}",
         where=(report.module if report is not None else "") or first,
         value=largest,
         limit=FLOAT16_MAX,
-        remedy="use bfloat16, which has the range of float32; or keep this part in float32, with "
-        "torch.autocast(device_type, enabled=False) around it and x.float() inside.",
+        remedy="use bfloat16, which has the range of float32; or compute this part in float32, "
+        "under torch.autocast(device_type, enabled=False) and with x.float() as input.",
     )
 
 
@@ -73,7 +73,8 @@ def _overflow(evidence: Evidence) -> Iterator[Finding]:
         where=next(iter(over)),
         value=largest,
         limit=FLOAT16_MAX,
-        remedy="they become Inf in float16: use bfloat16, or scale them down before this module.",
+        remedy="in float16 these values become Inf: use bfloat16, or scale the values down before "
+        "this module.",
     )
 
 
@@ -93,7 +94,8 @@ def _underflow(evidence: Evidence) -> Iterator[Finding]:
     if not not_zero or under / not_zero <= LOST_GRADIENTS:
         return
     largest = max(v.largest for v in values)
-    # A quarter of the largest scale without overflow: later batches may have larger gradients.
+    # A quarter of the largest scale without overflow, since later batches may have larger
+    # gradients.
     scale = 2.0 ** min(24, math.floor(math.log2(FLOAT16_MAX / largest)) - 2) if largest else 2.0**16
     yield Finding(
         CHECK,
@@ -103,8 +105,8 @@ def _underflow(evidence: Evidence) -> Iterator[Finding]:
         "loss scaling",
         value=under / not_zero,
         limit=LOST_GRADIENTS,
-        remedy=f"with float16 use torch.amp.GradScaler(init_scale={scale:g}); bfloat16 and float32 "
-        "do not need it.",
+        remedy=f"with float16, use torch.amp.GradScaler(init_scale={scale:g}); bfloat16 and "
+        "float32 need no loss scaling.",
     )
 
 
@@ -122,8 +124,8 @@ def _loss_differs(evidence: Evidence) -> Iterator[Finding]:
             f"the loss is {narrow:.4g} in {name}, but {wide:.4g} in float32",
             value=difference,
             limit=LOSS_DIFFERENCE,
-            remedy="keep sums, norms, softmaxes and the loss in float32: "
-            "torch.autocast(device_type, enabled=False) and x.float().",
+            remedy="compute sums, norms, softmaxes and the loss in float32, under "
+            "torch.autocast(device_type, enabled=False) and with x.float() as input.",
         )
 
 
@@ -161,7 +163,7 @@ def _all_finite(step: Observation) -> bool:
 
 
 def _beyond_float16(step: Observation) -> dict[str, float]:
-    """Returns the largest value of each module that computes or outputs one beyond float16."""
+    """Returns, by module, the largest value that it computes or outputs beyond float16."""
     found: dict[str, float] = {}
     seen = [(large.where, large.largest) for large in step.functions.large]
     seen += [(a.where, a.values.largest) for a in step.activations if a.values.over]

@@ -26,21 +26,22 @@ def check(evidence: Evidence) -> Iterator[Finding]:
     if not all(map(math.isfinite, after)):
         yield CHECK.error(
             "diverges",
-            f"{text}; it was finite before the steps",
+            f"{text}; the loss was finite before these steps",
             value=next(i for i, loss in enumerate(after, 1) if not math.isfinite(loss)),
             remedy=_settings_to_fix(evidence)
-            or "lower the learning rate by ten, warm it up, and clip: "
+            or "divide the learning rate by ten, add a warm-up, and clip gradients with "
             "GuardedOptimizer(max_norm=1.0).",
         )
     elif min(after) >= first:
         yield CHECK.warning(
             "does-not-fall",
-            f"{text}; it does not fall",
+            f"{text}; the loss does not fall",
             value=min(after),
             limit=first,
             remedy=_settings_to_fix(evidence)
-            or "if it rises, the learning rate is too high; if it is flat, the rate is too low or "
-            "the gradients do not belong to this loss. A fully trained model may also show this.",
+            or "if the loss rises, the learning rate is too high. If the loss is flat, the "
+            "learning rate is too low, or the gradients do not belong to this loss. The loss "
+            "of a fully trained model may not fall either.",
         )
     else:
         yield Finding(CHECK, "ok", "ok", text, value=min(after), limit=first)

@@ -1,4 +1,4 @@
-"""Checks optimizer settings that can ruin a run at any learning rate: eps, decay, momentum."""
+"""Checks settings that can ruin a run at any learning rate: eps, weight decay and momentum."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fastguard.errors import several
 CHECK = Family("optimizer")
 
 SHRINK = 1e-2  # share of the weights removed per step; AdamW usually removes 1e-3 * 1e-2 = 1e-5
-SHRINK_OF_LARGE = 1e-3  # the same limit for a weight decay of LARGE_DECAY or more
-LARGE_DECAY = 10.0  # larger than in any published recipe
+SHRINK_OF_LARGE = 1e-3  # limit for a weight decay of LARGE_DECAY or more, as for SHRINK
+LARGE_DECAY = 10.0  # no published recipe has a larger weight decay
 DECAY_OVER_GRADIENT = 10.0
 MATTERING_DECAY = 0.1  # smallest coupled decay that is checked; 1e-4 to 1e-2 is usual
 MOMENTUM = 0.995  # averages over 200 steps; 0.9 to 0.99 is usual
@@ -24,7 +24,7 @@ BETA1, BETA2 = 0.995, 0.99999
 
 
 def check_settings(evidence: Evidence) -> Iterator[Finding]:
-    """Checks every param group of the optimizer; if eps is 0, also what a real step does."""
+    """Checks every param group; if eps is 0, also what a real step does."""
     optimizer = evidence.subject.optimizer
     for i, group in enumerate(optimizer.param_groups if optimizer is not None else ()):
         where = f"param group {i}"
@@ -34,7 +34,10 @@ def check_settings(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _number(group: dict[str, Any], name: str) -> float:
-    """Returns a setting, or NaN if it is not a number; syncs if it is a tensor on a GPU."""
+    """Returns a setting as a number, or NaN.
+
+    Synchronizes if the setting is a tensor on a GPU.
+    """
     value = group.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float | torch.Tensor):
         return math.nan
@@ -68,13 +71,13 @@ def _eps(evidence: Evidence, group: dict[str, Any], where: str) -> Iterator[Find
         CHECK,
         "eps-vanished",
         "error" if destroyed else "warning",
-        f"{what}: where the gradient or its square is 0, the step is 0/0 or Inf{done}",
+        f"{what}: where the gradient or its square is 0, the update is 0/0 or Inf{done}",
         where=where,
         value=eps,
         limit=smallest,
-        remedy="keep the weights in float32 and compute in 16 bits under torch.autocast; or use "
-        "bfloat16 weights, or fused=True, which computes in float32; or an eps that float16 can "
-        "hold, such as 1e-4."
+        remedy="keep the weights in float32 and compute in 16 bits under torch.autocast. "
+        "Alternatively, use bfloat16 weights, or fused=True, which computes in float32, or an "
+        "eps that float16 can represent, such as 1e-4."
         if eps and dtype.itemsize == 2
         else "use the optimizer's default eps, 1e-8.",
     )
@@ -103,7 +106,7 @@ def _decoupled_decay(
 ) -> Iterator[Finding]:
     """Checks decay that removes `lr * decay` of the weights per step."""
     momentum = _number(group, "momentum")
-    # In SGD the decay passes through the momentum, which multiplies its effect.
+    # In SGD, momentum accumulates the decay, which multiplies its effect.
     times = 1 / (1 - momentum) if 0 < momentum < 1 and "dampening" in group else 1.0
     shrink = lr * decay * times
     product = f"lr * weight_decay = {lr:g} * {decay:g} = {lr * decay:.3g}"
@@ -173,8 +176,8 @@ def _decay(where: str, severity: Severity, seen: str, value: float, limit: float
         where=where,
         value=value,
         limit=limit,
-        remedy="lower weight_decay: 0.01 to 0.1 for AdamW, 1e-5 to 1e-3 where it is added to the "
-        "gradient (SGD, Adam, RMSprop); a large learning rate multiplies it.",
+        remedy="lower weight_decay: 0.01 to 0.1 for AdamW, 1e-5 to 1e-3 for optimizers that add "
+        "it to the gradient (SGD, Adam, RMSprop). A large learning rate multiplies its effect.",
     )
 
 
@@ -184,7 +187,7 @@ def _decay(where: str, severity: Severity, seen: str, value: float, limit: float
 def _momentum(group: dict[str, Any], where: str) -> Iterator[Finding]:
     for name in ("momentum", "alpha", "rho"):
         value = _number(group, name)
-        if name != "momentum" and "t0" in group:  # ASGD's alpha is something else
+        if name != "momentum" and "t0" in group:  # ASGD's `alpha` is not a decay rate
             continue
         undamped = name == "momentum" and not _number(group, "dampening") > 0
         if value >= 1 or value < 0 or (name == "momentum" and value > MOMENTUM):
@@ -212,9 +215,9 @@ def _momentum(group: dict[str, Any], where: str) -> Iterator[Finding]:
 
 def _odd_betas(group: dict[str, Any], one: float, two: float) -> str:
     if one > BETA1:
-        swapped = "; they look swapped" if two < one else ""
-        return f"the first averages the gradient over {1 / (1 - one):.3g} steps{swapped}"
-    if "eps" in group and one * one > two > 0:  # Lion has no eps and no second moment
+        swapped = "; the two betas look swapped" if two < one else ""
+        return f"the first beta averages the gradient over {1 / (1 - one):.3g} steps{swapped}"
+    if "eps" in group and one * one > two > 0:  # Lion, which has no eps, has no second moment
         return (
             "the second moment decays faster than the first, so after a large gradient the "
             "denominator becomes small while the numerator is still large"
@@ -241,6 +244,6 @@ def _average(where: str, name: str, value: float, undamped: bool) -> Finding:
         where=where,
         value=value,
         limit=1.0 if outside else MOMENTUM,
-        remedy="0.9 is usual and 0.99 the maximum; for a longer average, lower the learning rate "
-        "by the factor by which the momentum multiplies the step.",
+        remedy="0.9 is usual and 0.99 the maximum; for a longer average, divide the learning rate "
+        "by the factor by which momentum multiplies the step.",
     )

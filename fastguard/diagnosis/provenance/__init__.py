@@ -1,4 +1,4 @@
-"""`explain_nonfinite`: reruns a bad batch and names where its first NaN or Inf appeared.
+"""`explain_nonfinite`: reruns a bad batch and finds the operation with the first NaN or Inf.
 
 The replay uses the same weights, the same batch and, if given, the same random numbers. It checks
 the result of every operation, which is slow and, on a GPU, needs a sync per operation.
@@ -44,17 +44,17 @@ def explain_nonfinite(
     The batch is run forward and, if the loss is finite, backward. All state is restored afterward,
     bit for bit: parameters, buffers, gradients, random number generators, training flags and the
     batch. The model runs in its current mode, compiled parts run eagerly, and the hooks of an
-    `ActivationGuard` are disabled. Runs in one process: DataParallel and DistributedDataParallel
-    are unwrapped. Synchronizes with the GPU.
+    `ActivationGuard` are disabled. The function runs in one process (DataParallel and
+    DistributedDataParallel are unwrapped), and synchronizes with the GPU.
 
     Args:
-        model: The model, with the weights it had before the bad step.
+        model: The model, with its weights from before the bad step.
         batch: `(inputs, targets)`; a mapping with exactly the keys `"inputs"` and `"targets"`; or
             any other mapping, which is passed to the model as keyword arguments. A tuple or mapping
             of inputs is unpacked.
         loss_fn: Called as `loss_fn(model(inputs), targets)`, or as `loss_fn(output, batch)` if the
             batch is a mapping of keyword arguments. None: the loss is the output's `loss`; without
-            one there is no backward pass.
+            a loss, there is no backward pass.
         step: Replaces `loss_fn`: `step(model, batch)` returns a loss, a dict of parts whose sum is
             the loss, or a dict, object or tuple that contains the loss under `loss` or as its first
             entry.
@@ -66,7 +66,7 @@ def explain_nonfinite(
         loss_scale: The factor by which a GradScaler multiplied the loss. Default: 1.
 
     Returns:
-        A report. Print it to see where the value appeared, why, and a remedy.
+        A report. Print it to see where and why the value appeared, and a remedy.
 
     Raises:
         TypeError: `batch` is of another kind, both `loss_fn` and `step` are given, or another

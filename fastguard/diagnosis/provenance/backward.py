@@ -22,7 +22,7 @@ from fastguard.diagnosis.replay.tensor_range import TensorRange
 
 @dataclass(frozen=True, slots=True)
 class NodeOrigin:
-    """A node that turned finite gradients into non-finite ones.
+    """A node whose incoming gradients were finite and whose outgoing gradients were not.
 
     Attributes:
         node: Index of the node in `graph_of`.
@@ -56,7 +56,7 @@ class BackwardTrace:
         assert loss.grad_fn is not None
         self._nodes = graph_of(loss.grad_fn)
         self._position = {node: i for i, node in enumerate(self._nodes)}
-        self._origins: dict[int, NodeOrigin] = {}  # in the order of execution
+        self._origins: dict[int, NodeOrigin] = {}  # keys in the order of execution
         self._bad_edges: dict[int, list[bool]] = {}
         leaves = {i: n.variable for i, n in enumerate(self._nodes) if hasattr(n, "variable")}
         handles = [
@@ -98,7 +98,7 @@ class BackwardTrace:
         )
 
     def _above(self, bad: Iterable[int]) -> set[int]:
-        """Returns the nodes from which bad gradients flowed to these."""
+        """Returns the nodes from which bad gradients flowed to the given nodes."""
         sources: dict[int, list[int]] = {}
         for i, edges in self._bad_edges.items():
             for is_bad, (node, _) in zip(edges, self._nodes[i].next_functions, strict=False):
@@ -114,7 +114,7 @@ class BackwardTrace:
 
 
 def graph_of(root: Any) -> list[Any]:
-    """Returns this node and every node that its gradients flow to."""
+    """Returns this node and every node that receives its gradients."""
     nodes, seen, todo = [], {root}, [root]
     while todo:
         node = todo.pop()
@@ -127,9 +127,9 @@ def graph_of(root: Any) -> list[Any]:
 
 
 def _saved(node: Any) -> list[tuple[str, Tensor]]:
-    """Returns a node's saved tensors; none if an activation checkpoint already released them."""
+    """Returns a node's saved tensors, unless an activation checkpoint has released them."""
     try:
-        if hasattr(node, "saved_tensors"):  # a torch.autograd.Function
+        if hasattr(node, "saved_tensors"):  # the node of a torch.autograd.Function
             found = [(f"saved tensor {i}", t) for i, t in enumerate(node.saved_tensors)]
         else:
             names = [name for name in dir(node) if name.startswith("_saved_")]

@@ -1,4 +1,4 @@
-"""Explains failures that show in the arguments of a call, not in the ranges of its inputs.
+"""Explains failures by the arguments of a call, where the ranges of its inputs show nothing.
 
 Examples are a variance of too few values, a CTC target longer than its input, and a softmax over a
 row of -Inf. `explain_call` examines the call that produced the first NaN or Inf.
@@ -23,7 +23,7 @@ class Explanation:
     Attributes:
         kind: The usual name of the fault.
         evidence: What in the arguments explains the NaN or Inf.
-        remedy: What to do about it.
+        remedy: What to do about the fault.
     """
 
     kind: str
@@ -32,7 +32,7 @@ class Explanation:
 
 
 def explain_call(call: Call, outputs: Sequence[Tensor]) -> Explanation | None:
-    """Explains the non-finite outputs of a call by its arguments; None if they cannot."""
+    """Explains the non-finite outputs of a call by its arguments, if possible."""
     name = call.name.strip("_")
     check = _CHECKS.get(name)
     return None if check is None else check(call, outputs)
@@ -41,9 +41,9 @@ def explain_call(call: Call, outputs: Sequence[Tensor]) -> Explanation | None:
 # Variances.
 
 _FEW_VALUES = (
-    "use correction=0 (unbiased=False), where the variance of one value is 0, and add an eps where "
-    "it is a divisor; or skip inputs with too few values: drop a last batch of one sample, do not "
-    "normalize a single element."
+    "use correction=0 (unbiased=False), which gives a variance of 0 for one value, and add an eps "
+    "where you divide by the variance. Or skip inputs with too few values: drop a last batch of "
+    "one sample, and do not normalize a single element."
 )
 
 
@@ -73,21 +73,22 @@ def _divided_by_zero(call: Call, outputs: Sequence[Tensor]) -> Explanation | Non
     other = call.argument("other")
     if isinstance(other, Tensor):
         if other.is_floating_point() or other.is_complex():
-            return None  # its range shows it
+            return None  # the range of the operand shows the cause
         zeros, n = int((other == 0).sum()), other.numel()
         if not zeros:
             return None
         evidence = f"{zeros} of {n} denominators are exactly 0; they are integers, {other.dtype}"
         evidence = evidence.replace("torch.", "") if n > 1 else "the denominator, an integer, is 0"
     elif other == 0:
-        evidence = "the denominator is the number 0"
+        evidence = "the denominator is the Python number 0"
     else:
         return None
     return Explanation(
         "division",
         evidence,
         "an empty mask gives a count of 0, and one sample gives n - 1 = 0: skip such a batch, or "
-        "divide by max(count, 1), count.clamp_min(1); variances and torch.cov take correction=0.",
+        "divide by max(count, 1) or count.clamp_min(1). Variances and torch.cov accept "
+        "correction=0.",
     )
 
 
@@ -105,7 +106,7 @@ def _ctc(call: Call, outputs: Sequence[Tensor]) -> Explanation | None:
         "CTC target longer than its input",
         f"{len(found)} of {len(losses)} samples cannot be aligned, so their loss is Inf: "
         f"{found[0]}",
-        f"zero_infinity=True (nn.CTCLoss, F.ctc_loss) drops such samples; {REMEDY}",
+        f"pass zero_infinity=True (nn.CTCLoss, F.ctc_loss) to ignore such samples; or {REMEDY}",
     )
 
 
@@ -117,7 +118,7 @@ def _nothing_counts(call: Call, outputs: Sequence[Tensor]) -> Explanation | None
     targets, ignored = call.argument("target"), call.argument("ignore_index")
     weight = call.argument("weight")
     if not targets.numel():
-        return None  # its range shows it
+        return None  # the range of the operand shows the cause
     counted = targets[targets != ignored]
     if not counted.numel():
         evidence = f"all {targets.numel()} targets are ignore_index={ignored}"
@@ -128,9 +129,10 @@ def _nothing_counts(call: Call, outputs: Sequence[Tensor]) -> Explanation | None
     return Explanation(
         "mean of nothing",
         f"{evidence}, so the mean is 0/0",
-        "skip such a batch, or take the sum and divide by max(count, 1); if every batch is like "
-        "this, check how targets are marked: a prompt mask that covers the answer, sequences cut "
-        "off before it, a padding token that is also a label.",
+        "skip such a batch, or take the sum and divide by max(count, 1). If this happens in every "
+        "batch, check how targets are marked. Usual causes are a prompt mask that covers the "
+        "answer, sequences that are cut off before the answer, and a padding token that is also a "
+        "label.",
     )
 
 
@@ -147,12 +149,12 @@ def _masked_rows(call: Call, outputs: Sequence[Tensor]) -> Explanation | None:
         return None
     return Explanation(
         "exponential or softmax",
-        f"{n} of {empty.numel()} rows are entirely -Inf: every position is masked, and the "
-        "softmax of nothing is 0/0",
-        "leave at least one position of every row unmasked (padding may mask whole samples, and "
+        f"{n} of {empty.numel()} rows are entirely -Inf: every position is masked, so the softmax "
+        "is 0/0",
+        "leave at least one position of every row unmasked. Padding may mask whole samples, and "
         "masks may be inverted: nn.MultiheadAttention masks where True, "
-        "scaled_dot_product_attention where False), or mask with a large negative number, "
-        "torch.finfo(x.dtype).min, and set those rows to 0 afterward.",
+        "scaled_dot_product_attention where False. Or mask with a large negative number, "
+        "torch.finfo(x.dtype).min, and set the fully masked rows to 0 afterward.",
     )
 
 

@@ -2,12 +2,13 @@
 
 Every ATen operation passes through here, below autograd and autocast. An operation with a
 non-finite output becomes an `Event`, which stores which inputs were non-finite and which events
-produced those. From a bad loss the trace leads back to events with finite inputs: these are the
-origins. Non-finite values that never reach the loss are not on such a path and are not reported.
+produced these inputs. From a bad loss, the trace leads back to the origins, which are events with
+finite inputs. Non-finite values that never reach the loss are not on such a path and are not
+reported.
 
 A -Inf that the program *wrote* (an attention mask: `masked_fill(mask, -inf)`) is `placed`. An
-operation that writes it or passes it on is not an origin, but one that computes a NaN from it (the
-softmax of a row of -Inf) is an origin.
+operation that writes a placed -Inf or passes it on is not an origin. An operation that computes a
+NaN from it (the softmax of a row of -Inf) is an origin.
 """
 
 from __future__ import annotations
@@ -69,11 +70,12 @@ class Event:
     Attributes:
         index: Number of the operation.
         operation: `aten.div.Tensor`.
-        causes: What produced its non-finite inputs.
-        placed: Whether it wrote, or passed on, an Inf that the program wrote deliberately.
-        inputs, outputs: Ranges; only recorded at origins.
+        causes: The causes of the non-finite inputs.
+        placed: Whether the operation wrote, or passed on, an Inf that the program wrote
+            deliberately.
+        inputs, outputs: Ranges, which are recorded only at origins.
         precision: Whether float32 would have been finite; None if not tried.
-        explanation: The explanation by its arguments; None if only the ranges may explain it.
+        explanation: The explanation by the arguments; None if only ranges can explain the output.
     """
 
     index: int
@@ -88,7 +90,7 @@ class Event:
 
     @property
     def is_origin(self) -> bool:
-        """Whether it turned finite values into non-finite ones, or a requested Inf into NaN."""
+        """Whether the operation made finite values non-finite, or a deliberate Inf NaN."""
         return not self.placed and all(cause.placed for cause in self.causes)
 
 
@@ -113,8 +115,8 @@ class ForwardTrace(TorchDispatchMode):
         self._stack: list[str] = []
         self._calls: dict[nn.Module, int] = {}
         self._index = 0
-        # Cause of the tensor in each storage; None if finite. Reused addresses are safe: an
-        # operation writes the new storage first.
+        # Cause of the tensor in each storage; None if finite. Reused addresses are safe, since an
+        # operation writes the new storage before another one reads it.
         self._known: dict[int, Cause | None] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._thread = threading.get_ident()
@@ -134,7 +136,7 @@ class ForwardTrace(TorchDispatchMode):
         for hook in self._hooks:
             hook.remove()
 
-    # Current position.
+    # Tracks the current position.
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         name = self._names.get(module)
@@ -159,7 +161,7 @@ class ForwardTrace(TorchDispatchMode):
             frame = frame.f_back
         return None
 
-    # Operations.
+    # Records operations.
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -171,7 +173,7 @@ class ForwardTrace(TorchDispatchMode):
             self.sites[node] = self._site()
         if is_view(func):
             out = func(*args, **kwargs)
-            if func is torch.ops.aten.lift_fresh.default:  # creates a constant
+            if func is torch.ops.aten.lift_fresh.default:  # this operation creates a constant
                 self._known.pop(storage_of(out), None)
             return out
         call = Call.of(func, args, kwargs)
@@ -237,7 +239,7 @@ class ForwardTrace(TorchDispatchMode):
         if event is not None or fills or key not in map(storage_of, (t for _, t in call.inputs)):
             self._known[key] = event
 
-    # Tracing back.
+    # Traces back.
 
     def cause_of(self, tree: Any) -> tuple[Cause, ...]:
         """Returns the causes of the non-finite tensors in nested containers."""
@@ -247,7 +249,7 @@ class ForwardTrace(TorchDispatchMode):
         known = self._known.get(storage_of(tensor))
         if known is not None:
             return known
-        # Written without a torch operation, for example by a custom kernel.
+        # The tensor was written without a torch operation, for example by a custom kernel.
         return Outside("constant", TensorRange.of("a tensor", value), False)
 
     @staticmethod

@@ -18,9 +18,9 @@ class Kind:
     """Operations that fail in the same way.
 
     Attributes:
-        name: What they have in common.
+        name: The common name of these operations.
         operations: Operators and autograd nodes, without overload and underscore.
-        remedy: What to do.
+        remedy: What to do about the failure.
     """
 
     name: str
@@ -78,28 +78,28 @@ KINDS = (
         "matrix product or convolution",
         "mm bmm addmm baddbmm addbmm addmv mv dot vdot matmul linear einsum convolution "
         "convolution_overrideable conv1d conv2d conv3d mkldnn_convolution thnn_conv2d",
-        "a sum of products left the range of its dtype: normalize the inputs, lower the scale of "
-        "the weights or the learning rate, and keep this layer in float32 or bfloat16.",
+        "a sum of products exceeded the range of its dtype: normalize the inputs, lower the scale "
+        "of the weights or the learning rate, or compute this layer in float32 or bfloat16.",
     ),
     _kind(
         "conversion to a narrower dtype",
         "to_copy to copy type_as",
-        "the values do not fit: float16 ends at 65504. Scale them down first, or keep them in "
-        "bfloat16 or float32.",
+        "the values exceed the range of the dtype; the largest float16 number is 65504. Scale the "
+        "values down first, or keep them in bfloat16 or float32.",
     ),
     _kind(
         "normalization",
         "native_batch_norm batch_norm native_layer_norm layer_norm native_group_norm group_norm "
         "cudnn_batch_norm native_batch_norm_legit native_batch_norm_legit_no_stats var var_mean "
         "std_mean fused_rms_norm rms_norm batch_norm_with_update instance_norm",
-        "the variance of one value is 0/0, and that of huge values overflows: check for batches of "
-        "one sample, a running variance that is negative or Inf, and an eps of 0.",
+        "the variance of one value is 0/0, and the variance of huge values overflows: check for "
+        "batches of one sample, a running variance that is negative or Inf, and an eps of 0.",
     ),
     _kind(
         "mean of nothing",
         "mean nanmean nll_loss_forward nll_loss nll_loss_nd nll_loss2d_forward nll_loss2d median",
-        "0/0: there were no elements, or every target was ignore_index. Skip such a batch, or "
-        "divide a sum by max(count, 1).",
+        "the mean is 0/0, because there were no elements, or every target was ignore_index. Skip "
+        "such a batch, or divide a sum by max(count, 1).",
     ),
     _kind(
         "product",
@@ -110,8 +110,8 @@ KINDS = (
     _kind(
         "sum or difference",
         "add sub rsub sum cumsum mse_loss smooth_l1_loss l1_loss huber_loss addr add_relu",
-        "Inf - Inf is NaN, and large terms overflow: find what makes them large, average instead "
-        "of summing, and keep sums in float32.",
+        "Inf - Inf is NaN, and large terms overflow: find out why the terms are large, average "
+        "instead of summing, and compute sums in float32.",
     ),
     _kind(
         "matrix decomposition",
@@ -131,7 +131,7 @@ OUTSIDE = {
     "parameter": "an earlier step destroyed the weights: go back to a checkpoint that is "
     "verified finite, and let fastguard.GuardedOptimizer skip bad steps.",
     "buffer": "an earlier batch destroyed this buffer (NaN stays in running statistics): "
-    "go back to a checkpoint that is verified finite, or reset it.",
+    "go back to a checkpoint that is verified finite, or reset the buffer.",
     "batch": "repair or drop this sample; fastguard.check_batch finds such batches before the "
     "step.",
     "constant": "check where this tensor is created; it is neither a parameter, nor a buffer, nor "
@@ -142,29 +142,30 @@ MEAN_OF_NOTHING = next(kind for kind in KINDS if kind.name == "mean of nothing")
 
 _ROOT_OF_NEGATIVE = (
     "the root of a negative number is NaN: use x.clamp_min(0).sqrt(), or x.clamp_min(eps).sqrt() "
-    "if a gradient flows or the root is a divisor. Rounding can make values negative that should "
+    "if you need its gradient or divide by it. Rounding can make values negative that should "
     "never be, such as a variance computed as E[x²] - E[x]²: use torch.var, or use float32."
 )
 
 _ROOT_IN_DENOMINATOR = (
-    "1 / sqrt(0) is Inf: add eps inside the root, (x.square().mean(-1) + eps).rsqrt(), as norms do."
+    "1 / sqrt(0) is Inf: add eps inside the root, (x.square().mean(-1) + eps).rsqrt(), as "
+    "normalization layers do."
 )
 
 OTHER = _kind(
-    "",  # operations without a common way to fail
+    "",  # operations that have no typical failure
     "",
-    "check the ranges above: which input is at the limit of what this operation accepts?",
+    "check in the ranges above which input is at the limit of what this operation accepts.",
 )
 
 
 def kind_of(operation: str) -> Kind:
-    """Returns the kind of an ATen operator or autograd node; `OTHER` if it belongs to none."""
+    """Returns the kind of an ATen operator or autograd node, or `OTHER`."""
     name = base_name(operation)
     return next((kind for kind in KINDS if name in kind.operations), OTHER)
 
 
 def kind_at(operation: str, inputs: Sequence[TensorRange]) -> Kind:
-    """Returns the kind of an operation with these inputs; with empty inputs it is 0/0."""
+    """Returns the kind of an operation with these inputs; empty inputs mean 0/0."""
     if inputs and all(r.numel == 0 for r in inputs):
         return MEAN_OF_NOTHING
     return kind_of(operation)

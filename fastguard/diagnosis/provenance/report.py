@@ -25,18 +25,18 @@ class NonFiniteReport:
         tensor: Where the value first appeared: an output of the operation, or the name of the
             parameter, buffer or part of the batch.
         source: `file:line in function: text` of the user's code that called the operation.
-        inputs, outputs: Ranges around the operation; in the backward pass, the incoming gradients
-            and saved tensors, then the outgoing gradients.
-        already: Tensors that were non-finite before the step: parameters, buffers, parts of the
-            batch.
-        reached: The operations after the first, one per module.
+        inputs, outputs: Ranges of the operation's inputs and outputs. In the backward pass, the
+            inputs are the incoming gradients and saved tensors, and the outputs are the outgoing
+            gradients.
+        already: Parameters, buffers and parts of the batch that were non-finite before the step.
+        reached: Later operations with non-finite outputs, one per module.
         loss: The loss, or its parts by name.
         bad_gradients: Parameters with a non-finite gradient; empty if the loss is non-finite.
         kind: The kind of operation, as in `remedies.KINDS`, or of fault, as in `circumstances`.
-        evidence: What in the ranges explains the value.
-        remedy: What to do about it.
-        precision: True: the same computation in float32 is finite, so the range of float16 or
-            bfloat16 is to blame. False: float32 does not help. None: no low precision was used, or
+        evidence: The property of the ranges that explains the value.
+        remedy: What to do about the cause.
+        precision: True: the same computation in float32 is finite, so the cause is the range of
+            float16 or bfloat16. False: float32 does not help. None: no low precision was used, or
             float32 could not be tried.
         no_backward: Why the gradients were not computed, although the forward pass is finite; empty
             if they were.
@@ -71,8 +71,9 @@ class NonFiniteReport:
                 f"Nothing found in the outputs. There was no backward pass: {self.no_backward}."
                 if self.no_backward
                 else "Nothing found: loss and gradients of this batch are finite.",
-                "If the step did fail, the weights or the random numbers were different: call "
-                "explain_nonfinite before the weights change, with rng= from before the batch.",
+                "If the step did fail in training, its weights or random numbers were different: "
+                "call explain_nonfinite before the weights change, and pass the rng= saved before "
+                "the batch.",
             ]
         else:
             lines = [self._headline(), *self._where()]
@@ -112,8 +113,8 @@ class NonFiniteReport:
 
 
 _PRECISION = {
-    True: "the same computation in float32 is finite: the range of the 16-bit format is to blame, "
-    "not the model. Keep this part in float32, or use bfloat16 instead of float16.",
+    True: "the same computation in float32 is finite: the cause is the range of the 16-bit format, "
+    "not the model. Compute this part in float32, or use bfloat16 instead of float16.",
     False: "the same computation in float32 is not finite either: precision is not the cause.",
 }
 

@@ -34,7 +34,7 @@ class Search:
         roots: The model under `""`, and a loss that is a module under its name.
         batch: See `explain_nonfinite`.
         step: Computes a loss from the model and a batch.
-        autocast: The context of the step; entered again for each replay.
+        autocast: The context of the step, which is entered again for each replay.
         rng: See `explain_nonfinite`.
         loss_scale: See `explain_nonfinite`.
 
@@ -91,7 +91,7 @@ class Search:
         return replace(report, already=already, loss=values)
 
     def with_precision(self, report: NonFiniteReport) -> NonFiniteReport:
-        """Runs the batch in float32 and records whether that is finite."""
+        """Runs the batch in float32 and records whether the result is finite."""
         try:
             with in_float32(self.modules):
                 result = self._replay(widened_batch(copied(self._batch)), autocast=False)
@@ -99,7 +99,8 @@ class Search:
                 finite = all(map(all_finite, floats(loss or result)))
                 if finite and loss and report.origin == "backward":
                     finite = not BackwardTrace(self._scaled(sum(loss.values()))).bad_leaves
-        except Exception:  # some models are tied to their dtype; then this stays unknown
+        # some models work only in their own dtype; `precision` then stays unknown
+        except Exception:
             return report
         return replace(report, precision=finite)
 
@@ -114,7 +115,7 @@ class Search:
     def _scaled(self, loss: Any) -> Tensor:
         return loss if self._loss_scale == 1.0 else loss * self._loss_scale
 
-    # Building the report.
+    # Builds the report.
 
     def _forward_report(self, trace: ForwardTrace, causes: Sequence[Cause]) -> NonFiniteReport:
         origin, after = trace.origin_of(causes)
@@ -147,7 +148,8 @@ class Search:
             kind=explanation.kind,
             evidence=explanation.evidence,
             remedy=explanation.remedy,
-            precision=origin.precision or None,  # False is inconclusive: the cause may be earlier
+            # False is inconclusive, since the cause may be earlier
+            precision=origin.precision or None,
         )
 
     def _backward_report(self, trace: ForwardTrace, loss: Tensor) -> NonFiniteReport:
@@ -189,8 +191,8 @@ class Search:
 _WRITTEN = Explanation(
     "an Inf that the program wrote",
     "the program wrote this Inf, as masks do, and nothing removed it afterward",
-    "if a whole row is masked, its maximum, logsumexp or sum is also Inf: exclude such rows from "
-    "the loss, or mask with a large finite number, torch.finfo(x.dtype).min.",
+    "if a whole row is masked, its maximum, logsumexp or sum is Inf too: exclude such rows from "
+    "the loss, or mask with a large finite number such as torch.finfo(x.dtype).min.",
 )
 
 
@@ -214,7 +216,7 @@ def _parts_of(batch: Any) -> Iterator[tuple[Origin, str, Tensor]]:
 
 
 def _site_of(node: NodeOrigin, sites: Mapping[int, Site]) -> Site:
-    """Returns where a node's operation was called, or the previous node's if unknown."""
+    """Returns where a node's operation was called; if unknown, the place of the previous node."""
     numbers = [n for n in sites if n <= node.sequence]
     return sites[max(numbers)] if numbers else Site("", None)
 

@@ -29,7 +29,7 @@ def checked_model(model: Any) -> nn.Module:
     """Returns the model without DataParallel, DistributedDataParallel or torch.compile wrappers.
 
     Raises:
-        TypeError: It is not a module.
+        TypeError: The model is not a module.
         ValueError: A parameter or buffer has no values yet.
     """
     if not isinstance(model, nn.Module):
@@ -47,7 +47,7 @@ def checked_model(model: Any) -> nn.Module:
 
 
 def check_functions(loss_fn: Any, step: Any) -> None:
-    """Checks that at most one of `loss_fn` and `step` is given, and that it can be called.
+    """Checks that at most one of `loss_fn` and `step` is given, and that it is callable.
 
     Raises:
         TypeError: Both are given, or one cannot be called.
@@ -64,10 +64,10 @@ def check_functions(loss_fn: Any, step: Any) -> None:
 
 
 def check_batch_kind(batch: Any, *, any_kind: bool) -> None:
-    """Checks that `batch` is one batch; `any_kind`: a `step` handles its structure.
+    """Checks that `batch` is one batch, of `any_kind` if a `step` handles its structure.
 
     Raises:
-        TypeError: The type is unknown, or it yields batches.
+        TypeError: The type is unknown, or the object yields batches.
         ValueError: A tensor in it is on the meta device.
     """
     if isinstance(batch, DataLoader):
@@ -80,7 +80,7 @@ def check_batch_kind(batch: Any, *, any_kind: bool) -> None:
     what = f"a {type(batch).__name__}"
     if isinstance(batch, list | tuple):
         what += f" of {len(batch)}"
-    hint = "; next(...) gives one batch" if hasattr(batch, "__next__") else ""
+    hint = "; next(...) returns one batch" if hasattr(batch, "__next__") else ""
     raise TypeError(
         f"batch is {what}; pass (inputs, targets), a mapping, or step=lambda model, batch: loss"
         f"{hint}"
@@ -91,8 +91,8 @@ def context_of(autocast: Any, model: nn.Module) -> AbstractContextManager[Any]:
     """Returns the context that a step runs under.
 
     Raises:
-        TypeError: It is neither a context nor a dtype.
-        ValueError: It is a dtype that autocast does not support.
+        TypeError: The value is neither a context nor a dtype.
+        ValueError: Autocast does not support this dtype.
     """
     if autocast is None:
         return nullcontext()
@@ -117,7 +117,7 @@ def check_rng(rng: Any) -> None:
     """Checks that `rng` is a state of the generators.
 
     Raises:
-        TypeError: It is not.
+        TypeError: The value is not a generator state.
     """
     if rng is not None and not (isinstance(rng, Mapping) and "torch" in rng):
         raise TypeError(
@@ -130,7 +130,7 @@ def check_loss_scale(loss_scale: Any) -> None:
     """Checks that `loss_scale` is a number.
 
     Raises:
-        TypeError: It is not.
+        TypeError: The value is not a number.
     """
     if isinstance(loss_scale, bool) or not isinstance(loss_scale, int | float | torch.Tensor):
         raise TypeError(f"loss_scale={loss_scale!r} is not a number; pass scaler.get_scale()")

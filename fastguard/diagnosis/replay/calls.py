@@ -79,7 +79,7 @@ class Call:
         return Call(func, args, kwargs, name, inputs, numbers, written)
 
     def argument(self, name: str) -> Any:
-        """Returns the argument with this name in the operator's schema, as before the call."""
+        """Returns the argument with this name in the schema, with its value before the call."""
         for i, argument in enumerate(self.func._schema.arguments):
             if argument.name == name:
                 value = self.args[i] if i < len(self.args) else self.kwargs.get(name)
@@ -87,7 +87,7 @@ class Call:
         return None
 
     def save_overwritten(self) -> None:
-        """Copies inputs that the call will overwrite, unless it ignores their contents."""
+        """Copies inputs that the call will overwrite, unless the call ignores their contents."""
         if self.name not in _OVERWRITES:
             self.before = {id(t): t.detach().clone() for t in self.written}
 
@@ -111,7 +111,7 @@ class Call:
         try:
             with _rng_untouched(), torch.autocast(outputs[0].device.type, enabled=False):
                 again = self.func(*tree_map(wide, self.args), **tree_map(wide, self.kwargs))
-        except Exception:  # operations without a float32 variant are unknown
+        except Exception:  # the operation has no float32 variant, so the result is unknown
             return None
         return all(all_finite(t) for t in floats(again))
 

@@ -17,10 +17,10 @@ from fastguard.diagnosis.replay.calls import floats
 
 
 def loss_parts(result: Any) -> dict[str, Tensor]:
-    """Returns the scalar losses in a step's result, by name; empty if there is none.
+    """Returns the scalar losses in a step's result, by name; empty if there are none.
 
-    A mapping or object with a `loss` contributes only that; its other values are for logging. In a
-    tuple it is the first entry, or else the only scalar: `(logits, loss)`.
+    Only the `loss` of a mapping or an object counts; other values are for logging. In a tuple, the
+    loss is the first entry, or else the only scalar: `(logits, loss)`.
     """
     if _is_scalar(result):
         return {"loss": result}
@@ -39,7 +39,7 @@ def loss_parts(result: Any) -> dict[str, Tensor]:
 
 
 def carried_loss(result: Any) -> Any:
-    """Returns the `loss` of a mapping or an object; None if it has none."""
+    """Returns the `loss` of a mapping or an object; None if there is none."""
     if isinstance(result, Mapping):
         return result.get("loss")
     if isinstance(result, Tensor | torch.nn.Module) or isinstance(result, type):
@@ -51,7 +51,7 @@ def carried_loss(result: Any) -> Any:
 def total_of(result: Any) -> Tensor | None:
     """Returns the loss for the backward pass: the sum of the parts, or the mean of a non-scalar.
 
-    Parts without a graph, such as an accuracy, are left out: training cannot reduce them.
+    Parts without a graph, such as an accuracy, are left out, since training cannot reduce them.
     """
     parts = list(loss_parts(result).values())
     if parts:

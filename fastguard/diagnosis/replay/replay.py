@@ -52,7 +52,7 @@ def _split(batch: Any) -> tuple[Any, Any]:
         if set(batch) == {"inputs", "targets"}:
             return batch["inputs"], batch["targets"]
         return batch, _NO_TARGET
-    inputs, targets = batch  # other kinds were refused by `check_batch_kind`
+    inputs, targets = batch  # `check_batch_kind` has refused all other kinds
     return inputs, targets
 
 

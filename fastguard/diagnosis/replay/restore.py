@@ -1,4 +1,4 @@
-"""Restores state bit for bit: of modules, or of everything that a diagnosis changes."""
+"""Restores, bit for bit, the state of modules or all state that a diagnosis changes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class ModuleState:
     """Restores modules and random number generators bit for bit.
 
     Parameters and buffers are copied to host memory (one copy of the model). Attributes of modules,
-    including training flags, are saved by reference, so assignments in a forward pass are undone;
-    in-place changes to lists and dicts are not.
+    including training flags, are saved by reference: assignments in a forward pass are undone, but
+    in-place changes to lists and dicts are not undone.
     """
 
     def __init__(self, modules: list[nn.Module]) -> None:
@@ -30,7 +30,7 @@ class ModuleState:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Undoes everything since construction."""
+        """Restores the state at construction."""
         for module, attributes in self._attributes:
             module.__dict__.clear()
             module.__dict__.update(_shallow(attributes))
@@ -87,7 +87,7 @@ class State:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Undoes everything since construction."""
+        """Restores the state at construction."""
         self._modules.restore()
         for container, before in self._containers:
             _refill(container, before)
@@ -115,7 +115,7 @@ def _refill(container: Any, before: Any) -> None:
 
 
 class _OptimizerState:
-    """An optimizer's attributes, param groups and state. Hooks and objects stay the same."""
+    """An optimizer's attributes, param groups and state; hooks and objects are not replaced."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer

@@ -34,8 +34,9 @@ class Subject:
         loss_fn, given_step: The arguments of `diagnose`.
         step: `step(model, batch)` returns a loss, its parts by name, or an output without a loss.
         optimizer: The optimizer that steps, without the guard around it.
-        guard: The guard around it, if any.
-        max_norm: The norm that the guard clips to; None if it does not, or clips adaptively.
+        guard: The guard around the optimizer, if any.
+        max_norm: The norm that the guard clips to; None without a guard, or if its limit is
+            adaptive.
         data: Further batches.
         autocast: The context of a step.
     """
@@ -96,7 +97,7 @@ class Subject:
 
     @property
     def roots(self) -> dict[str, nn.Module]:
-        """Returns the model under `""`, and a loss that is a module under its name."""
+        """Returns the model under the key `""`, and a loss that is a module under its name."""
         loss = {"loss_fn": self.loss_fn} if isinstance(self.loss_fn, nn.Module) else {}
         return {"": self.model, **loss}
 

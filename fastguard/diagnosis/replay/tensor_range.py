@@ -1,4 +1,4 @@
-"""The range of a tensor's finite elements, and the number of the others."""
+"""The range of a tensor's finite elements, and the number of non-finite elements."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TensorRange:
         dtype, shape: As printed by torch.
         min, max: Range of the finite elements; NaN if there are none.
         numel: Number of elements.
-        nan, posinf, neginf, zeros: How many are NaN, +Inf, -Inf, exactly 0.
+        nan, posinf, neginf, zeros: Number of elements that are NaN, +Inf, -Inf, exactly 0.
     """
 
     name: str

@@ -19,7 +19,7 @@ from fastguard.optim.optimizer import FusedOptimizer
 def take_back_casts(
     optimizer: Optimizer, saved: Mapping[str, Any], live: Mapping[Any, Any]
 ) -> None:
-    """Replaces loaded tensors that torch has cast by the saved ones.
+    """Replaces loaded tensors that torch has cast by the saved tensors.
 
     If there was state before loading, its dtype takes precedence. Otherwise the saved dtype is
     kept, with one exception: for optimizers of torch, state with the shape of the parameter takes
@@ -30,7 +30,8 @@ def take_back_casts(
         saved: The state dict that was loaded.
         live: The state before loading.
     """
-    if isinstance(optimizer, FusedOptimizer):  # it handles the dtypes of its state itself
+    # these optimizers handle the dtypes of their state themselves
+    if isinstance(optimizer, FusedOptimizer):
         return
     scalars, of_torch = scalar_entries(optimizer), is_of_torch(optimizer)
     ids = chain.from_iterable(group["params"] for group in saved["param_groups"])
@@ -47,7 +48,7 @@ def take_back_casts(
 
 def _as_saved(key: object, loaded: Any, saved: Any, live: Any) -> Any:
     """Returns a loaded entry with the dtypes of the saved one."""
-    if key == "step":  # torch has its own rule for its dtype and device
+    if key == "step":  # torch has a separate rule for the dtype and device of `step`
         return loaded
     if isinstance(loaded, Tensor) and isinstance(saved, Tensor):
         if saved.dtype == loaded.dtype:

@@ -54,8 +54,8 @@ def load(saved: dict[str, Any] | None, policy: Policy, device: torch.device) -> 
     fresh = GuardState.fresh(policy, device)
     if saved is not None and not isinstance(saved, Mapping):
         raise ValueError(
-            f"state_dict['fastguard'] is {saved!r}, but must be a dict; delete it to start with a "
-            "new guard"
+            f"state_dict['fastguard'] is {saved!r}, but must be a dict; delete the entry to start "
+            "with a new guard"
         )
     if saved is None:
         warnings.warn(
@@ -83,8 +83,8 @@ def load(saved: dict[str, Any] | None, policy: Policy, device: torch.device) -> 
     if of != (list(policy.signals), _windows(policy)):
         raise ValueError(
             f"state_dict['fastguard'] belongs to spike rules {of[0]} with windows {of[1]}, but "
-            f"this guard has {list(policy.signals)} with {_windows(policy)}; construct it with the "
-            "same spike=, or delete the entry to start with a new guard"
+            f"this guard has {list(policy.signals)} with {_windows(policy)}; construct the guard "
+            "with the same spike=, or delete the entry to start with a new guard"
         )
     for name in ("counters", "windows", "rings") if has_rules else ("counters",):
         expected, given = getattr(fresh, name), saved[name]
@@ -99,10 +99,11 @@ def load(saved: dict[str, Any] | None, policy: Policy, device: torch.device) -> 
 
 
 def fit(state: GuardState, before: Policy, policy: Policy, device: torch.device) -> None:
-    """Adapts the learned numbers of adaptive limits in a state to a changed policy.
+    """Adapts the state of adaptive limits to a changed policy.
 
-    They are reset for a rule of another class, or with other settings that change their number per
-    segment. Otherwise segments keep their numbers, and new segments start with fresh ones.
+    The numbers that a rule has learned are reset if the new rule has another class, or stores
+    another count of numbers per segment. Otherwise existing segments keep their numbers, and new
+    segments start with initial values.
     """
     fresh = fresh_limits(policy, device)
     same_kind = type(before.adaptive) is type(policy.adaptive)
@@ -120,8 +121,8 @@ def _load_limits(fresh: GuardState, saved: Mapping[str, Any], policy: Policy) ->
     if saved.get("limit_of") != rule:
         raise ValueError(
             f"state_dict['fastguard'] belongs to the adaptive limit {saved.get('limit_of')}, but "
-            f"this guard has {rule}; construct it with the same max_norm=, or delete the entry to "
-            "start with a new guard"
+            f"this guard has {rule}; construct the guard with the same max_norm=, or delete the "
+            "entry to start with a new guard"
         )
     if rule is None:
         return
@@ -140,7 +141,7 @@ def counter_of(state: GuardState, i: int) -> int:
 
 
 def _with_all_counters(given: object) -> object:
-    """Appends a 0 to counters of a release that did not count skips for a loss scale yet."""
+    """Appends a 0 to counters saved by a release that did not count loss-scale skips."""
     if isinstance(given, Tensor) and given.shape == (N_COUNTERS - 1,):
         return torch.cat([given, given.new_zeros(1)])
     return given

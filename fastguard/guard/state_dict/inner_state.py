@@ -1,8 +1,8 @@
 """Loads the wrapped optimizer's part of a state dict, exactly as saved or not at all.
 
-The optimizer's own `load_state_dict` does the loading. But torch's accepts the state of another
-optimizer, changes the optimizer before it finds an error, and casts state that was saved in another
-dtype to the parameter's dtype. This module adds a check, undoes a failed load, and reverts casts.
+The optimizer's own `load_state_dict` does the loading. However, the method of torch accepts the
+state of another optimizer, changes the optimizer before it detects an error, and casts state to the
+parameter's dtype. This module therefore adds a check, undoes a failed load, and reverts casts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def load(optimizer: Optimizer, state_dict: Any, check: Callable[[], None]) -> No
 
     Args:
         optimizer: The wrapped optimizer.
-        state_dict: Its state dict; not changed.
+        state_dict: The state dict to load; not changed.
         check: Raises an error if the param groups after loading cannot be guarded.
 
     Raises:
@@ -42,7 +42,7 @@ def load(optimizer: Optimizer, state_dict: Any, check: Callable[[], None]) -> No
 
     # Optimizers that never called Optimizer.__init__ have no hooks and load differently.
     if hasattr(optimizer, "_optimizer_load_state_dict_pre_hooks"):
-        # After the optimizer's own pre-hooks, and before its post-hooks.
+        # Our hooks run after the optimizer's own pre-hooks, and before its post-hooks.
         hooks.append(optimizer.register_load_state_dict_pre_hook(hide))
         hooks.append(optimizer.register_load_state_dict_post_hook(uncastable.reveal, prepend=True))
 
@@ -53,8 +53,12 @@ def load(optimizer: Optimizer, state_dict: Any, check: Callable[[], None]) -> No
     try:
         try:
             optimizer.load_state_dict(_shallow(state_dict))
-        except (LookupError, TypeError, AttributeError) as error:  # not helpful for users
-            why = f"{name} cannot load this state dict: {error!r}; load one that {name} saved"
+        # torch's messages do not help users
+        except (LookupError, TypeError, AttributeError) as error:
+            why = (
+                f"{name} cannot load this state dict: {error!r}; load a state dict that {name} "
+                "saved"
+            )
             raise ValueError(wrong() or why) from error
         if (reason := wrong()) is not None:
             raise ValueError(reason)
@@ -72,8 +76,8 @@ def load(optimizer: Optimizer, state_dict: Any, check: Callable[[], None]) -> No
 class _Attributes:
     """The attributes of an optimizer and of optimizers inside it, for undoing a load.
 
-    Keeps references, and the items of containers: loading replaces tensors and containers or fills
-    containers, but never writes into a tensor.
+    Keeps references to objects, and the items of containers. That is sufficient, because loading
+    replaces tensors and containers or fills containers, but never writes into a tensor.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -99,7 +103,7 @@ class _Attributes:
 
 
 def _shallow(state_dict: Any) -> Any:
-    """Returns a copy with a copied `state`, which ZeroRedundancyOptimizer empties when loading."""
+    """Returns a copy with its own `state`, since ZeroRedundancyOptimizer empties that dict."""
     if not isinstance(state_dict, dict) or not isinstance(state_dict.get("state"), dict):
         return state_dict
     return {**state_dict, "state": dict(state_dict["state"])}

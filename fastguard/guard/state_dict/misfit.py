@@ -36,8 +36,8 @@ def misfit(
 
     Args:
         optimizer: The optimizer after loading.
-        live: Its state before loading.
-        groups: Its param groups before loading; only settings that they had are required, since
+        live: The state of the optimizer before loading.
+        groups: The param groups before loading. Only settings of these groups are required, since
             `defaults` of a custom optimizer may have entries that its groups lack.
     """
     name = type(optimizer).__name__

@@ -40,7 +40,7 @@ def parts(state_dict: Mapping[str, Any], optimizer: Optimizer) -> tuple[Any, Any
     The argument is not changed.
 
     Raises:
-        ValueError: It is not a state dict of such an optimizer.
+        ValueError: The argument is not a state dict of such an optimizer.
     """
     if WRAPPED in state_dict and KEY in state_dict:
         return state_dict[WRAPPED], state_dict[KEY]
@@ -55,7 +55,7 @@ def opened(state_dict: object) -> dict[str, Any]:
     """Returns a shallow copy, which hooks may change.
 
     Raises:
-        TypeError: It is not a mapping.
+        TypeError: The argument is not a mapping.
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(
@@ -65,7 +65,7 @@ def opened(state_dict: object) -> dict[str, Any]:
 
 
 def _check_torch_parts(state_dict: Mapping[str, Any]) -> None:
-    """Raises a ValueError if it is not a state dict of an optimizer of torch."""
+    """Raises a ValueError if the argument is not a state dict in torch's format."""
     remedy = "pass the result of opt.state_dict()"
     missing = [repr(key) for key in ("state", "param_groups") if key not in state_dict]
     if missing:

@@ -1,11 +1,11 @@
 """Support for `get_` and `set_optimizer_state_dict` of torch.distributed.checkpoint.
 
 - They make an optimizer without state take a step with zero gradients and learning rates, so that
-  it creates its state. This step goes directly to the wrapped optimizer.
+  the state is created. The guard passes this step directly to the wrapped optimizer.
 - They keep only `state` and `param_groups` of a state dict, so the guard's state is stored in the
   first param group.
 - They create no state for an optimizer whose parameters have gradients. With flat buckets every
-  parameter always has one, so gradients that are all zero are detached first.
+  parameter always has a gradient, so gradients that are all zero are detached first.
 - They read a flattened state dict by the keys of the current param groups, so the first param group
   needs an entry for the guard's state during loading.
 """
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 KEY = "fastguard"
 _MODULE = "torch.distributed.checkpoint.state_dict"
 _FIRST_READER = "_init_optim_state"
-_FRAMES = 12  # maximum number of frames up to it: wrappers of torch, schedulers, trainers
+_FRAMES = 12  # maximum number of frames up to its function: wrappers of torch, schedulers, trainers
 
 
 def is_calling() -> bool:
     """Whether torch.distributed.checkpoint is the caller.
 
-    Only the call stack distinguishes its step from a user's, such as a warm-up step with learning
-    rate 0 on a batch without gradients.
+    Only the call stack distinguishes a step of torch.distributed.checkpoint from a user's step,
+    such as a warm-up step with learning rate 0 on a batch without gradients.
     """
     if _MODULE not in sys.modules:
         return False
@@ -64,17 +64,17 @@ def embed(state_dict: dict[str, Any], optimizer: Optimizer) -> None:
 
 
 def make_room(optimizer: Optimizer, flat: FlatGradBuckets | None) -> None:
-    """Prepares an optimizer for torch.distributed.checkpoint, if that reads its state.
+    """Prepares an optimizer if torch.distributed.checkpoint is reading its state.
 
     Called by the property `state`, which torch.distributed.checkpoint reads before it loads a state
     dict or creates state. Does nothing for other callers. If a flattened state dict with the
-    guard's state is being loaded, an entry for it is added to the first param group; without it,
+    guard's state is being loaded, adds an entry for that state to the first param group; otherwise
     torch would raise an error for the missing key. If there is no state yet, flat gradients that
     are all zero are detached, which waits for a GPU.
 
     Args:
         optimizer: The wrapped optimizer.
-        flat: Its flat gradients, or None.
+        flat: The flat gradients of the optimizer, or None.
     """
     reader = sys._getframe(2)
     if reader.f_globals.get("__name__") != _MODULE or reader.f_code.co_name != _FIRST_READER:
@@ -92,7 +92,7 @@ def _is_of_guard(key: object) -> bool:
 
 
 def split(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-    """Splits off the guard's state (or None), which may be at the top or in a param group.
+    """Splits off the guard's state (or None), which may be at the top level or in a param group.
 
     The argument is not changed.
 

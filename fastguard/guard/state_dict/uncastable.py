@@ -1,9 +1,9 @@
-"""Passes entries through `Optimizer.load_state_dict` that it cannot load.
+"""Loads state entries that `Optimizer.load_state_dict` cannot load.
 
-It rebuilds each iterable as `type(value)(items)`, which fails for named tuples, NumPy arrays and
-storages, turns text into the name of a generator, and drops the `maxlen` of a deque. It casts each
-tensor to the parameter's dtype, which fails for quantized tensors and float4. Such entries are
-hidden in an object while it loads the others.
+torch rebuilds each iterable as `type(value)(items)`. This call fails for named tuples, NumPy arrays
+and storages, turns a string into the repr of a generator, and drops the `maxlen` of a deque. torch
+also casts each tensor to the parameter's dtype, which fails for quantized tensors and float4. This
+module hides such entries in an object while torch loads all other entries.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ REBUILT = (dict, list, tuple, set, frozenset, bytes, torch.Size)
 
 
 class _Hidden:
-    """Holds an entry; torch keeps objects that are neither tensors nor iterable."""
+    """Wraps an entry in an object that torch keeps, since it is neither a tensor nor iterable."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
 
 def hide(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Returns a state dict whose uncastable entries are hidden; the others are shared.
+    """Returns a state dict in which uncastable entries are hidden and all other entries are shared.
 
     Args:
         state_dict: The state dict to load, in torch's format; not changed.

@@ -11,8 +11,8 @@ batch is already large; at 8, a batch eight times as large would still use its s
 Both estimates are noisy and are averaged separately, as the paper recommends, with a decay of 0.9
 per watched step.
 
-I/O: none of its own, since `RankWatch` reads the gradients before they are reduced. Adds one number
-(8 bytes) to the vector that the ranks exchange.
+I/O: no extra reads, since `RankWatch` reads the gradients before they are reduced. The quantity
+adds one number (8 bytes) to the vector that the ranks exchange.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class NoiseScale:
 
         def results(numbers: list[float], known: Known) -> dict[str, Any]:
             small, big = numbers[0] / n, known.total_norm**2
-            if known.skipped or not 0.0 < small < float("inf"):  # also for NaN
+            if known.skipped or not 0.0 < small < float("inf"):  # true for NaN too
                 return {}
             return self._averaged((n * big - small) / (n - 1), (small - big) / (n - 1))
 
@@ -70,7 +70,8 @@ class NoiseScale:
 
     def _averaged(self, signal: float, noise: float) -> dict[str, Any]:
         """Adds an estimate to the averages; returns the record, empty if not yet meaningful."""
-        before = self.averages  # both have the same bias toward 0, which cancels in their ratio
+        # both averages have the same bias toward 0, which cancels in their ratio
+        before = self.averages
         signal = DECAY * before[0] + (1 - DECAY) * signal
         noise = DECAY * before[1] + (1 - DECAY) * noise
         self.averages = signal, noise

@@ -4,7 +4,8 @@
     Reading.results(numbers, known)    on the host, when the record is created
 
 Values of a reading with `sums_over_ranks` become part of the vector that the ranks exchange anyway,
-and are replaced by their sums over the ranks: 8 bytes per value, no further collective.
+and are replaced by their sums over the ranks. This costs 8 bytes per value and no further
+    collective.
 """
 
 from __future__ import annotations
@@ -71,9 +72,9 @@ class WatchedGradients:
         return [i for i, p in enumerate(self.layout.parameters) if p.grad is not None]
 
     def power_sums(self) -> Tensor:
-        """Returns the sum of squares of each unscaled gradient, float64 `(T,)`; 0 without one.
+        """Returns the sum of squares of each unscaled gradient, float64 `(T,)`; 0 if it is None.
 
-        Those of the measure stage if it measures tensor by tensor, with `clip_scope="tensor"`.
+        With `clip_scope="tensor"`, the measure stage has already computed these sums.
         """
         stats = self.stats if self._is_by_tensor and self.stats.norm_type == 2.0 else None
         if stats is None:
@@ -89,7 +90,7 @@ class WatchedGradients:
         return self._read_bits()[1]
 
     def _read_bits(self) -> tuple[Tensor, Tensor]:
-        """Reads nonzero elements and the checksum once, as far as quantities need them."""
+        """Counts nonzero elements and computes the checksum once, if a quantity needs them."""
         if self._bits is None:
             nonzero = "tensor_norms" in self.due
             buckets = self._gradients_by_tensor() if nonzero else self.buckets
@@ -144,8 +145,8 @@ class Reading:
         values: float64 `(n,)`, on the device of the decision.
         results: Returns entries for `StepRecord.watch`, from the values as floats and the decision.
         sums_over_ranks: Whether the values are summed over the ranks.
-        during_update: Entered while the optimizer steps; None: nothing is.
-        after_update: Returns new values after the optimizer has stepped; None: they don't change.
+        during_update: A context that is entered while the optimizer steps; None: no context.
+        after_update: Returns new values after the optimizer has stepped; None: the values stay.
     """
 
     values: Tensor
@@ -163,7 +164,8 @@ below 512 KiB, the longest line that readers accept."""
 def by_name(names: Sequence[str], values: Iterable[float]) -> dict[str, float]:
     """Returns the values by name, in the given order, rounded to 9 digits.
 
-    If they do not fit into a line of JSON (from about 1500 tensors on), only the largest ones.
+    If the values do not fit into a line of JSON (from about 1500 tensors on), only the largest
+    values are returned.
     """
     told = {name: float(f"{value:.9g}") for name, value in zip(names, values, strict=True)}
     sizes = {name: len(name.encode("ascii", "backslashreplace")) + 20 for name in told}

@@ -41,7 +41,7 @@ WATCHED = ("gradients", "weights")
 
 
 class ReplicaDrift:
-    """Finds the replica whose gradients or weights differ from the others."""
+    """Finds the replica whose gradients or weights differ from the other replicas."""
 
     def read(self, step: WatchedGradients) -> Reading:
         """Reads P, Q and R of the low and high halves of two checksums, float64 `(12,)`."""
@@ -74,15 +74,15 @@ def checksum(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
         TypeError: A tensor wraps others.
     """
     others: list[Tensor] = []
-    if not set(map(attrgetter("dtype"), tensors)) <= MEASURED:  # such as integers
+    if not set(map(attrgetter("dtype"), tensors)) <= MEASURED:  # dtypes such as integers
         others = [t for t in tensors if t.dtype not in MEASURED]
         tensors = [t for t in tensors if t.dtype in MEASURED]
     buckets = bucketize(tensors, device=device)
     if buckets.kind is not PLAIN:
         wrapped = next((type(t).__name__ for t in tensors if wraps(type(t))), "placeholder")
         raise TypeError(
-            f"watch holds 'replica_drift', which reads the memory of weights, but one is a "
-            f"{wrapped}, which wraps other tensors; leave it out"
+            "watch holds 'replica_drift', which reads the memory of weights, but a weight is a "
+            f"{wrapped}, which wraps other tensors; remove 'replica_drift' from watch"
         )
     _, total = read_bits(buckets, nonzero=False, checksum=True)
     for t in others:
@@ -91,14 +91,14 @@ def checksum(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def _number_of(i: int) -> int:
-    """Returns u of the i-th rank: 20 hashed bits, so that the wrong sign of d matches no rank."""
+    """Returns u of the i-th rank: 20 hashed bits, so that a wrong sign of d matches no rank."""
     x = (i + 1) * 2654435761 & WORD
     x = (x ^ x >> 16) * 73244475 & WORD
     return (x ^ x >> 16) & 0xFFFFF
 
 
 def differing(n: int, sums: Sequence[tuple[int, int, int]]) -> list[int]:
-    """Returns the rank that differs; all ranks if it cannot be told; none if all are equal.
+    """Returns the rank that differs; all ranks if that rank is unknown; no rank if all are equal.
 
     Args:
         n: The number of ranks.

@@ -1,8 +1,8 @@
 """`"tensor_norms"`: the gradient norm of each tensor, and the fraction of elements that are 0.
 
-I/O: two reads of the gradients (norms and zeros) in a watched step; one with `clip_scope="tensor"`,
-whose steps compute these norms anyway. The norms are L2 norms of the finite elements, for any
-`norm_type`, and are computed by the measure stage.
+I/O: two reads of the gradients (norms and zeros) in a watched step. With `clip_scope="tensor"` one
+read, since every step computes these norms anyway. The norms are L2 norms of the finite elements,
+for any `norm_type`, and are computed by the measure stage.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from fastguard.guard.watch.quantity import Reading, WatchedGradients, by_name
 from fastguard.stages.contract import Known
 
 ROUNDED = 1e-9
-"""Shares up to this are rounding errors of sums with weights such as 1/3; one zero is more."""
+"""Shares up to this value are rounding errors from summing weights such as 1/3; a single zero
+element gives a larger share.
+"""
 
 
 class TensorNorms:
-    """Shows which layers have growing gradients, and which have none."""
+    """Shows which layers have growing gradients, and which layers have none."""
 
     def read(self, step: WatchedGradients) -> Reading:
         """Reads sums of squares and numbers of nonzero elements, float64 `(2 T,)`."""

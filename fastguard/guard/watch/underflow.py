@@ -42,7 +42,8 @@ class Underflow:
         """
         buckets = step.buckets.buckets
         total = sum(sum(b.sizes or map(Tensor.numel, b.grads)) for b in buckets)
-        stride = max(1, math.ceil(total / SAMPLE)) | 1  # odd: shares no factor with rows of 2**k
+        # an odd stride shares no factor with rows of length 2**k
+        stride = max(1, math.ceil(total / SAMPLE)) | 1
         counts = count_exponents(step.buckets, stride, step.inv_scale)
         return Reading(counts.double(), _entries, sums_over_ranks=step.is_sharded)
 

@@ -1,12 +1,13 @@
 """`"update_ratio"`: |update| / |weight| per tensor, |weight|, and weights that are NaN or infinite.
 
 A ratio of about 1e-3 is typical of healthy training. The optimizers of `fastguard.optim` compute
-all three within their update, from their float32 master weights if they keep some, since a 16-bit
-weight does not change in most steps and then jumps. For other optimizers, the weights are copied.
+all three values within their update. They use their float32 master weights if they have any, since
+a 16-bit weight does not change in most steps and then jumps. For all other optimizers, the weights
+are copied.
 
 I/O in a watched step: none beyond the update with `fastguard.optim`. With other optimizers, a copy
 of the weights (kept until the end of the step), then two reads of the new weights and one of the
-copy. For sharded parameters, the values are those of this rank's part.
+copy. For sharded parameters, the values describe this rank's part.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from fastguard.stages.measure import measure
 
 
 class UpdateRatio:
-    """Shows which layers change too much, and which do not change."""
+    """Shows which layers change too much, and which layers do not change."""
 
     def read(self, step: WatchedGradients) -> Reading:
         """Reads norms of weights, norms of updates, and counts of bad weights, float64 `(3 T,)`."""
@@ -76,7 +77,7 @@ def _in_update(step: WatchedGradients, at: list[int], optimizer: FusedOptimizer)
 
 
 def _entries(names: list[str], numbers: list[float]) -> dict[str, Any]:
-    """Returns what the record holds.
+    """Returns the entries of the record.
 
     Args:
         names: Names of T tensors.

@@ -3,7 +3,7 @@
 A watched step measures as every step does, then reads the quantities, then decides, so watching
 does not change training by a single bit. In other steps nothing is read, allocated or exchanged.
 The values reach the host together with the record of the step: on a GPU through pinned memory,
-guarded by the same event.
+synchronized by the same event.
 
 All ranks must watch the same steps, or the vectors that they exchange would differ in length. So
 watched steps are counted from the first step of the process, which all ranks take together, and not
@@ -66,8 +66,8 @@ class Watch:
 
     Args:
         names: Names of the quantities, each once, in the order of `QUANTITIES`.
-        every: Interval between the steps in which they are read; None: 1 for those in
-            `IN_EVERY_STEP`, `EVERY` for the others.
+        every: Interval between the steps in which they are read; None: 1 for quantities in
+            `IN_EVERY_STEP`, `EVERY` for all others.
     """
 
     def __init__(self, names: tuple[str, ...], every: int | None) -> None:
@@ -97,7 +97,7 @@ class Watch:
         """Returns the averages in a saved state; zeros if it has none.
 
         Raises:
-            ValueError: They are damaged.
+            ValueError: The averages are damaged.
         """
         given = None if saved is None or self._noise is None else saved.get("noise_scale")
         if given is None:
@@ -161,7 +161,7 @@ class WatchedStep:
 
     @contextmanager
     def during_update(self) -> Iterator[None]:
-        """The optimizer steps within this block."""
+        """Context in which the optimizer steps."""
         with ExitStack() as stack:
             for reading in self._readings:
                 if reading.during_update is not None:
@@ -196,7 +196,7 @@ class WatchedStep:
 
 
 def _is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured; its replays have no records."""
+    """Whether a CUDA graph is being captured. The replays of a graph have no records."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -265,12 +265,12 @@ def watch_of(names: object, every: object, team: Team | None, norm_type: float) 
     if "replica_drift" in chosen and team is not None and team.has_dtensors:
         raise ValueError(
             "watch holds 'replica_drift', which compares plain tensors, but some parameters are "
-            "DTensors; leave it out"
+            "DTensors; remove 'replica_drift' from watch"
         )
     if "noise_scale" in chosen and norm_type != 2.0:
         raise ValueError(
             f"watch holds 'noise_scale', which needs L2 norms, but norm_type={norm_type:g}; use "
-            "norm_type=2.0, or leave it out"
+            "norm_type=2.0, or remove 'noise_scale' from watch"
         )
     return Watch(chosen, interval) if chosen else None
 
@@ -279,7 +279,7 @@ def checked_interval(every: object) -> int | None:
     """Returns `watch_every`.
 
     Raises:
-        ValueError: It is neither None nor a number of steps.
+        ValueError: The argument is neither None nor a number of steps.
     """
     return None if every is None else count_of("watch_every", every, 1, optional=True)
 
@@ -288,7 +288,7 @@ def checked_names(names: object) -> tuple[str, ...]:
     """Returns the names of quantities in the order of `QUANTITIES`.
 
     Raises:
-        TypeError: It is not a collection of names.
+        TypeError: The argument is not a collection of names.
         ValueError: A name is unknown or repeated.
     """
     if isinstance(names, str) or not isinstance(names, Iterable):
@@ -324,6 +324,6 @@ def check_watchable(names: tuple[str, ...], steps_first: bool, optimizer: object
     if steps_first and "update_ratio" in names:
         raise ValueError(
             "watch holds 'update_ratio', which needs the weights before the update, but "
-            f"{type(optimizer).__name__} evaluates its closure itself and changes them before the "
-            "guard reads the gradients; leave it out"
+            f"{type(optimizer).__name__} evaluates its closure itself and changes the weights "
+            "before the guard reads the gradients; remove 'update_ratio' from watch"
         )

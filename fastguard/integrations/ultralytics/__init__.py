@@ -46,8 +46,8 @@ def guard(
 
     Raises:
         ModuleNotFoundError: ultralytics is not installed.
-        TypeError: `model` is not one of its models or trainers, `records` is not a path, or a sink
-            is not callable.
+        TypeError: `model` is not a model or trainer of ultralytics, `records` is not a path, or a
+            sink is not callable.
         OSError: `records` is a folder.
         ValueError: The model is already guarded.
 

@@ -39,7 +39,7 @@ class UltralyticsGuard:
         self._window: list[tuple[int, Sequence[str]]] = []
 
     def on_pretrain_routine_end(self, trainer: Any) -> None:
-        """Attaches the guard. Optimizer, scheduler and EMA exist, and a resumed state is loaded."""
+        """Attaches the guard, after optimizer, scheduler and EMA have been created and loaded."""
         from ultralytics.utils import RANK
 
         self._trainer = trainer
@@ -47,7 +47,7 @@ class UltralyticsGuard:
             trainer.optimizer,
             trainer.model,
             self._options,
-            world_size=max(1, trainer.world_size),  # 0 on a CPU
+            world_size=max(1, trainer.world_size),  # `world_size` is 0 on a CPU
             replicated=True,
         )
         self.lr = GuardedLR(trainer.scheduler, optimizer=self.optimizer, **self._schedule)
@@ -63,7 +63,7 @@ class UltralyticsGuard:
         self._replaced = ReplacedMethods(trainer, self, ("optimizer_step", "preprocess_batch"))
 
     def on_train_epoch_start(self, trainer: Any) -> None:
-        """Starts an epoch. If the trainer restarts one, the gradients so far are discarded."""
+        """Starts an epoch. If the trainer restarts an epoch, discards existing gradients."""
         self._batch = 0
         self._losses = EpochLosses()
         if trainer.nan_recovery_attempts or trainer._oom_retries:
@@ -75,7 +75,7 @@ class UltralyticsGuard:
         self._losses.repair_means(trainer)
 
     def on_train_batch_end(self, trainer: Any) -> None:
-        """Passes the loss to the guard if the batch had no step of its own (accumulation)."""
+        """Passes the loss to the guard if no step followed the batch (accumulation)."""
         if self._window:
             self._observe(trainer)
 
@@ -108,7 +108,7 @@ class UltralyticsGuard:
             trainer.scaler.step(self.optimizer, tag=tag)
         trainer.scaler.update()
         self.optimizer.zero_grad()
-        self.optimizer.settle()  # creates the record now, before the window is cleared
+        self.optimizer.settle()  # makes the record now, before the window is cleared
         if not was_skipped(self.optimizer):
             self._losses.applied(trainer)
             if trainer.ema:

@@ -2,7 +2,7 @@
 
 The trainer keeps a running mean of each loss part, which a single NaN makes NaN. If the loss of the
 epoch's last batch is NaN, the trainer also assumes that the weights are destroyed, goes back to
-`last.pt` and repeats the whole epoch. Neither is right for a batch that was skipped.
+`last.pt` and repeats the whole epoch. Both reactions are wrong for a batch that was skipped.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class EpochLosses:
         if all(math.isfinite(mean) for mean in trainer.tloss.values()):
             self._means = trainer.tloss
         else:
-            # None if there is none yet: the mean then starts with the next batch.
+            # None if there is no mean yet, so that the mean starts with the next batch.
             trainer.tloss = self._means
 
     def close(self, trainer: Any) -> None:
@@ -44,7 +44,7 @@ class EpochLosses:
         of the whole epoch was applied.
         """
         self.repair_means(trainer)
-        if trainer.tloss is None:  # no batch was good
+        if trainer.tloss is None:  # no batch of the epoch was good
             trainer.tloss = trainer.loss_items
         lost = trainer.loss is not None and not trainer.loss.isfinite()
         if lost and self._loss is not None and _is_finite(trainer.model):

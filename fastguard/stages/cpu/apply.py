@@ -25,7 +25,8 @@ FACTORS: dict[torch.dtype, type[np.float32 | np.float64]] = {
 }
 HALF = (torch.float16, torch.bfloat16)
 with lasting():
-    _IGNORED = torch.zeros((), device=CPU)  # output found_inf of the scaler's operation; not used
+    # output `found_inf` of the scaler's operation, which is not used
+    _IGNORED = torch.zeros((), device=CPU)
 
 
 def apply(
@@ -73,16 +74,18 @@ def _multiply(
         torch._foreach_mul_(grads, torch.tensor(SMALLEST_FACTOR, device=CPU))
         multiplier /= SMALLEST_FACTOR
     if len(grads) == 1:
-        grads[0].mul_(multiplier)  # rounds the factor as _foreach_mul_ does
+        grads[0].mul_(multiplier)  # rounds the factor in the same way as _foreach_mul_
         return
-    # A tensor, because _foreach_mul_ by a Python float takes six times as long on a CPU.
+    # Multiplies by a tensor, since _foreach_mul_ by a Python float takes six times as long on a
+    # CPU.
     factor = torch.from_numpy(np.array(multiplier, FACTORS[factor_dtype(dtype)]))
     try:
         if dtype in HALF:
             _multiply_half(grads, factor)
         else:
             torch._foreach_mul_(grads, factor)
-    except RuntimeError:  # raised before any change: foreach cannot write to negative views
+    # foreach cannot write to negative views, and raises this error before any change
+    except RuntimeError:
         if not any(map(Tensor.is_neg, grads)):
             raise
         for grad in grads:
@@ -92,8 +95,9 @@ def _multiply(
 def _multiply_half(grads: Tensors, factor: Tensor) -> None:
     """Multiplies 16-bit gradients, with the same bits as `_foreach_mul_`.
 
-    The operation of `GradScaler` takes 20 to 50 % of the time of `_foreach_mul_`, which casts the
-    float32 factor again for each tensor.
+    Uses the operation of `GradScaler`, which takes 20 to 50 % of the time of `_foreach_mul_`. The
+    latter casts the float32 factor again for each tensor.
     """
     torch._amp_foreach_non_finite_check_and_unscale_(grads, _IGNORED, factor)
-    torch.autograd.graph.increment_version(grads)  # the operation itself does not do this
+    # the operation itself does not increment versions
+    torch.autograd.graph.increment_version(grads)

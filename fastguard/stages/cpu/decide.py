@@ -26,10 +26,10 @@ from fastguard.stages.spike_rules import GRAD_NORM
 
 
 def _float64(x: float | list[float]) -> Tensor:
-    return torch.from_numpy(np.array(x, np.float64))  # a third of the time of torch.tensor
+    return torch.from_numpy(np.array(x, np.float64))  # takes a third of the time of torch.tensor
 
 
-# Constants of most verdicts, created once, which saves 1.5 µs each; they are never written to.
+# Constants of most verdicts. They are created once, which saves 1.5 µs each, and never written to.
 with lasting():
     _NO, _YES = (torch.tensor(x, dtype=torch.float32, device="cpu") for x in (0.0, 1.0))
     _REASONS = tuple(torch.tensor(int(reason), device="cpu") for reason in Reason)
@@ -78,7 +78,7 @@ def decide(
     coefs = _clip_coefs(stats, policy, max_norm, spike_limit, total_norm, sums, bad_grad)
     clip_coef = coefs if isinstance(coefs, Tensor) else _float64([coefs])
     multiplier, smallest = clip_coef, _smallest(coefs)
-    multiplies = smallest != 1.0  # True for NaN
+    multiplies = smallest != 1.0  # the comparison is True for NaN
     if skip:
         multiplier, multiplies = torch.ones_like(clip_coef), False
     elif signals.inv_scale is not None:
@@ -122,17 +122,17 @@ def _total_norm(stats: GradStats, sums: list[float]) -> float:
         return sums[0]
     if stats.rooted or stats.norm_type != 2.0:
         return stats.total_norm64.item()
-    return math.sqrt(sum(sums))  # fsum and ** would raise on overflow
+    return math.sqrt(sum(sums))  # `fsum` and `**` would raise an error on overflow
 
 
 def _adapted(state: GuardState, policy: Policy, norm: float, enters: bool) -> float:
-    """Returns the limit of the adaptive rule, which learns the norm if `enters`."""
+    """Returns the limit of the adaptive rule; if `enters`, the rule learns the norm."""
     assert policy.adaptive is not None and policy.adaptive.on_host is not None
     held = state.host_limits
     numbers = held[1] if held is not None and held[0] is state.limits else numbers_of(state)
     learns = enters and 0.0 < norm < math.inf
     limit = policy.adaptive.on_host(norm, numbers, learns, state.undo)
-    return limit if limit == limit else math.inf  # NaN: no limit
+    return limit if limit == limit else math.inf  # a NaN means no limit
 
 
 def _scale_falls(signals: Signals) -> bool:
@@ -146,13 +146,14 @@ def _faults(
     if nonfinite == "propagate":
         return overflow, False
     # Cleaning fixes the elements that were counted, but not an overflow that only the scaler found.
-    # An overflow that a lower scale fixes is not cleaned: it would zero the largest gradients.
+    # An overflow that a lower scale fixes is not cleaned, because this would set the largest
+    # gradients to zero.
     cured = nonfinite == "zero" and bad_grad and not lowers
     return (overflow or bad_grad) and not cured, bad_loss
 
 
 def _torch_norm(total_norm: float, counts: list[list[float]]) -> float:
-    """Returns the norm as torch computes it: NaN if an element is NaN, else inf if one is Inf."""
+    """Returns the norm as torch computes it: NaN if any element is NaN, else inf if any is Inf."""
     nan, posinf, neginf = map(any, counts)
     if nan:
         return math.nan
@@ -181,13 +182,13 @@ def _clip_coefs(
         norms = propagated_norms(norms, stats.segment_counts)
     limits = max_norm if isinstance(max_norm, Tensor) else _float64([max_norm])
     coefs = clip_coefficients(norms, limits)
-    return coefs.clamp(max=_coef(total_norm, spike_limit))  # NaN stays NaN
+    return coefs.clamp(max=_coef(total_norm, spike_limit))  # `clamp` keeps NaN
 
 
 def _smallest(coefs: float | Tensor) -> float:
     if not isinstance(coefs, Tensor):
         return coefs
-    return coefs.amin().item() if len(coefs) else 1.0  # NaN if any coefficient is NaN
+    return coefs.amin().item() if len(coefs) else 1.0  # `amin` gives NaN if any coefficient is NaN
 
 
 def _coef(norm: float, limit: float) -> float:
@@ -222,7 +223,7 @@ def _spikes(
     in_a_row = state.rings[:, 2].tolist()
     spikes = []
     for k, rule in enumerate(policy.rules):
-        exceeds = not fault and values[k] > thresholds[k]  # False for NaN
+        exceeds = not fault and values[k] > thresholds[k]  # the comparison is False for NaN
         persistent = rule.window > 0 and in_a_row[k] >= rule.window
         spikes.append(exceeds and not persistent)
     return spikes

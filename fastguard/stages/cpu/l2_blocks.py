@@ -1,6 +1,6 @@
 """Blocks of elements, the unit in which `l2_sums` sums squares in float32.
 
-Single blocks can be summed again in float64, as the audit in `l2_sums` does.
+Single blocks can be summed again in float64, for the audit in `l2_sums`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from fastguard.gradients.vectors import (
 ROW = 256
 ROWS = 8  # rows of a block
 BLOCK = ROWS * ROW
-STAGE = 2**20  # elements in the buffer that upcasts other dtypes to float32: 4 MB, a level-3 cache
+STAGE = 2**20  # elements in the buffer for upcasting to float32; 4 MB, which fits a level-3 cache
 JOINED = 2**19  # elements of small tensors that are concatenated at a time: 2 MB of float32
 WORTH_AN_ARRAY = 512  # mean size of float32 tensors above which each becomes a NumPy array
-WIDE = 6 * GRAIN  # elements that are converted to float64 at a time: 1.5 MB, a level-2 cache
-SHARE = 2**27  # elements between two audits: limits the buffers of row norms to 2 MB
+# elements that are converted to float64 at a time; 1.5 MB, which fits a level-2 cache
+WIDE = 6 * GRAIN
+SHARE = 2**27  # elements between two audits, which limits the buffers of row norms to 2 MB
 ALONE = 10_000  # up to this number of elements, OpenBLAS computes a dot product on one thread
 
 _Array = Tensor | np.ndarray
@@ -74,7 +75,7 @@ class Blocks(_Auditable):
 
     @property
     def in_rows(self) -> int:
-        """Number of blocks of large tensors, which come first."""
+        """Number of blocks of large tensors; these blocks come first."""
         return self._ends[len(self.large)]
 
     def power_sums(self) -> np.ndarray:
@@ -83,7 +84,7 @@ class Blocks(_Auditable):
         with _no_warnings():
             parts.extend(map(sums_of_squares, self.stacks))
         if self.middling:
-            # Not numpy.vdot, whose checks for overrides and dtypes take 0.2 µs.
+            # numpy.vdot would check for overrides and dtypes, which takes 0.2 µs.
             dots = map(np.ndarray.dot, self.middling, self.middling)
             with _no_warnings():
                 parts.append(np.fromiter(dots, np.float64, len(self.middling)))
@@ -112,7 +113,7 @@ class Blocks(_Auditable):
         return blocks[at]
 
     def exact_sum_of_vectors(self) -> float:
-        """Returns the sum of squares of all blocks except those of large tensors, in float64."""
+        """Returns the sum of squares of all blocks except blocks of large tensors, in float64."""
         return _float64_sum_of_arrays([*self.stacks, *self.middling])
 
 
@@ -157,7 +158,7 @@ class JoinedBlocks(_Auditable):
         i = bisect_right(self._ends, number) - 1
         begin = (number - self._ends[i]) * BLOCK
         end = min(begin + BLOCK, self._lengths[i])
-        if i == len(self._lengths) - 1:  # the last vector is kept
+        if i == len(self._lengths) - 1:  # the last vector is still in the buffer
             return self._vector[begin:end]
         start, stop = self._vectors[i]
         if stop - start == 1:
@@ -221,7 +222,8 @@ def _batches(arrays: Sequence[np.ndarray]) -> Iterator[tuple[list[np.ndarray], i
     batch: list[np.ndarray] = []
     filled = 0
     for array in arrays:
-        vector = array if array.ndim == 1 else array.ravel("K")  # copies no channels_last tensor
+        # order "K" does not copy a channels_last tensor
+        vector = array if array.ndim == 1 else array.ravel("K")
         n = len(vector)
         if filled + n > WIDE:
             if batch:
@@ -256,7 +258,7 @@ def _copy_on_one_thread(into: Tensor, values: Tensor) -> None:
 
 def _float64_sum(values: Tensor) -> float:
     """Returns the sum of squares of a vector, in float64 on one thread."""
-    if values.numel() <= ALONE:  # fewer calls than below
+    if values.numel() <= ALONE:  # takes fewer calls than the code below
         few = values.double().numpy(force=True)
         return few.dot(few).item()
     total = 0.0
@@ -284,7 +286,7 @@ def as_arrays(tensors: Sequence[Tensor]) -> list[np.ndarray]:
 
 
 def _indexable(tensor: Tensor) -> _Array:
-    """Returns an array if numpy has the dtype, since indexing it takes half the time."""
+    """Returns an array if numpy has the dtype, since indexing an array takes half the time."""
     return as_arrays([tensor])[0] if tensor.dtype is torch.float32 else tensor
 
 

@@ -12,24 +12,25 @@ The elements are summed in *blocks*, in float32:
 
 Numerics. The float32 sum of a block has a relative error of up to 2.3e-6. Over blocks of random
 data the errors average out (1e-10 for 1e6 elements). Over similar blocks, as in a constant
-gradient, they do not, because all have the same sign (3e-7 was seen on constants, where torch's own
-norm has an error of 4e-2). So the bias is *measured* in an audit: `AUDITED` blocks, drawn with
-probability proportional to their contribution, are summed again in float64, and the total is
-corrected by their mean relative error. Drawing by contribution makes the estimate unbiased however
-unevenly the sum is distributed: if one block contributes the whole sum, every draw hits it and the
-result is exact. If the errors of the drawn blocks differ by more than on random data (as for blocks
-of several constants), the medium tensors are summed in float64 and 64 times as many row blocks are
-drawn. Blocks are drawn at fixed quantiles, so the same gradients give the same norm bit for bit.
-The quantiles are not evenly spaced: with alternating blocks of two constants, evenly spaced ones
-would hit blocks of one constant only (error 3e-7; with these quantiles 1e-8).
+gradient, the errors do not average out, because all have the same sign (constants gave an error of
+3e-7; torch's own norm has an error of 4e-2 for them). So the bias is *measured* in an audit:
+`AUDITED` blocks, drawn with probability proportional to their contribution, are summed again in
+float64, and the total is corrected by their mean relative error. Drawing by contribution makes the
+estimate unbiased for any distribution of the sum over the blocks: if one block contributes the
+whole sum, every draw hits this block and the result is exact. If the errors of the drawn blocks
+differ by more than on random data (as for blocks of several constants), the medium tensors are
+summed in float64 and 64 times as many row blocks are drawn. Blocks are drawn at fixed quantiles, so
+the same gradients give the same norm bit for bit. The quantiles are not evenly spaced: with
+alternating blocks of two constants, evenly spaced quantiles would hit blocks of one constant only
+(error 3e-7; with these quantiles 1e-8).
 
 The audit fails on gradients that were constructed to defeat it. A block of one constant has an
 error of up to 7.3e-7 if read in rows, and 4.6e-6 as a dot product. If the drawn blocks round one
 way and most others the other way, the result has an error of that size (25 large constant tensors
 were constructed with an error of 6e-7 in the norm, and 200 of 9,999 elements with 1.2e-6). Draws
 that depend on the data would be harder to predict, but could be defeated too. An algorithm that is
-accurate for any data takes 2.5 times as long: it converts elements to float64 in pieces that fit
-the level-2 cache, on two threads.
+accurate for any data converts elements to float64, in pieces that fit the level-2 cache, on two
+threads. It takes 2.5 times as long.
 
 Rejected alternatives: float64 throughout (1.8x slower), `vector_norm(dtype=torch.float64)` (20x),
 rows of 32 (1.4x, and still errors of up to 9e-8), squares into a buffer and `torch.sum` (1.6x,
@@ -65,11 +66,12 @@ from fastguard.stages.cpu.l2_blocks import (
 LARGE = 2**16  # larger tensors are read in rows, on several threads if there are enough elements
 EXACT_BELOW = 2**17  # with fewer elements, summing in float64 is cheaper than the audit
 AUDITED = 12  # blocks that are drawn
-DISAGREE = 1.2e-7  # std of the errors of drawn blocks above which more are drawn; random data: 8e-8
+# std of the errors of drawn blocks above which more blocks are drawn; random data has 8e-8
+DISAGREE = 1.2e-7
 
 
 def _quantiles(n: int) -> np.ndarray:
-    """Returns one random number in each of n equal parts of [0, 1), always the same ones.
+    """Returns one random number in each of n equal parts of [0, 1); all calls return the same.
 
     The stream of RandomState is guaranteed never to change.
     """
@@ -117,7 +119,7 @@ def power_sum(pieces: Pieces) -> float:
     """Returns the sum of the squares of all elements.
 
     The relative error is below 8e-8 (largest error over 2300 kinds and sizes of data: 7.1e-8).
-    Squares below the smallest normal float32 may be lost. The result is NaN or infinite if an
+    Squares below the smallest normal float32 may be lost. The result is NaN or infinite if any
     element is, or if a square overflows float32.
     """
     total = 0.0
@@ -135,7 +137,8 @@ def _by_size(
     small: list[Tensor] = []
     middling: list[Tensor] = []
     large: list[Tensor] = []
-    # numpy has no bfloat16, and sums in float16 overflow: both are upcast to float32, in rows.
+    # numpy has no bfloat16, and sums in float16 overflow, so both dtypes are upcast to float32 in
+    # rows.
     is_float32 = tensors[0].dtype is torch.float32
     blocks_from = BLOCK if is_float32 else LARGE
     least, most = min(sizes), max(sizes)
@@ -179,7 +182,7 @@ def _shares(large: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], list[int]]]
     Yields:
         The tensors of a group, and the number of blocks of each.
     """
-    counts = [n // BLOCK for n in map(Tensor.numel, large)]  # len() takes six times as long
+    counts = [n // BLOCK for n in map(Tensor.numel, large)]  # `len` takes six times as long
     most = SHARE // BLOCK
     if sum(counts) <= most:
         yield list(large), counts
@@ -235,9 +238,10 @@ def _audit(
         The total, the mean relative error of the drawn blocks, and whether their errors differ by
         more than on random data.
     """
-    running = torch.from_numpy(sums).cumsum(0, dtype=torch.float64).numpy()  # 1/3 of numpy's time
+    # takes a third of numpy's time
+    running = torch.from_numpy(sums).cumsum(0, dtype=torch.float64).numpy()
     total = running[-1].item() if len(running) else 0.0
-    if not 0.0 < total < math.inf:  # also for NaN; the caller handles these totals
+    if not 0.0 < total < math.inf:  # this is true for NaN too; the caller handles such totals
         return total, 0.0, False
     last = len(sums) - 1
     drawn = [min(k, last) for k in running.searchsorted(quantiles * total).tolist()]

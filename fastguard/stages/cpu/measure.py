@@ -3,11 +3,12 @@
 Formula: `power_sum = sum(|x|^p)`. For p = 2 and dtypes below float64, `l2_sums` computes it; all
 other cases (other p, float64 gradients, many segments of one small tensor each) sum in float64.
 
-The sum also shows whether all elements are finite: if it is NaN or Inf, an exact pass in float64
-follows, which counts NaN, +Inf and -Inf and sums the finite elements. The same pass corrects
-float32 sums: after an overflow the sum is infinite, and below `n_elements * 2**-126 * 1e9` squares
-may have been lost to underflow. Where sums can exceed the range of float64, elements are divided by
-the largest one and the result is the norm: see `fastguard.stages.formulas.holds_norms`.
+The sum also shows whether all elements are finite. If it is NaN or Inf, an exact pass in float64
+follows, which counts NaN, +Inf and -Inf and sums the finite elements. The same pass replaces
+float32 sums that are infinite because of an overflow, or so small (below `n_elements * 2**-126 *
+1e9`) that squares may have been lost to underflow. Where sums can exceed the range of float64,
+elements are divided by the largest one and the result is the norm: see
+`fastguard.stages.formulas.holds_norms`.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ from fastguard.stages.formulas import holds_norms, unscaled
 
 PIECE = 2**18  # elements that are converted to float64 at a time: 2 MB
 SMALL = 2**12  # up to this number of elements, single-tensor segments are summed together
-FEW = 8  # fewer such segments are summed one by one
-TINY_SQUARE = 2.0**-126  # smallest normal float32: smaller squares may be flushed to zero
+FEW = 8  # fewer single-tensor segments are summed one by one
+TINY_SQUARE = 2.0**-126  # smallest normal float32; smaller squares may be flushed to zero
 PLAINLY_TRUSTWORTHY = 1e-12  # above the limits for tiny sums, for any size in memory
-TINY_POWER = 2.0**-960  # a float64 power that is flushed to zero is less than 2**-62 times this
+# a float64 power that is flushed to zero is less than 2**-62 times this number
+TINY_POWER = 2.0**-960
 CPU = torch.device("cpu")
 
 Counts = tuple[int, int, int]
@@ -46,7 +48,7 @@ class Part:
     Attributes:
         segment: The number of the segment.
         positions: Positions of its gradients in the bucket.
-        tensors: Its gradients, or the runs that hold them.
+        tensors: The gradients of the segment, or the runs that hold these gradients.
         sizes: Number of elements of each tensor, if known.
         pieces: The tensors prepared for `l2_sums.power_sum`; None: not prepared yet.
     """
@@ -74,7 +76,7 @@ def measure_bucket(
     """Computes power sums and counts: see `fastguard.stages.reference.measure_bucket`."""
     sums, bad = power_sums(bucket, n_segments, norm_type)
     bucket.memo.nonfinite = list(bad)
-    rows = np.zeros((4, n_segments))  # numpy takes half of the time of torch
+    rows = np.zeros((4, n_segments))  # numpy takes half of torch's time
     rows[0] = sums
     summary = torch.from_numpy(rows)
     counts = torch.from_numpy(np.zeros((3, n_tensors), np.int64))
@@ -88,7 +90,7 @@ def measure_bucket(
 def power_sums(
     bucket: GradBucket, n_segments: int, norm_type: float
 ) -> tuple[list[float], dict[int, Counts]]:
-    """Computes power sums, or norms, of the finite elements per segment, and counts of the others.
+    """Computes power sums, or norms, of finite elements per segment, and counts of all others.
 
     Args:
         bucket: CPU gradients of one dtype.
@@ -108,7 +110,8 @@ def power_sums(
         total = known.get(part.segment)
         if total is None:
             total = _clean_sum(part, bucket.dtype, norm_type)
-        usual = PLAINLY_TRUSTWORTHY < total < math.inf  # calls no function; False for NaN
+        # a fast check without a function call, False for NaN
+        usual = PLAINLY_TRUSTWORTHY < total < math.inf
         if usual or _trustworthy(total, bucket, part, norm_type, part.segment in known):
             sums[part.segment] = _root(total, norm_type) if roots else total
             continue
@@ -164,8 +167,8 @@ def by_number(pairs: Iterable[tuple[int, T]]) -> dict[int, list[T]]:
 def _sums_of_small_segments(parts: Sequence[Part], norm_type: float) -> dict[int, float]:
     """Returns the float64 power sums of segments that consist of one small tensor, by segment.
 
-    Sums many at a time, since one at a time costs 9 µs per segment. With one segment per tensor,
-    most segments of a model with many layers are such.
+    Sums many segments at a time, since one at a time costs 9 µs per segment. With one segment per
+    tensor, most segments of a model with many layers are small tensors.
     """
     single = [part for part in parts if len(part.tensors) == 1]
     numel = list(map(Tensor.numel, [part.tensors[0] for part in single]))
@@ -175,7 +178,8 @@ def _sums_of_small_segments(parts: Sequence[Part], norm_type: float) -> dict[int
     add = np.maximum if norm_type == math.inf else np.add
     tensors = [part.tensors[0] for part in small]
     sizes = [n for n in numel if 0 < n <= SMALL]
-    wide = buffer("grain", GRAIN, (GRAIN,), torch.float64)  # new memory would take twice the time
+    # with new memory, this would take twice the time
+    wide = buffer("grain", GRAIN, (GRAIN,), torch.float64)
     sums: list[float] = []
     for values, start, stop in gathered(tensors, GRAIN, sizes):
         x = wide[: values.numel()].copy_(values)
@@ -199,7 +203,7 @@ def _clean_sum(part: Part, dtype: torch.dtype, norm_type: float) -> float:
 def _not_empty(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Returns the non-empty tensors, or a zero if there are none.
 
-    torch refuses the inf-norm of an empty tensor; it is 0 here.
+    torch refuses the inf-norm of an empty tensor, which is 0 here.
     """
     return [t for t in tensors if t.numel()] or [torch.zeros(1, device="cpu")]
 
@@ -222,7 +226,7 @@ def _trustworthy(
 
 
 def _root(power_sum: float, norm_type: float) -> float:
-    """Returns the norm; inf if it exceeds float64, as it may for p < 1."""
+    """Returns the norm; inf if it exceeds float64, which can happen for p < 1."""
     if norm_type == 2.0:
         return math.sqrt(power_sum)
     try:
@@ -231,7 +235,7 @@ def _root(power_sum: float, norm_type: float) -> float:
         return math.inf
 
 
-# The exact pass, in float64.
+# The exact pass in float64.
 
 
 def _float64_pieces(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, range]]:
@@ -257,7 +261,7 @@ def _powers(x: Tensor, norm_type: float) -> Tensor:
 def _float64_power_sum(x: Tensor, norm_type: float) -> float:
     if norm_type == 2.0:
         if len(x) > GRAIN:
-            return torch.dot(x, x).item()  # no temporary of squares
+            return torch.dot(x, x).item()  # needs no temporary tensor for the squares
         with np.errstate(over="ignore", invalid="ignore"):  # the caller checks for Inf and NaN
             return sum_of_squares(x.numpy(force=True))
     powers = _powers(x, norm_type)
@@ -267,7 +271,7 @@ def _float64_power_sum(x: Tensor, norm_type: float) -> float:
 def _exact(
     bucket: GradBucket, positions: Sequence[int], norm_type: float
 ) -> tuple[float, dict[int, Counts]]:
-    """Returns the power sum of the finite elements, and counts of the others by position."""
+    """Returns the power sum of finite elements, and counts of all others by position."""
     parts: list[float] = []
     bad: dict[int, Counts] = {}
     for x, owners in _float64_pieces([bucket.grads[i] for i in positions]):
@@ -285,7 +289,7 @@ def _exact(
 def _exact_norm(
     bucket: GradBucket, positions: Sequence[int], norm_type: float
 ) -> tuple[float, dict[int, Counts]]:
-    """Returns the norm of the finite elements, and counts of the others by position.
+    """Returns the norm of finite elements, and counts of all others by position.
 
     Divides by the largest element first, so that powers stay in the range of float64.
     """

@@ -5,8 +5,8 @@ The sum of squares of a row is a sum over blocks, each summed in float32:
 - Large tensors: `torch.linalg.vector_norm`, in blocks of at most 256 elements, on several threads
   if torch has them. The norms of up to 64 blocks are combined by the same function. The largest
   relative error of a norm was 3.6e-7, for rows of a constant.
-- Others: dot products of NumPy, in blocks of at most 512 elements, on one thread. The largest error
-  was 1e-7.
+- All other tensors: dot products of NumPy, in blocks of at most 512 elements, on one thread. The
+  largest error was 1e-7.
 
 Underflow in float32 affects only norms below 1e-15. `exact_norms` computes rows in float64.
 """
@@ -36,8 +36,8 @@ _vector_norm = torch.linalg.vector_norm
 def norms_of_stacks(stacks: Sequence[Tensor]) -> np.ndarray:
     """Returns the norms of rows, float64, on one thread.
 
-    The norm of a row is infinite or NaN if an element is, or if its square overflows float32. Call
-    it under `np.errstate(all="ignore")`.
+    The norm of a row is infinite or NaN if any element is, or if its square overflows float32. Call
+    this function under `np.errstate(all="ignore")`.
 
     Args:
         stacks: Tensors `(n, row)` of one dtype.
@@ -58,12 +58,12 @@ def norms_of_vectors(vectors: list[Tensor]) -> np.ndarray:
 def norms_of_tensors(tensors: Sequence[Tensor], counts: Sequence[int]) -> np.ndarray:
     """Returns the norms of the units of large tensors, float32 or float64.
 
-    Uses several threads. Each block is summed by one thread, so that their number does not change
-    the result. As for `norms_of_stacks`, norms can be infinite or NaN.
+    Uses several threads. Each block is summed by one thread, so that the number of threads does not
+    change the result. As for `norms_of_stacks`, norms can be infinite or NaN.
 
     Args:
         tensors: Tensors of one dtype.
-        counts: Number of units of each.
+        counts: Number of units of each tensor.
     """
     if len(tensors) == 1:
         return _norms_of_units(tensors[0], counts[0]).numpy()
@@ -104,14 +104,14 @@ def as_rows(x: Tensor, n: int) -> Tensor:
     """Returns a tensor as `(n, row)`, with elements in memory order to avoid a copy if possible."""
     if n == 1:
         return flat(x)[None] if x.dim() else x.reshape(1, 1)
-    if not x.is_contiguous():  # such as channels_last
+    if not x.is_contiguous():  # for example channels_last
         inner = sorted(range(1, x.dim()), key=x.stride, reverse=True)
         x = x.permute(0, *inner)
     return x.reshape(n, -1)
 
 
 def _plain(x: Tensor) -> Tensor:
-    """Returns a tensor that `.numpy()` accepts: it refuses negative views, and `requires_grad`."""
+    """Returns a tensor that `.numpy()` accepts: not a negative view, and without grad."""
     return x.detach().resolve_neg()
 
 
@@ -186,7 +186,7 @@ def _nonfinite(piece: Tensor) -> Tensor:
 
 def _power_sums(x: np.ndarray, norm_type: float) -> tuple[np.ndarray, np.ndarray]:
     """Returns the largest finite magnitude of each row, and the power sum relative to it."""
-    x = np.abs(np.where(np.isfinite(x), x, 0.0))  # NaN is not finite
+    x = np.abs(np.where(np.isfinite(x), x, 0.0))  # `isfinite` is False for NaN
     largest = x.max(1)
     if norm_type == math.inf:
         return largest, np.ones_like(largest)

@@ -4,9 +4,9 @@ A part is one tensor, or several small ones. The norms of its units are computed
 units are scaled while the gradients are still in the cache, which reads them from memory only once:
 if all units of ResNet-50 are clipped, this saves 2 of 18 ms [EPYC, one thread].
 
-Each unit is a row, see `row_norms`. Norms have a relative error below 5e-7. On a large model, a
-call of NumPy or torch takes several times as long as usual, since the gradients fill the cache, so
-the number of calls per part matters.
+Each unit is a row, see `row_norms`. Norms have a relative error below 5e-7. The number of calls per
+part matters: on a large model, a call of NumPy or torch takes several times as long as usual, since
+the gradients fill the cache.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ SMALL = 2**14  # up to this number of elements, a tensor is read together with o
 SHORT = 2**11  # tensors of one unit, up to this number of elements, are read together
 PART = 2**22  # bytes of gradients in a part, unless a single tensor is larger
 LARGEST_PART = 2**24  # bytes of gradients in a part; larger tensors are divided
-SMALLEST_LIMIT = 1e-15  # below, small norms are computed again
+SMALLEST_LIMIT = 1e-15  # below this limit, small norms are computed again
 SMALLEST_NORM = 1e-14  # smaller norms may have lost elements to underflow
 MANY = 8  # up to this number of units, the whole tensor is scaled
-MAX_INDEXED = 0.25  # up to this fraction of units is scaled by indexing; above, the whole tensor
+# up to this fraction of units is scaled by indexing; with more, the whole tensor is scaled
+MAX_INDEXED = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +48,8 @@ class _Part:
 
     Attributes:
         grads, weights: The gradients and their weights.
-        counts: Number of units of each.
-        starts: Index of the first unit of each among all units.
+        counts: Number of units of each gradient.
+        starts: Index of the first unit of each gradient among all units.
     """
 
     grads: list[Tensor]
@@ -140,8 +141,10 @@ def clip_units(
             if least == 1.0:
                 continue
             n_clipped += _scale(part, coefs, least)
-            if not (least >= smallest or math.isnan(smallest)):  # True for a first NaN
-                smallest, at = least, part.place(int(coefs.argmin()))  # the index of a NaN, if any
+            # the condition is True for a first NaN
+            if not (least >= smallest or math.isnan(smallest)):
+                # argmin gives the index of a NaN if there is one
+                smallest, at = least, part.place(int(coefs.argmin()))
     return torch.tensor([smallest, n_clipped, 0, at], dtype=torch.float64, device="cpu")
 
 
@@ -156,7 +159,7 @@ def coefs_of(
     """Returns the coefficient of each unit for the L2 norm, float64 `(U,)`.
 
     Args:
-        grads, weights: Gradients of one dtype, and their weights, of one dtype too.
+        grads, weights: Gradients of one dtype, and their weights, which also have one dtype.
         counts: Number of units of each; 0 for a tensor that is left out.
         numbers: `clip_factor` and `eps`.
         propagates: See `fastguard.stages.reference_units.unit_coefs`.
@@ -205,7 +208,8 @@ class _Rule:
             coefs = np.divide(np.maximum(limits, self.eps, out=limits), norms, dtype=np.float64)
             coefs *= self.clip_factor / self.scale
             smallest = coefs.min().item()
-            # NaN fails this test; so does 0, whose norm may have overflowed. A norm of 0 gives Inf.
+            # The test is False for NaN, and for 0, whose norm may have overflowed. A norm of 0
+            # gives Inf.
             if smallest > 0.0 and (coefs.max() < math.inf or limits.max() < math.inf):
                 return np.minimum(coefs, 1.0, out=coefs), min(smallest, 1.0)
         coefs = self._exact_coefs(part)
@@ -215,8 +219,8 @@ class _Rule:
         """Returns the coefficients if some norms must be computed again in float64."""
         limits = self._exact_norms(part, part.weights, True)
         norms = self._exact_norms(part, part.grads, self.propagates) * self.scale
-        limits = self.clip_factor * np.maximum(limits, self.eps)  # NaN stays NaN
-        exceeds = (norms > limits) | np.isnan(norms)  # False for a NaN limit
+        limits = self.clip_factor * np.maximum(limits, self.eps)  # `maximum` keeps NaN
+        exceeds = (norms > limits) | np.isnan(norms)  # the comparison is False for a NaN limit
         return np.where(exceeds, limits / norms, 1.0)
 
     def _exact_norms(self, part: _Part, tensors: list[Tensor], propagates: bool) -> np.ndarray:
@@ -267,7 +271,7 @@ def _parts(
 def _pieces(
     grad: Tensor, weight: Tensor, n: int, start: int
 ) -> Iterator[tuple[Tensor, Tensor, int, int]]:
-    """Splits a tensor of n units, the first one being `start`, by rows."""
+    """Splits a tensor of n units by rows; its first unit has the index `start`."""
     n_pieces = min(n, -(-grad.nbytes // LARGEST_PART))
     if n_pieces <= 1:
         yield grad, weight, n, start
@@ -296,7 +300,7 @@ def _scale(part: _Part, coefs: np.ndarray, smallest: float) -> int:
 def _multiply(
     part: _Part, coefs: np.ndarray, changes: np.ndarray, n_changes: int, dtype: torch.dtype
 ) -> None:
-    """Multiplies the units in `changes`; in tensors with many of them, the others too, by 1."""
+    """Multiplies the units in `changes`; in tensors with many, also all other units, by 1."""
     factors = coefs if dtype is torch.float64 else coefs.astype(np.float32)
     by = _by_unit(torch.from_numpy(factors), part)
     if n_changes == len(coefs):
@@ -320,7 +324,7 @@ def _multiply(
 
 def _by_unit(factors: Tensor, part: _Part) -> list[Tensor]:
     """Returns the factors of each gradient, in a shape that can be broadcast to it."""
-    # Not Tensor.split, which is implemented in Python and takes three times as long.
+    # Tensor.split is implemented in Python and takes three times as long.
     counts = part.counts
     by = (factors,) if len(counts) == 1 else torch.unsafe_split_with_sizes(factors, counts)
     return [

@@ -1,8 +1,8 @@
 """The watching stage on a CPU, limited by memory bandwidth; see `fastguard.stages.watch`.
 
 Small tensors are gathered into vectors that stay in a level-2 cache, since a call per tensor takes
-longer than reading it. numpy sums them on one thread; torch sums large tensors on all its threads
-(on a single one it takes 1.2 times as long as numpy).
+longer than reading the tensor. numpy sums them on one thread; torch sums large tensors on all its
+threads (on a single one it takes 1.2 times as long as numpy).
 
 Time of the checksum per pass of `measure` [EPYC, one thread]: 0.9 for 24 large float32 tensors,
 which is the speed of memory, and 0.7 for 1000 tensors of 4000 elements (4.0 with one call of torch
@@ -23,16 +23,17 @@ from fastguard.gradients.vectors import FEW, buffer, gathered
 from fastguard.stages.cpu.l2_blocks import as_arrays
 from fastguard.stages.reference_watch import ZEROS
 
-JOINED = 2**17  # elements of small tensors that are concatenated: half of a level-2 cache
+JOINED = 2**17  # elements of small tensors that are concatenated; they fill half of a level-2 cache
 PIECE = 2**20  # elements of a large tensor whose zeros are marked at a time
-WHOLE = 2**27  # the same if only the checksum is computed
+WHOLE = 2**27  # elements of a large tensor at a time, if only the checksum is computed
 
 
 def read_bits(bucket: GradBucket, n_segments: int, nonzero: bool, checksum: bool) -> Tensor:
     """Reads the bit patterns: see `fastguard.stages.reference_watch.read_bits`."""
     found = np.zeros(n_segments + 1, np.int64)
     tensors, sizes = bucket.grads, bucket.sizes
-    if not nonzero and bucket.runs is not None:  # the gaps in a run are zero
+    # gaps in a run are zero, so they do not change the checksum
+    if not nonzero and bucket.runs is not None:
         tensors, sizes = [run.flat for run in bucket.runs], None
     if sizes is None:
         sizes = list(map(Tensor.numel, tensors))
@@ -70,7 +71,7 @@ def _zeros(values: Tensor) -> np.ndarray:
         return np.equal(values.numpy(), 0, out=zeros)
     bits = values.view(torch.int16).numpy()  # numpy has no bfloat16, and is slow with float16
     twice = buffer("twice", PIECE, (PIECE,), torch.int16)[:n].numpy()
-    # The only bit of -0 is shifted out.
+    # -0 has a single bit, which is shifted out.
     return np.equal(np.add(bits, bits, out=twice), 0, out=zeros)
 
 
@@ -82,12 +83,13 @@ def _by_tensor(zeros: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
 
 def count_exponents(bucket: GradBucket, stride: int, inv_scale: Tensor | None = None) -> Tensor:
     """Counts exponents: see `fastguard.stages.reference_watch.count_exponents`."""
-    vectors = [array.ravel("K") for array in _arrays(bucket) if array.size]  # in memory order
+    # order "K" is the order in memory
+    vectors = [array.ravel("K") for array in _arrays(bucket) if array.size]
     if not vectors:
         return torch.zeros(ZEROS + 1, dtype=torch.int64, device="cpu")
     taken = np.concatenate([v[stride // 2 % v.size :: stride] for v in vectors])
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        if bucket.dtype is torch.bfloat16:  # the upper half of a float32
+        if bucket.dtype is torch.bfloat16:  # a bfloat16 is the upper half of a float32
             sample = (taken.astype(np.int32) << 16).view(np.float32)
         else:
             sample = taken.astype(np.float32, copy=False)

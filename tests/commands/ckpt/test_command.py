@@ -108,7 +108,10 @@ def test_replacing_a_good_file_is_noted_and_can_be_undone(weights, capsys):
     target, good = str(weights / "last.pt"), (weights / "last.pt").read_bytes()
     assert main(["ckpt", "rollback", target]) == 0
     backup = target + ".replaced-1"
-    assert f"complete and finite too; to undo: --to {backup}" in capsys.readouterr().out
+    assert (
+        f"complete and finite too; to undo the rollback, use --to {backup}"
+        in capsys.readouterr().out
+    )
     assert main(["ckpt", "rollback", target, "--to", backup]) == 0
     assert (weights / "last.pt").read_bytes() == good
 

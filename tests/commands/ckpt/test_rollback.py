@@ -43,7 +43,7 @@ def test_a_source_in_the_folder_of_the_target_is_suggested(tmp_path, capsys):
 def test_replacing_a_good_file_by_a_named_one_is_noted(tmp_path, capsys):
     last, best = write(tmp_path / "last.pt"), write(tmp_path / "best.pt", 2.0)
     _, out, _ = ckpt(capsys, "rollback", last, "--to", best)
-    assert f"complete and finite too; to undo: --to {last}.replaced-1" in out
+    assert f"complete and finite too; to undo the rollback, use --to {last}.replaced-1" in out
 
 
 def test_without_epoch_and_step_the_modification_time_decides(tmp_path, capsys):
@@ -52,7 +52,7 @@ def test_without_epoch_and_step_the_modification_time_decides(tmp_path, capsys):
     write(tmp_path / "b.pt", modified=20)
     _, out, _ = ckpt(capsys, "rollback", tmp_path)
     assert "is now a copy of" in out and "a.pt" in out
-    assert "it contains no epoch or step; it was chosen by modification time" in out
+    assert "the source contains no epoch or step; it was chosen by its modification time" in out
 
 
 def test_without_an_epoch_the_step_decides(tmp_path, capsys):
@@ -88,7 +88,7 @@ def test_the_error_for_a_store_in_use_is_written_for_the_command_line(store, cap
         status, _, err = ckpt(capsys, "rollback", store)
     assert status == 2
     assert "read_only" not in err
-    assert "end that run first; list and verify work meanwhile" in err
+    assert "end that run first. The actions list and verify work while it is running" in err
 
 
 def test_a_file_of_a_store_is_refused_with_the_command_for_its_store(store, capsys):

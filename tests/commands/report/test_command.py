@@ -105,7 +105,7 @@ def test_a_run_without_records_is_a_usage_error(tmp_path, capsys):
     assert "no such file" in capsys.readouterr().err
     (tmp_path / "empty.jsonl").write_text("garbage\n")
     assert main(["report", str(tmp_path)]) == 2
-    assert "holds no fastguard record (its only line is not a record)" in capsys.readouterr().err
+    assert "holds no fastguard record (the only line is not a record)" in capsys.readouterr().err
     assert not (tmp_path / "empty.html").exists()
 
 

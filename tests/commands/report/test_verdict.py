@@ -88,9 +88,9 @@ def test_a_run_that_never_recovered():
         "1 incident in 800 steps; the last one was not over when the records ended."
     )
     assert verdict.findings[0] == (
-        "No step since 501 was good (300 steps, nonfinite_grad), and every one was skipped: "
-        "weights and optimizer state are those from before step 501. If the batches are fine, the "
-        "weights were already bad; check a checkpoint with `fastguard ckpt verify`."
+        "No step since 501 was good (300 steps, nonfinite_grad), and all of these steps were "
+        "skipped: weights and optimizer state are the same as before step 501. If the batches are "
+        "fine, the weights were already bad; check a checkpoint with `fastguard ckpt verify`."
     )
     assert not any("usable" in finding for finding in verdict.findings)
 
@@ -131,9 +131,9 @@ def test_the_pass_and_the_layer_are_causes():
 
     assert "backward pass of blocks.3.qkv:" in at(("blocks.3.qkv.weight", 1, 0, 0))
     several = (("a.w", 1, 0, 0), ("b.w", 0, 3, 0))
-    assert "the backward pass: NaN" in at(*several)
+    assert "the backward pass: gradients contained NaN" in at(*several)
     # Only eight culprits are named, so the layers of the others are unknown.
-    assert "the backward pass: NaN" in at(("a.w", 1, 0, 0), n_culprits=12)
+    assert "the backward pass: gradients contained NaN" in at(("a.w", 1, 0, 0), n_culprits=12)
     assert "an overflow" in at(("a.w", 0, 1, 0), ("b.w", 0, 0, 2))
     assert "an overflow" in at()  # found only by the scaler
 

@@ -40,7 +40,7 @@ def test_good_log_exits_with_0_and_notes_mentions(logs: Path, capsys) -> None:
     assert main(["scan", "good.log"]) == 0
     out = capsys.readouterr().out
     assert "good.log: no NaN or Inf in 2 lines\n" in out
-    assert "note: 1 line with the word NaN or Inf, but without a value; line 2: no nan found" in out
+    assert "note: 1 line with NaN or Inf as a word, not as a value; line 2: no nan found" in out
 
 
 def test_one_bad_log_of_several_gives_exit_status_1(logs: Path, capsys) -> None:
@@ -62,24 +62,24 @@ def cut_gzip(*more: str) -> bytes:
 def test_truncated_gzip_is_read_up_to_its_end(logs: Path, capsys) -> None:
     (logs / "cut.gz").write_bytes(cut_gzip("loss nan\n"))
     assert main(["scan", "cut.gz"]) == 1
-    assert "note: not read to its end: it is truncated gzip data" in capsys.readouterr().out
+    assert "note: not read to its end: the log is truncated gzip data" in capsys.readouterr().out
 
 
 def test_truncated_gzip_without_nan_gives_exit_status_2(logs: Path, capsys) -> None:
     (logs / "cut.gz").write_bytes(cut_gzip())
     assert main(["scan", "cut.gz"]) == 2
     captured = capsys.readouterr()
-    assert "fastguard scan: cut.gz: it is truncated gzip data" in captured.err
+    assert "fastguard scan: cut.gz: the log is truncated gzip data" in captured.err
     assert "no NaN or Inf in" in captured.err and captured.out == ""
 
 
 @pytest.mark.parametrize(
     "data, said",
     [
-        (b"", "it is empty"),
-        (b"\n\n", "it is empty"),
-        (lzma.compress(BAD.encode()), "it is compressed with xz"),
-        (bytes(range(256)) * 10, "it is binary"),
+        (b"", "the log is empty"),
+        (b"\n\n", "the log is empty"),
+        (lzma.compress(BAD.encode()), "the file is compressed with xz"),
+        (bytes(range(256)) * 10, "but binary data"),
     ],
     ids=["empty", "blank", "xz", "binary"],
 )
@@ -99,7 +99,7 @@ def test_unreadable_log_gives_exit_status_2_and_others_are_scanned(
 def test_empty_pipe_gives_exit_status_2(logs: Path) -> None:
     command = [sys.executable, "-m", "fastguard", "scan", "-"]
     done = subprocess.run(command, input="", capture_output=True, text=True)
-    assert done.returncode == 2 and "it is empty" in done.stderr
+    assert done.returncode == 2 and "the log is empty" in done.stderr
 
 
 def test_standard_input(logs: Path) -> None:

@@ -235,7 +235,7 @@ RECORD = (
 
 def test_fastguard_records_are_left_to_report(tmp_path: Path, capsys) -> None:
     status, out = said(tmp_path, capsys, "records.jsonl", RECORD * 3)
-    assert status == 2 and "it contains fastguard records; use: fastguard report" in out
+    assert status == 2 and "the log contains fastguard records; use: fastguard report" in out
     assert "no NaN" not in out
     status, out = said(tmp_path, capsys, "both.jsonl", RECORD + '{"step": 4, "loss": NaN}\n')
     assert status == 1 and "NaN or Inf in 1 of 2 lines" in out and "fastguard report" in out

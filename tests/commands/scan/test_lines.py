@@ -71,7 +71,7 @@ def test_invalid_utf8_is_accepted() -> None:
         (b"\x28\xb5\x2f\xfd" + LOG, "zstd"),
         (b"PK\x03\x04" + LOG, "zip archive"),
         (gzip.compress(lzma.compress(LOG)), "xz"),
-        (bytes(range(256)) * 10, "binary, not a text log"),
+        (bytes(range(256)) * 10, "not text, but binary data"),
         ("loss nan\n".encode("utf-16-le") * 10, "UTF-16"),
         (b"\x18\0\0\0\0\0\0\0\xa3\x7fK\x22\t\0\0\xc0\xa3\x01\x1a\rbrain.Event:2", "TensorBoard"),
     ],

@@ -48,7 +48,7 @@ def test_a_model_without_values_is_refused(device) -> None:
         ({"loss_fn": 3}, TypeError, "loss_fn=3 cannot be called"),
         ({"loss_fn": None, "step": "x"}, TypeError, "step='x' cannot be called"),
         ({"batch": LOADER}, TypeError, "next(iter(loader))"),
-        ({"batch": iter([BATCH])}, TypeError, "next(...) gives one batch"),
+        ({"batch": iter([BATCH])}, TypeError, "next(...) returns one batch"),
         ({"batch": ()}, TypeError, "batch is a tuple of 0; pass (inputs, targets)"),
         ({"autocast": True}, TypeError, "autocast=True is not a context; pass 'float16'"),
         ({"autocast": torch.autocast}, TypeError, "is not a context; pass 'float16'"),

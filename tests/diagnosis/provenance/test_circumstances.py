@@ -52,7 +52,7 @@ def test_a_standard_deviation_that_overflows_is_not_explained_by_its_correction(
 @pytest.mark.parametrize(
     "divide, says",
     [
-        (lambda x: x.sum(0) / (len(x) - 1), "the denominator is the number 0"),
+        (lambda x: x.sum(0) / (len(x) - 1), "the denominator is the Python number 0"),
         (lambda x: x.sum(0) / (x > 1e9).sum(), "the denominator, an integer, is 0"),
         (lambda x: x / (x > 1e9).sum(0), "4 of 4 denominators are exactly 0; they are integers"),
     ],

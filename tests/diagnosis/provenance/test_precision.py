@@ -17,7 +17,7 @@ def test_float16_is_the_cause_only_if_float32_is_finite(to_blame):
     report = explain_nonfinite(model, (torch.zeros(2, 4).half(), None), mean)
     assert (report.origin, report.module) == ("forward", "1 (Call)")
     assert report.precision is to_blame
-    assert ("to blame, not the model" in str(report).replace("\n", " ")) is to_blame
+    assert ("the 16-bit format, not the model" in str(report).replace("\n", " ")) is to_blame
 
 
 def test_an_early_underflow_is_attributed_to_float16():

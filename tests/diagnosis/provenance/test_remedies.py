@@ -38,7 +38,7 @@ def test_every_operation_belongs_to_at_most_one_kind():
 
 def test_evidence_for_an_unknown_operation_is_only_non_finite_inputs():
     kind = kind_of("aten.sort.default")
-    assert kind is OTHER and kind.remedy.startswith("check the ranges")
+    assert kind is OTHER and kind.remedy.startswith("check in the ranges")
     large = TensorRange("self", "float32", (2,), min=1.0, max=1e9, numel=2)
     bad = TensorRange("other", "float32", (2,), min=1.0, max=1.0, numel=2, nan=1)
     assert evidence_of(kind, [large]) == ""

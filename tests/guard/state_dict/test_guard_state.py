@@ -94,7 +94,7 @@ def test_loading_a_guard_does_not_warn():
     [
         ({"version": 2}, "version 2, but this release reads 1"),
         ({"version": None}, "version None"),
-        ({"signals": ["grad_norm", "loss", "other"]}, "construct it with the same spike="),
+        ({"signals": ["grad_norm", "loss", "other"]}, "construct the guard with the same spike="),
         ({"windows_of": [5, 0, 4]}, r"windows \[5, 0, 4\]"),
         ({"counters": torch.zeros(6)}, r"counters of shape \(6,\), expected \(5,\)"),
         ({"rings": "damaged"}, "rings of shape None"),

@@ -86,5 +86,7 @@ class Codes(Tensor):
 
 def test_weights_that_wrap_other_tensors_are_refused() -> None:
     codes = Codes(torch.ones(3, dtype=torch.int8))
-    with pytest.raises(TypeError, match=r"reads the memory of weights.*Codes.*leave it out"):
+    with pytest.raises(
+        TypeError, match=r"reads the memory of weights.*Codes.*remove 'replica_drift'"
+    ):
         checksum([torch.ones(2), codes], codes.device)

@@ -30,8 +30,8 @@ TOLERANCE = 0.02
 rounding of the float32 learning rate to 1 %; the others stay below 1e-3."""
 
 REASONS = {
-    "it reads a value from the device in Python": "reads a value in Python",
-    "it uses a tensor that is not a direct entry": "keeps tensors outside of `state`",
+    "the step reads a value from the device in Python": "reads a value in Python",
+    "the step uses a tensor that is not a direct entry": "keeps tensors outside of `state`",
     "which would change even if the device skips": "keeps values in Python",
     "whose param_groups belong to other": "wraps another optimizer",
 }

@@ -1,7 +1,7 @@
 """Small training runs that fail: `fastguard demo --incident A`.
 
-Each is a module with a function `run(folder, guarded) -> Outcome`. Both runs use the same weights,
-data and faults. The code is meant to be read and copied.
+Each incident is a module with a function `run(folder, guarded) -> Outcome`. Both runs use the same
+weights, data and faults. The code is meant to be read and copied.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Outcome:
 
     Attributes:
         survived: Whether the final weights, state and files are finite and the model learned.
-        ended: How it ended, in one sentence.
+        ended: How the run ended, in one sentence.
         losses: The loss of each batch in order, as the run itself computed it.
         records: One record per step of a guarded run, oldest first.
         facts: Further measurements of the scenario, by name.
@@ -58,11 +58,11 @@ class Incident:
         return importlib.import_module(f"{__name__}.{self.module}")
 
     def run(self, folder: Path, guarded: bool) -> Outcome:
-        """Runs it on a CPU, on generated data; nothing is downloaded.
+        """Runs the incident on a CPU with generated data; nothing is downloaded.
 
         Args:
             folder: Output folder; must be empty.
-            guarded: Whether to use fastguard; otherwise the run is as it originally was.
+            guarded: Whether to use fastguard; otherwise the original script runs.
         """
         return self.load().run(folder, guarded)
 

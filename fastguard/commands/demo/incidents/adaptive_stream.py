@@ -3,8 +3,9 @@
 The decoder's mask is 32 x 32, so its loss cannot be computed and counts as Inf. Attention divides
 by a length of 0 wherever the image is black, so the other loss is NaN. The run therefore never
 takes a step, while the schedule, meant for epochs, halves the learning rate at each batch, down to
-8.88e-21. `diagnose` reports all of that at once. With its advice applied and bad data guarded
-against, the same script learns; the schedule is left unchanged, because `GuardedLR` has a floor.
+8.88e-21. `diagnose` reports all of these faults at once. After its advice has been applied and the
+optimizer guarded, the same script learns. The schedule remains unchanged, because `GuardedLR` sets
+a minimum for the learning rate.
 """
 
 from __future__ import annotations
@@ -49,23 +50,24 @@ SCHEDULE: dict[str, Any] = {"floor": 1e-2, "warmup": Warmup(steps=10, lr=2e-2)}
 GUARD: dict[str, Any] = {
     "max_norm": 1.0,
     "spike": {
-        "grad_norm": Threshold(max=100.0),  # skips
-        "batch.inputs": Threshold(max=0.5, action="record"),  # 1 if inputs are out of range
+        "grad_norm": Threshold(max=100.0),  # skips the step
+        # the signal is 1 if inputs are out of range
+        "batch.inputs": Threshold(max=0.5, action="record"),
     },
 }
 ACTIVATIONS: dict[str, Any] = {"mode": "clean", "limit": 100.0}
-LEARNED = {"iou": 0.6, "accuracy": 0.8}  # chance: 0.13 for a full mask, and a fifth
+LEARNED = {"iou": 0.6, "accuracy": 0.8}  # chance level: 0.13 for a full mask, and a fifth
 
 
 def run(folder: Path, guarded: bool) -> Outcome:
-    """Trains as the original run did; or diagnoses that run, then trains with the advice applied.
+    """Trains as the original run did; or diagnoses that run, then trains with its faults fixed.
 
     See `Incident.run`. The losses are the classification losses. Facts: `iou` and `accuracy` on
     held-out images; `weights`, whether they are finite; `steps`, the number of steps taken;
-    `parts`, of the last loss; `lr`, the learning rate before each batch and after the last.
-    The guarded run adds `found`, the diagnosis of the original run; `counts`, the counts of the
-    activation guard by module, for each batch; `batch_checks`, the result of `check_batch` for each
-    batch; and `held_at_floor`, see `GuardedLR`.
+    `parts`, the parts of the last loss; `lr`, the learning rate before each batch and after the
+    last. The guarded run adds `found`, the diagnosis of the original run; `counts`, the counts of
+    the activation guard by module, for each batch; `batch_checks`, the result of `check_batch` for
+    each batch; and `held_at_floor`, see `GuardedLR`.
     """
     with quiet_one_thread():
         found = diagnose(**make()) if guarded else None
@@ -139,7 +141,7 @@ class AsItWas:
         for name, part in PARTS.items():
             try:
                 parts[name] = part(output[name], targets[name])
-            except ValueError:  # shape mismatch; the script ignores it to finish the epoch
+            except ValueError:  # the script ignores the shape mismatch to finish the epoch
                 parts[name] = torch.tensor(math.inf)
         self.parts = {name: loss.item() for name, loss in parts.items()}
         total = torch.stack([*parts.values()]).sum()

@@ -1,11 +1,11 @@
-"""B. The checkpoint that could not be trusted: two bad batches, and their traces on the disk.
+"""B. The checkpoint that could not be trusted: two bad batches, and what they leave on the disk.
 
 The script skips steps with non-finite gradients by hand, so no weight is NaN. But the forward pass
-has already updated BatchNorm, so its running statistics and those of the EMA are NaN. Training does
-not use them: its losses stay finite, and an epoch meant to verify the fix succeeds. `last.pt`
-contains NaN, and so does `best.pt`, which is chosen by training loss. In epoch 5 the statistics are
-frozen, as usual at the end of a run, and everything is lost. Guarded, the run goes back a few
-batches, and every checkpoint has a verdict.
+has already updated BatchNorm, so the running statistics of the model and of the EMA are NaN.
+Training does not use the running statistics: the losses stay finite, and an epoch that is meant to
+verify the fix succeeds. `last.pt` contains NaN, and so does `best.pt`, which is chosen by training
+loss. In epoch 5 the statistics are frozen, as is usual at the end of a run, and all weights become
+NaN. The guarded run goes back a few batches, and all its checkpoints are verified.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FROZEN_FROM = 5  # the epoch from which BatchNorm's statistics are frozen
 LR, MOMENTUM, MAX_NORM = 0.02, 0.9, 10.0
 STORE: dict[str, Any] = {"keep": 2, "mode": "min"}  # the metric is a loss
 ROLLBACK: dict[str, Any] = {"every": 20, "after_skips": 1, "lr_factor": 0.5, "max_attempts": 3}
-LEARNED = 0.8  # accuracy on held-out images; chance is a quarter
+LEARNED = 0.8  # accuracy on held-out images; chance level is a quarter
 
 
 def run(folder: Path, guarded: bool) -> Outcome:
@@ -45,9 +45,9 @@ def run(folder: Path, guarded: bool) -> Outcome:
 
     Facts: `files`, the non-finite tensors of each checkpoint by file name; `last`, the name of the
     file to resume from; `accuracy` of its EMA on held-out images; `error`, the message if the run
-    ended early, or None. The guarded run adds `entries`, those of the manifest, and lists with one
-    item per rollback: `rewinds`, `redone` (the number of repeated batches), `seconds`, and `lr`
-    (the learning rate after the rollback).
+    ended early, or None. The guarded run adds `entries`, the entries of the manifest, and lists
+    with one item per rollback: `rewinds`, `redone` (the number of repeated batches), `seconds`, and
+    `lr` (the learning rate after the rollback).
     """
     with quiet_one_thread():
         training = Guarded(folder) if guarded else AsItWas(folder)
@@ -181,7 +181,7 @@ class Guarded(AsItWas):
         if self.store.list():
             position = self.store.load("last-clean", self.objects).state["position"]
             self.batch, self.leave_out = position["batch"], set(position["leave_out"])
-        else:  # ensures a checkpoint to go back to
+        else:  # ensures that there is a checkpoint to go back to
             self.store.save(self.objects, step=0, epoch=0, position=self.position())
         self.rollback: Rollback = Rollback(
             self.guard,

@@ -23,11 +23,11 @@ from fastguard.commands.demo.training import one_thread
 from fastguard.commands.terminal import incidents_unlogged
 from fastguard.records.read_json_lines import read_records
 
-os.environ.setdefault("YOLO_OFFLINE", "true")  # before ultralytics looks for the network
+os.environ.setdefault("YOLO_OFFLINE", "true")  # set before ultralytics looks for the network
 
 BATCHES = 48  # per epoch
 FAULTS = {(3, 15): Kind.OVERFLOW, (3, 46): Kind.BAD_PIXEL}
-# Halves the learning rate until 20 good steps later.
+# Halves the learning rate; it is restored after 20 good steps.
 BACKOFF: dict[str, float] = {"backoff": 0.5, "recovery": 20}
 SETTINGS: dict[str, Any] = {
     "epochs": 4,
@@ -42,7 +42,8 @@ SETTINGS: dict[str, Any] = {
     "mosaic": 0.0,
     "scale": 0.0,
     "translate": 0.0,
-    "save_period": 1,  # the trainer strips the optimizer from last.pt, but not from these files
+    # saves a file per epoch, since the trainer strips the optimizer from last.pt only
+    "save_period": 1,
     "device": "cpu",
     "plots": False,
     "verbose": False,
@@ -53,7 +54,7 @@ def run(folder: Path, guarded: bool) -> Outcome:
     """Trains the detector; see `Incident.run`.
 
     Facts: `epochs`, every epoch begun; `error`, the exception of the trainer; `weights`,
-    `statistics` (of BatchNorm), `ema` and `momenta` (of SGD), whether they are finite at the end;
+    `statistics` (of BatchNorm), `ema` and `momenta` (of SGD): whether they are finite at the end;
     `ema_updates`; `lr` and `momentum` at each step taken, by name of the param group.
     """
     from ultralytics import YOLO
@@ -72,7 +73,7 @@ def run(folder: Path, guarded: bool) -> Outcome:
         try:
             model.train(data=str(data), project=str(folder), name="run", **SETTINGS)
         except RuntimeError as failure:
-            if watch.trainer is None:  # training did not begin
+            if watch.trainer is None:  # the error came before training began
                 raise
             error = str(failure)
 
@@ -93,7 +94,7 @@ class Watch:
         self.momentum: list[dict[str, float]] = []
 
     def attach(self, model: Any) -> None:
-        """Adds callbacks. Call it after `guard`, so that `on_train_start` sees the wrapper."""
+        """Adds callbacks. Must be called after `guard`, so that they see the wrapper."""
         for event in ("on_train_start", "on_train_epoch_start", "on_train_batch_end"):
             model.add_callback(event, getattr(self, event))
 

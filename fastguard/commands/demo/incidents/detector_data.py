@@ -25,7 +25,7 @@ head:
 
 
 def write_detector(folder: Path, n_train: int, n_val: int = 4, seed: int = 0) -> tuple[Path, Path]:
-    """Draws images with one box of each class on noise, and writes the files a trainer needs.
+    """Draws noise images with one box per class, and writes the files that a trainer needs.
 
     Args:
         folder: Folder to create.
@@ -55,7 +55,11 @@ def write_detector(folder: Path, n_train: int, n_val: int = 4, seed: int = 0) ->
 
 
 def _draw(random: np.random.Generator) -> tuple[np.ndarray, list[str]]:
-    """An image `(SIZE, SIZE, 3)` uint8, and per box `class x y width height` relative to `SIZE`."""
+    """Returns an image and its labels.
+
+    The image is `(SIZE, SIZE, 3)` uint8. There is one label per box: its class, center, width and
+    height, relative to `SIZE`.
+    """
     image = random.integers(0, 80, (SIZE, SIZE, 3), dtype=np.uint8)
     lines = []
     for k, color in enumerate(COLORS.values()):

@@ -2,8 +2,8 @@
 
 One shape of the validation set has NaN distances, so every validation mean is NaN. The first such
 training batch makes the training mean and every weight NaN. In epoch 5 every batch is bad. In the
-guarded run, means cover only the finite values and report how many were not finite; decoder and
-codes each have their own clipping limit, read from a file.
+guarded run, means cover only the finite values and report how many values were not finite. Decoder
+and codes each have their own clipping limit, which is read from a file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FAULTS = {  # by epoch and batch, counted from 1
     **{(LOST_EPOCH, batch): Kind.LOST_SCALE for batch in range(1, BATCHES + 1)},
 }
 VALIDATION_BATCHES, BROKEN_VALIDATION_BATCH = 5, 3
-LEARNED = 0.02  # validation MSE; predicting 0 everywhere gives 0.13
+LEARNED = 0.02  # validation MSE; a model that always predicts 0 has 0.13
 
 SETTINGS = """\
 [guard]
@@ -65,8 +65,8 @@ def run(folder: Path, guarded: bool) -> Outcome:
     Facts: `training` and `validation`, the printed mean of each epoch, or its `LossSummary` in the
     guarded run; `weights` and `momenta`, whether they are finite at the end; `error`, the final
     mean squared error on the valid validation batches; `arrived`, the gradient norms of decoder and
-    codes that the optimizer received in each step. The guarded run adds `clip_coefs`, the
-    coefficients of both, and writes its curves to the folder `tensorboard`.
+    codes that the optimizer received in each step. The guarded run adds `clip_coefs`, the clip
+    coefficients of decoder and codes, and writes its curves to the folder `tensorboard`.
     """
     with quiet_one_thread():
         torch.manual_seed(0)
@@ -119,7 +119,7 @@ class AsItWas:
         return torch.optim.Adam(groups, fused=True)
 
     def step(self, data: Batch, tag: tuple[int, int]) -> float:
-        """Takes one step; returns the distance loss before it."""
+        """Takes one step; returns the distance loss before that step."""
         parts = losses(self.model, *data)
         torch.stack([*parts.values()]).sum().backward()
         self.take_step(parts, data, tag)
@@ -138,7 +138,7 @@ class AsItWas:
         self._of_the_epoch.append(parts["sdf"].item())
 
     def mean(self) -> Any:
-        """The mean that is printed at the end of an epoch."""
+        """Returns the mean that is printed at the end of an epoch."""
         mean = statistics.fmean(self._of_the_epoch)
         self._of_the_epoch.clear()
         return mean

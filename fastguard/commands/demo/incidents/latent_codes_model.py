@@ -1,4 +1,4 @@
-"""A small DeepSDF: one decoder for all shapes, and a table with a latent code for each."""
+"""A small DeepSDF: one decoder for all shapes, and a table with a latent code per shape."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The picture of an incident: the losses of both runs on top, the guarded gradient norm below.
 
-Values are faint; on top of them, the median of the last `SMOOTH` finite values is drawn: a single
-spike does not change it, where a mean would show a plateau.
+Values are drawn in a pale color, with the median of the last `SMOOTH` finite values on top. A
+single spike does not change the median, but would show as a plateau in a mean.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def draw(incident: Incident, before: Outcome, guarded: Outcome, path: Path) -> N
 
     Args:
         incident: The incident, whose title is used.
-        before: The run as it was.
+        before: The original run.
         guarded: The same run with fastguard.
         path: Output file; replaced only by a complete picture.
     """

@@ -23,7 +23,7 @@ def play(letter: str, folder: Path) -> int:
         folder: Output folder; the runs use subfolders, which are replaced.
 
     Returns:
-        The exit status: 0 if the original run failed and the guarded one did not.
+        The exit status: 0 if the original run failed and the guarded run did not fail.
 
     Raises:
         UsageError: A package is missing; the message names the extra to install.

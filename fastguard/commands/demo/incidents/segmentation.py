@@ -1,10 +1,10 @@
 """C. The segmentation model with too many heads: a U-Net with refinement modules under AMP.
 
 Three of its four heads cause problems. The boundary refinement divides by the norm of the image's
-gradient, which is 0 where a resize padded with black. The contour head has gradients a hundred
-times as large as the others, so with a single limit the mask hardly learns. The distance head once
-gets targets in another unit. In the original run, clipped at 5, every weight is NaN from the first
-padded image on.
+gradient, which is 0 where a resize operation padded the image with black. The gradients of the
+contour head are a hundred times as large as the other gradients, so with a single limit the mask
+hardly learns. The distance head once gets targets in another unit. In the original run, clipped at
+5, every weight is NaN from the first padded image on.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LIMITS: dict[str, dict[str, float]] = {
     "contour": {"max_norm": 0.1},
     "distance": {"max_norm": math.inf, "clip_value": 0.2},
 }
-LEARNED = 0.5  # mask IoU; it stays at 0 with a single limit
+LEARNED = 0.5  # mask IoU, which stays at 0 with a single limit
 
 
 def run(folder: Path, guarded: bool) -> Outcome:
@@ -142,12 +142,13 @@ class Guarded(AsItWas):
         self.explained: NonFiniteReport | None = None
 
     def step(self, parts: Mapping[str, Tensor], number: int, batch: Batch) -> None:
-        """Takes one guarded step; explains the first one that is skipped."""
+        """Takes one guarded step; explains the first step that is skipped."""
         self.guard.step(loss=dict(parts), tag={"batch": number})
         (record,) = self.guard.flush()
         self.records.append(record)
         self.clip_coefs.append(self._coefs())
-        if record.action == "skipped" and self.explained is None:  # the weights are unchanged
+        # after a skip, the weights are unchanged
+        if record.action == "skipped" and self.explained is None:
             self.explained = explain_nonfinite(self.model, batch, losses, autocast=autocast())
 
     def _coefs(self) -> dict[str, float]:

@@ -18,7 +18,7 @@ def divided(slope: Tensor) -> Tensor:
 
 
 def masked(slope: Tensor) -> Tensor:
-    """A fix that does not work: the values are finite, but the backward pass computes 0 * Inf."""
+    """A fix that fails: its values are finite, but the backward pass computes 0 * Inf."""
     norm = slope.norm(dim=1, keepdim=True)
     return torch.where(norm > 0, slope / norm, 0.0)
 
@@ -61,7 +61,7 @@ class BoundaryRefinement(nn.Module):
 
 
 class ActiveContour(nn.Module):
-    """A level set over features and raw coordinates in pixels; its gradients are huge."""
+    """A level set from features and raw pixel coordinates, which make its gradients huge."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

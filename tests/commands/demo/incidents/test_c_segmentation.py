@@ -186,7 +186,7 @@ def diagnosed(direction, fault, dtype):
 
 def test_an_overflow_in_float16_is_attributed_to_the_dtype():
     found, (finding,) = diagnosed(floored, Kind.TWELVE_BITS, torch.float16)
-    assert "the range of float16 is to blame, not the model" in finding.seen
+    assert "the cause is the range of float16, not the model" in finding.seen
     assert finding.where == "attention (Attention)"
     assert finding.value > 65504
     assert "bfloat16" in finding.remedy
