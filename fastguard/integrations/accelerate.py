@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastguard.errors.logger import log
 from fastguard.functional.clip import get_total_norm
 from fastguard.guard.flat_step import FlatStep
 from fastguard.guard.guarded import GuardedOptimizer
@@ -326,7 +327,8 @@ def guard(
     """Guards every optimizer that this accelerator prepares from now on; see docs/huggingface.md.
 
     Args:
-        accelerator: The accelerator, before its `prepare` is called.
+        accelerator: The accelerator, before its `prepare` is called; optimizers prepared earlier
+            are not guarded, which logs a warning.
         model: The model being trained, so that records name its parameters and a skipped step
             restores its running statistics. Prepare it before its optimizer, or first in the same
             call. Default: None.
@@ -345,5 +347,11 @@ def guard(
             Megatron, XLA).
     """
     fixed = "max_norm" in options
+    if accelerator._optimizers:
+        log.warning(
+            "guard was called after accelerator.prepare, so %d optimizers are not guarded; call it "
+            "before prepare",
+            len(accelerator._optimizers),
+        )
     AcceleratorGuard(accelerator, options, RunRecords(records, sinks), fixed=fixed, model=model)
     return accelerator

@@ -229,6 +229,15 @@ def test_an_already_guarded_optimizer_is_kept():
     assert accelerator.prepare(prepared) is prepared
 
 
+def test_optimizers_prepared_before_the_guard_get_a_warning(caplog):
+    accelerator = Run(guarded=False).accelerator
+    guard(accelerator)
+    assert "1 optimizers are not guarded; call it before prepare" in caplog.text
+    caplog.clear()
+    Run()
+    assert "not guarded" not in caplog.text
+
+
 def test_guarding_twice_is_refused():
     accelerator = guard(accelerate.Accelerator(cpu=True))
     with pytest.raises(ValueError, match="already guarded"):
