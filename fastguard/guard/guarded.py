@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -46,7 +45,7 @@ from fastguard.guard.param_gradients import Flat, Gradients
 from fastguard.guard.rank_arguments import agree
 from fastguard.guard.saving import SavableOptimizer
 from fastguard.guard.state_dict import guard_state, torch_dcp
-from fastguard.guard.step_hooks import with_own_hooks, without_global_pre_hooks
+from fastguard.guard.step_hooks import with_own_hooks, without_global_pre_hooks, without_grad
 from fastguard.guard.step_in_flight import StepInFlight
 from fastguard.guard.stepper import requested_stepper
 from fastguard.guard.unit_clipping import UnitClipping
@@ -278,7 +277,7 @@ class GuardedOptimizer(SavableOptimizer):
         returned = call.returned[-1] if call.returned else None
         return result if returned is None else returned
 
-    @torch.no_grad()
+    @without_grad
     def _guarded_step(self, flight: StepInFlight, call: StepCall, tag: Any) -> None:
         self._follow_parameters()
         scaling = scaler_inputs(self, self._device)

@@ -61,12 +61,17 @@ def with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def without_grad(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates a function like `torch.no_grad()`, which takes 1.7 µs even if nothing changes."""
-    decorated = torch.no_grad()(function)
+    """Decorates a function like `torch.no_grad()`, in a third of its 1.7 µs, once per call."""
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        return decorated(*args) if torch.is_grad_enabled() else function(*args)
+        if not torch.is_grad_enabled():
+            return function(*args)
+        torch._C._set_grad_enabled(False)
+        try:
+            return function(*args)
+        finally:
+            torch._C._set_grad_enabled(True)
 
     return run
 
