@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from fastguard.errors.logger import log
 from fastguard.functional.arguments import warn_of_zero
+from fastguard.gradients import tensor_kinds
 from fastguard.gradients.buckets import GradBuckets
 from fastguard.guard.announcement import announce_guard
 from fastguard.guard.arguments import (
@@ -372,7 +373,7 @@ class GuardedOptimizer(SavableOptimizer):
         if scaling.scaler is not None:
             self._recorder.longest_search = longest_search(scaling.scaler)
             self._scaler = ref(scaling.scaler)
-        if not losses and scaling.is_empty:
+        if not losses and scaling.is_empty and not tensor_kinds.watched():  # not while tracing
             return Signals.none(self._device)
         return scaling.signals(stacked(losses, self._device), tuple(losses))
 
