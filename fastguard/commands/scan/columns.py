@@ -22,6 +22,9 @@ KINDS = (_EPOCH, _BATCH, _STEP)
 NAMED_BY = ("key", "metric", "name", "tag", "variable", "metric_name")
 """Columns with the name of a metric, whose value is in the column `value`."""
 
+_RIVALS = frozenset(
+    "critic value vf q qf d g disc discriminator gen generator adv adversarial kl aux".split()
+)
 # such as 1.20e+02, as numpy prints integers
 _INTEGER = re.compile(r"\d{1,15}(?:\.0{0,9})?|\d\.\d{1,20}e\+?0\d")
 _NUMBER = re.compile(r"\d{1,15}(?:\.\d{0,20})?")
@@ -72,6 +75,11 @@ def is_loss(name: str) -> bool:
     if not {"scale", "scaler", "best", "weight", "time", "ratio"}.isdisjoint(words):
         return False
     return any(word.endswith("loss") or word in ("cost", "nll", "objective") for word in words)
+
+
+def is_rival(name: str) -> bool:
+    """Whether a loss may rise in a healthy run: of a critic, or of two networks that compete."""
+    return not _RIVALS.isdisjoint(words_of(name))
 
 
 def is_grad_norm(name: str) -> bool:

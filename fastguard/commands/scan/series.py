@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from fastguard.commands.scan.columns import is_grad_norm, is_loss
+from fastguard.commands.scan.columns import is_grad_norm, is_loss, is_rival
 from fastguard.commands.scan.reading import Place
 from fastguard.stages.formulas import TINY
 from fastguard.stages.spike_rules import SpikeRule
@@ -35,15 +35,20 @@ NAMES = 64
 POINTS = 512
 """Maximum number of points per series for judging growth; longer series are averaged in pairs."""
 
-LONG = 10_000
-"""Number of values from which only spikes far above the threshold raise an alarm.
+NOISE = 20
+"""Number of values from which spikes must be above the threshold to raise an alarm.
 
-Noise exceeds 6 sigma of 32 values once in a million values of a loss, and once in a hundred values
-of a gradient norm, which is heavy-tailed. So in a series of this length, a spike must be 1.5 times
-as far above the mean as the threshold is, plus 0.25 for each further factor of 10. Also, such
-spikes must be rarer than one in `RARE` values, or one of them must exceed four times the fourth
-highest spike.
+Losses and gradient norms are heavy-tailed: with log-normal noise of 0.4, half of the series of 500
+values have one above 6 sigma of its window. So a spike must be 1.5 times as far above the mean as
+the threshold is in 200 values, and 0.5 more for each further factor of 10.
 """
+
+LONG = 10_000
+"""Number of values from which such spikes must also be rarer than one in `RARE` values, or
+one of them must exceed four times the fourth highest spike."""
+
+ZERO = 1e-12
+"""A spike over a window of zeros raises no alarm, since zero gives no scale."""
 
 RARE = 2000
 
@@ -133,7 +138,8 @@ class Series:
             self.spikes.append(spike)
         mean = sum(self._ring) / len(self._ring)
         height = (spike.value - mean) / (spike.threshold - mean)
-        self._heights[int(min(4 * height, len(self._heights) + 3)) - 4] += 1
+        if spike.threshold > ZERO:
+            self._heights[int(min(4 * height, len(self._heights) + 3)) - 4] += 1
         self._highest = sorted([*self._highest, spike.value])[-4:]
         if self.largest is None or spike.value / spike.threshold > (
             self.largest.value / self.largest.threshold
@@ -143,11 +149,12 @@ class Series:
     @property
     def alarms(self) -> bool:
         """Whether the spikes are more than noise explains."""
+        if not any(self._heights[int(2 * math.log10(max(1, self._n / NOISE))) :]):
+            return False
         if self._n < LONG:
-            return self.n_spikes > 0
+            return True
         n = sum(self._heights[int(math.log10(self._n / LONG)) + 2 :])
-        stands_out = bool(self._highest) and self._highest[-1] > 4 * self._highest[0]
-        return 0 < n and (n <= max(3, self._n // RARE) or stands_out)
+        return n <= max(3, self._n // RARE) or self._highest[-1] > 4 * self._highest[0]
 
     def take_all(
         self, lines: Sequence[int], place: Callable[[int], Place], values: Sequence[float]
@@ -204,7 +211,7 @@ class Series:
 
     def growth(self) -> Growth | None:
         """The growth of the series up to the end of the log, or None."""
-        if not is_loss(self.name):
+        if not is_loss(self.name) or is_rival(self.name):
             return None
         points = self._points
         n = len(points)
@@ -219,6 +226,8 @@ class Series:
         low, tail = smooth[low_at], smooth[low_at:]
         scale = low if low > 0 else max(smooth[: n // 2 + 1]) - low
         rise = end - low
+        if low == 0:  # a loss that was off, or rounded to zero, gives no scale
+            return None
         if len(tail) < max(MIN_POINTS // 2, n // 10) or not rise > 0.25 * scale:
             return self._end_of_long(values)
         above = rise >= 0.5 * scale

@@ -195,3 +195,25 @@ def test_late_divergence_of_a_long_series_is_growth(last: int) -> None:
     _, growth = judged_together("loss", values)
     assert growth is not None and growth.end > 10
     assert growth.place.step is not None and growth.place.step <= N - last // 2
+
+
+@pytest.mark.parametrize("n", [200, 500, 2000])
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_heavy_tailed_noise_of_a_short_series_rarely_raises_an_alarm(n: int, name: str) -> None:
+    values = np.exp(0.4 * np.random.default_rng(3).standard_normal((40, n)))
+    judged = [judged_together(name, one)[0] for one in values]
+    assert sum(series.n_spikes > 0 for series in judged) >= 10
+    assert sum(series.alarms for series in judged) <= 3
+    values[:, n // 2] = 30
+    assert all(judged_together(name, one)[0].alarms for one in values)
+
+
+def test_the_first_value_after_zeros_raises_no_alarm() -> None:
+    series, growth = judged_together("loss", np.array([0.0] * 40 + [1e-4, 2e-4] * 20))
+    assert not series.alarms and growth is None
+
+
+@pytest.mark.parametrize(("name", "grows"), [("loss", True), ("critic_loss", False)])
+def test_the_loss_of_a_critic_may_grow(name: str, grows: bool) -> None:
+    _, growth = judged_together(name, np.concatenate([np.ones(30), np.linspace(1, 5, 60)]))
+    assert (growth is not None) == grows
