@@ -1,4 +1,4 @@
-"""An extension of griffe: reads the `Example:` of our docstrings as a section `Examples:`."""
+"""An extension of griffe that reads `Example:` in our docstrings as a section `Examples:`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import griffe
 
 
 class DocstringExamples(griffe.Extension):
-    """Without it an example is a paragraph, and MkDocs takes its lists for links."""
+    """Without this extension, an example is a paragraph, and MkDocs reads its lists as links."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:

@@ -1,10 +1,10 @@
-"""Checks that every public symbol of the package has a known type, and a docstring where it can.
+"""Checks that every public symbol has a known type, and a docstring if it can have one.
 
 `pyright --verifytypes` sees the package as the type checker of a user does: it counts every module,
-class, function and attribute without a leading underscore. Types imported from packages without
-annotations of their own (`--ignoreexternal`) are not ours to declare. The frameworks of
-`fastguard.integrations` are not installed in .venv: `.ci/typings` declares their three classes that
-ours derive from, since the type of a class with an unknown base is unknown.
+class, function and attribute without a leading underscore. `--ignoreexternal` ignores types that
+are imported from packages without annotations. The frameworks of `fastguard.integrations` are not
+installed in .venv. `.ci/typings` declares the three classes of these frameworks that our classes
+derive from, because the type of a class with an unknown base is unknown.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> int:
     causes = [
         line for line in missing if "is partially unknown" not in line or "Type argument" in line
     ]
-    for line in causes or missing:  # the others use a class that one of these belongs to
+    for line in causes or missing:  # the other lines follow from these causes
         print(line)
     counts = report["exportedSymbolCounts"]
     known = counts["withKnownType"]
@@ -50,7 +50,7 @@ def main() -> int:
 
 
 def place(found: dict) -> str:
-    """Returns `file:line: `, or nothing for what has no single place, such as a base class."""
+    """Returns `file:line: `, or "" for a symbol without a single place, such as a base class."""
     if not found.get("file"):
         return ""
     file = Path(found["file"])

@@ -1,8 +1,8 @@
-"""A hook of MkDocs: pages and pictures that lie outside docs/ become part of the site.
+"""A hook of MkDocs that adds pages and pictures from outside docs/ to the site.
 
-In the repository a page of docs/ links to `../CHANGELOG.md`, so that the link works wherever the
-repository is read. In the site that file is `changelog.md`. A link to anything else outside docs/
-stays as it is, and fails the strict build.
+In the repository, a page of docs/ links to `../CHANGELOG.md`. In the site, this file is
+`changelog.md`, so the hook rewrites the link. Links to other files outside docs/ are not rewritten,
+and the strict build fails.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PLACES = {
     },
     "README.md": "index.md",
 }
-"""Where each file of the repository lies in the site."""
+"""The path in the site of each file of the repository."""
 
 LINK = re.compile(r"\]\((?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?\)")
 

@@ -23,8 +23,8 @@ if not INTERPRETING:
     # Triton reads the variable when it is first imported, so these tests need a separate process.
     collect_ignore.append("kernels")
 
-# No deadline: the first call of a property may compile, and machines are shared. In CI, a
-# commit always gets the same examples; elsewhere every run draws new ones.
+# There is no deadline, because the first call of a property may compile and machines are shared. In
+# CI, a commit always gets the same examples; elsewhere, every run draws new examples.
 hypothesis.settings.register_profile(
     "fastguard", deadline=None, derandomize=in_ci(), print_blob=True
 )
@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for folder in ("gpu", "kernels"):
             if item.path.is_relative_to(TESTS / folder):
                 item.add_marker(folder)
-    # Slow tests last: if time runs out, all others have reported.
+    # Slow tests run last, so that all other tests have reported if time runs out.
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 
@@ -59,8 +59,8 @@ def pytest_collection(session: pytest.Session) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Hides all imported and collected objects from the garbage collector: no test releases them,
-    and each full collection would traverse them for 0.2 s.
+    """Hides all imported and collected objects from the garbage collector. No test releases these
+    objects, and each full collection would take 0.2 s to traverse them.
     """
     gc.enable()
     gc.collect()

@@ -12,7 +12,7 @@ from fastguard.commands.demo.training import one_thread
 from guardtest.gloo_groups import end_groups
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-# Their frameworks are in the environment of tests/integrations.
+# The frameworks of these pages are in the environment of tests/integrations.
 ELSEWHERE = ("huggingface", "incidents/a", "lightning", "loggers", "ultralytics")
 PAGES = {page.relative_to(DOCS).with_suffix("").as_posix(): page for page in DOCS.rglob("*.md")}
 BLOCKS = [

@@ -10,7 +10,7 @@ import pytest
 import fastguard
 from guardtest.gloo_groups import end_groups
 
-# The first two are tested in tests/integrations and tests/kernels; the last runs the command.
+# tests/integrations and tests/kernels test the first two; importing the last one runs the command.
 ELSEWHERE = ("fastguard.integrations.", "fastguard.kernels", "fastguard.__main__")
 
 

@@ -1,4 +1,4 @@
-"""benchmarks/on_gpu.sh without a GPU: if a stage fails, the others run, and the result names it."""
+"""If a stage of benchmarks/on_gpu.sh fails, the others run and the result names it."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "on_gpu.sh"
-# Replaces the interpreter: installing fails, and benchmarks write half a result and fail.
+# Replaces the interpreter. Installing fails, and benchmarks write half a result and fail.
 PYTHON = """#!/bin/sh
 case "$*" in
     *"-m pip"*) exit 1 ;;
@@ -39,7 +39,7 @@ esac
 
 @pytest.fixture
 def run(tmp_path):
-    # A copy of the files that the script reads, because it stages the package beside itself.
+    # A copy of the files that the script reads, because it stages the package in its own folder.
     for folder in ("benchmarks", "fastguard", "kernels"):
         (tmp_path / folder).mkdir()
     script = tmp_path / "benchmarks" / "on_gpu.sh"
@@ -96,7 +96,7 @@ def test_staging_the_package_is_not_a_failure(run):
 
 
 def test_stages_share_one_deadline_and_the_soak_takes_the_rest(run):
-    """The fake stages take no time: each limit is the deadline less the shares of later stages."""
+    """Fake stages take no time, so each limit is the deadline minus the shares of later stages."""
     done, _ = run(FASTGUARD_SECONDS="300")
     limits = dict(re.findall(r"==> (\w+) \(at most (\d+) s\)", done.stdout))
     assert 50 <= int(limits["tests"]) <= 75

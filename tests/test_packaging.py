@@ -20,7 +20,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 INCIDENTS = [
     page
     for page in sorted((ROOT / "docs" / "incidents").glob("*.md"))
-    if page.stem != "a"  # its trainer is in the environment of tests/integrations
+    if page.stem != "a"  # the trainer of this page is in the environment of tests/integrations
 ]
 SOURCES = ["fastguard", "kernels", "pyproject.toml", "README.md", "LICENSE"]
 
@@ -53,7 +53,8 @@ def install_in_new_environment(wheel: Path, folder: Path) -> Path:
     """The Python of a new environment with the wheel, which uses the torch installed here.
 
     A .pth file adds a folder to the path but does not run the .pth files in it, so the editable
-    install of this working tree stays invisible. `make wheel-test` installs everything anew.
+    install of this working tree stays invisible. `make wheel-test` installs everything from
+    scratch.
     """
     venv.create(folder)
     python = folder / "bin" / "python"
@@ -108,7 +109,7 @@ def test_the_documentation_names_the_versions_that_ci_tests():
         assert f"tests suite-{which.lower()}" in stages
 
 
-OWN_EXTRAS = ("cli", "gpu", "report", "tensorboard", "yaml")  # the others bring a trainer
+OWN_EXTRAS = ("cli", "gpu", "report", "tensorboard", "yaml")  # other extras install a trainer
 
 
 def test_installing_keeps_the_installed_versions(tmp_path):
@@ -124,7 +125,7 @@ def test_installing_keeps_the_installed_versions(tmp_path):
 
 
 def test_the_extras_of_trainers_keep_torch_too(tmp_path):
-    """All but Ultralytics: torchvision requires one exact torch, see docs/compatibility.md."""
+    """Ultralytics is left out: torchvision requires one exact torch, see docs/compatibility.md."""
     project = f"{copy_of_sources(tmp_path)}[huggingface,lightning]"
     pip = [sys.executable, "-m", "pip", "install", "-qq", "--dry-run", "--no-build-isolation"]
     done = subprocess.run([*pip, "--report", "-", project], capture_output=True, text=True)

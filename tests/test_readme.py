@@ -1,4 +1,4 @@
-"""README.md: its code runs, its links exist, and its figures are the measured ones.
+"""The code of README.md runs, its links exist, and its figures are the measured ones.
 
 The figures of docs/benchmarks.md are checked too.
 """

@@ -1,4 +1,4 @@
-"""docs/tutorial.md, step by step: each diff applies, and each run prints the output on the page."""
+"""Each diff of docs/tutorial.md applies, and each run prints the output on the page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PARTS = re.findall(
 
 
 def applied(diff: str, script: str) -> str:
-    """The script after all hunks of the diff; each hunk must match exactly one place."""
+    """Returns the script after all hunks of the diff. Each hunk must match exactly one position."""
     for hunk in diff.split("@@\n"):
         lines = hunk.splitlines(keepends=True)
         before = "".join(line[1:] for line in lines if line[0] != "+")
@@ -38,7 +38,7 @@ def without_digits(text: str) -> str:
 
 
 def agrees(line: str, shown: str) -> bool:
-    """Whether a line begins with the text on the page, up to its dots."""
+    """Whether a line begins with the text on the page, up to the dots."""
     return without_digits(line).startswith(without_digits(shown.removesuffix("...").rstrip()))
 
 

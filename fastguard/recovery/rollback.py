@@ -282,10 +282,11 @@ class Rollback:
             self._learn()
         self.attempts += 1
         now = self.optimizer.steps_taken
-        story = f"{reason}, at step {now}"
+        story = f"at step {now}, {reason}"
         if self.attempts > self.max_attempts:
             raise TrainingDivergedError(
-                f"{story}; {self.max_attempts} rollbacks did not solve it. {self._incidents}",
+                f"{story}; {self.max_attempts} rollbacks did not solve the problem. "
+                f"{self._incidents}",
                 self._incidents.culprits,
             )
         try:
@@ -309,7 +310,7 @@ class Rollback:
         skip = self._incidents.positions_since(taken.moment)
         step = taken.moment.step
         if self.lr is not None:  # the back-offs were restored, and the rate may have been lowered
-            story += f"; lr at {self.lr._factor:g} of the schedule"
+            story += f"; the lr is now {self.lr._factor:g} of the schedule"
         log.warning("rolled back to step %d (attempt %d): %s", step, self.attempts, story)
         return Rewind(step, taken.position, skip, reason, self.attempts)
 

@@ -1,8 +1,8 @@
 """A process that is killed: `python crash_run.py random|exhaustive|file FOLDER`.
 
-Each trial forks a child that works on one store and dies by SIGKILL, either at a random moment or
-just before its k-th operation on the disk; then the parent opens the store and checks it. Forking
-spares importing torch for each. Run by test_crashes.py.
+Each trial forks a child that works on one store. The child is killed, either at a random moment or
+just before its k-th operation on the disk. Then the parent opens the store and checks it. Forking
+avoids importing torch in each child. test_crashes.py runs this script.
 """
 
 import logging
@@ -46,8 +46,7 @@ def live(folder, doing, cycles=10**9):
 
 
 def check(folder):
-    """Checks that the store opens, its last clean checkpoint loads, and all listed ones are
-    complete."""
+    """Checks that the store opens, all checkpoints are complete, and the last clean one loads."""
     with CheckpointStore(folder, keep=2) as store:
         clean = store.last_clean()
         assert clean is not None
@@ -88,12 +87,12 @@ def random_moments(folder):
         save(store, 1)
     hit = dict.fromkeys(range(len(ACTIONS)), 0)
     for kill in range(20):
-        doing[0] = len(ACTIONS)  # none of them yet
+        doing[0] = len(ACTIONS)  # no action has started yet
         pid = forked(lambda: live(folder, doing))
         wanted = kill % len(ACTIONS)
-        for _ in range(draw.randrange(3) + 1):  # a while into the run
+        for _ in range(draw.randrange(3) + 1):  # lets the child do some actions first
             turn(doing, wanted, pid)
-        time.sleep(draw.uniform(0.0, 0.01))  # a save takes some 10 ms, a rollback 5
+        time.sleep(draw.uniform(0.0, 0.01))  # a save takes about 10 ms, a rollback 5 ms
         os.kill(pid, signal.SIGKILL)
         assert killed(pid)
         hit[doing[0]] += 1
@@ -126,7 +125,7 @@ def dying_before(k):
 
     for name in ("replace", "fsync", "unlink", "link"):
         setattr(os, name, counted(getattr(os, name), 1))
-    # torch writes a small file in some 40 pieces: every 16th will do
+    # torch writes a small file in about 40 pieces; every 16th piece is enough
     files.Sink.write = counted(files.Sink.write, 1 / 16)
 
 
@@ -159,7 +158,7 @@ def every_moment(folder):
 
 
 def every_moment_of_a_file(folder):
-    """Rolls back a foreign file: it is the old or the new one, and the backup is the old one."""
+    """Checks that after a killed rollback the file is the old or the new one."""
     last, best = Path(folder) / "last.pt", Path(folder) / "best.pt"
     torch.save({"epoch": 1, "model": torch.ones(SIZE)}, best)
     torch.save({"epoch": 3, "model": torch.full((SIZE,), float("nan"))}, last)

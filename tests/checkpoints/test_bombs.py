@@ -1,8 +1,8 @@
-"""Small files made to take gigabytes or minutes: refused, with what is odd about them.
+"""Small files that are made to take gigabytes or minutes are refused with the reason.
 
-All of them are verified in one process, which may take 2 GB more than it has after its imports and
-10 seconds of a processor for each. The work grows in proportion to the budgets, so most pickles are
-tried with an eighth of the budgets, in an eighth of the memory and time.
+One process verifies all files. It may take 2 GB more than after its imports, and 10 seconds of CPU
+time per file. The work is proportional to the budgets, so most pickles are tested with one eighth
+of the budgets, memory and time.
 """
 
 import io
@@ -94,7 +94,7 @@ def copies(function, n=20_000):
 
 
 def tower_of_numbers(width=10, height=10):
-    """Lists of the same list, `width**height` numbers in all; its memo index is `height`."""
+    """Nests lists of the same list: `width**height` numbers, with the memo index `height`."""
     made = b"](" + (b"G" + struct.pack(">d", 1.0)) * width + b"eq\x010"
     for i in range(1, height):
         made += b"](" + b"h%c" % i * width + b"eq%c0" % (i + 1)
@@ -171,7 +171,7 @@ PICKLES = {
     "one element a million million times": views([([10**6, 10**6, 10**6], [0, 0, 0])]),
 }  # fmt: skip
 
-HARMLESS = {  # here, to be read like any other file
+HARMLESS = {  # must be read like ordinary files
     "memo index of 2 to the 28": START + b"Nr" + struct.pack("<I", 2**28 - 1) + END,
     "memo index of text": b"Np4000000000\n.",
     "a key that is a tower": doubled(pair, 40) + b"0}h\x28Ns" + END,
@@ -216,7 +216,7 @@ HEADERS = {
     "a long number": b'{"a":' + b"9" * 1_000_000 + b"}",
     "spaces": b"{" + b" " * 90_000_000,
 }
-WHOLE = ["twenty million opcodes", "views over the same bytes"]  # what takes longest of each budget
+WHOLE = ["twenty million opcodes", "views over the same bytes"]  # the slowest file for each budget
 
 
 def over(path):
@@ -226,8 +226,7 @@ def over(path):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """Returns the result of `verify` for each file, from one process, since imports take
-    seconds."""
+    """Returns the result of `verify` for each file, from one process to save imports."""
     folder = tmp_path_factory.mktemp("bombs")
     paths = [archive(folder / f"{name}.pt", raw) for name, raw in {**PICKLES, **HARMLESS}.items()]
     paths += [legacy(folder / f"{name}.old.pt", PICKLES[name]) for name in list(PICKLES)[:6]]

@@ -53,7 +53,7 @@ def write(path, tree, values, **replaced):
     return path
 
 
-def test_such_a_file_is_read_like_a_torch_file(tmp_path):
+def test_a_written_archive_is_read_like_a_torch_file(tmp_path):
     path = write(tmp_path / "x.pt", {"w": Tensor(1, (3,), (1,))}, [NAN, 1.0, 2.0, NAN])
     assert inspect(path).bad == (("w", 1, 0, 0),)
 
@@ -103,9 +103,10 @@ def test_the_error_of_an_archive_that_is_not_a_checkpoint_has_the_reason(tmp_pat
 def test_a_record_that_extends_past_the_file_means_truncation(tmp_path):
     path = write(tmp_path / "x.pt", {"w": Tensor(0, (4,), (1,))}, [1.0] * 4)
     raw = bytearray(path.read_bytes())
-    entry = raw.index(b"PK\x01\x02", raw.index(b"PK\x01\x02") + 1)  # the directory's second: data/0
+    # The second entry of the directory: data/0.
+    entry = raw.index(b"PK\x01\x02", raw.index(b"PK\x01\x02") + 1)
     header = raw.index(b"PK\x03\x04", raw.index(b"PK\x03\x04") + 1)
-    for sizes in (entry + 20, header + 18):  # compressed and not
+    for sizes in (entry + 20, header + 18):  # compressed and uncompressed size
         struct.pack_into("<II", raw, sizes, 10**6, 10**6)
     path.write_bytes(raw)
     with pytest.raises(DamagedFile, match="truncated: record data/0 extends past the end"):
@@ -176,7 +177,7 @@ def test_safetensors_headers_may_be_as_long_as_the_format_allows(tmp_path, monke
 @pytest.mark.parametrize("n_bytes", [1, 3], ids=["less than {}", "more than there is"])
 def test_a_wrong_length_of_a_safetensors_header_is_damage(tmp_path, n_bytes):
     path = tmp_path / "x.safetensors"
-    path.write_bytes(struct.pack("<Q", 2) + b"{}")  # up to the end of the file
+    path.write_bytes(struct.pack("<Q", 2) + b"{}")  # the header ends with the file
     assert inspect(path).contents.n_tensors == 0
     path.write_bytes(struct.pack("<Q", n_bytes) + b"{}")
     with pytest.raises(DamagedFile, match=f"a header of {n_bytes} bytes"):

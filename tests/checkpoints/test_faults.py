@@ -1,7 +1,7 @@
-"""Faults of the disk, each for real: the run goes on, and resumes bit for bit.
+"""After real faults of the disk, a run continues and resumes bit for bit.
 
-The full and the read-only disk are small tmpfs of their own, mounted in a user namespace, so that
-root and everybody else meets them alike.
+The full and the read-only disk are small tmpfs, mounted in a user namespace, so that they behave in
+the same way for root and for other users.
 """
 
 import os
@@ -47,7 +47,8 @@ def flip_a_byte(path):
     with zipfile.ZipFile(path) as archive:
         place = archive.getinfo(next(n for n in archive.namelist() if n.endswith("data/0")))
     raw = bytearray(path.read_bytes())
-    raw[place.header_offset + 130] ^= 1  # in the data: the header is padded to 64 bytes
+    # A byte of the data, because the header is padded to 64 bytes.
+    raw[place.header_offset + 130] ^= 1
     path.write_bytes(raw)
 
 
@@ -57,7 +58,7 @@ def lose(path):
 
 def make_unreadable(path):
     path.unlink()
-    path.mkdir()  # root reads whatever has no permissions; reading a folder is an OSError to all
+    path.mkdir()  # reading a folder raises OSError even for root, who ignores permissions
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def pickle_bomb(path, size=0):
 
 def test_a_pickle_bomb_is_an_error_and_not_executed(saved):
     folder, expected = saved
-    planted = folder / "step-000000009.000099.pt"  # like a leftover of a crash
+    planted = folder / "step-000000009.000099.pt"  # named like a file that a crash left behind
     pickle_bomb(planted)
     raw = pickle.dumps(Bomb(folder / "canary"))
     with CheckpointStore(folder) as store:
@@ -136,7 +137,7 @@ def test_a_pickle_bomb_is_an_error_and_not_executed(saved):
         assert resumed.step == 3
         assert_same_bits(resumed.advance(10).everything(), expected)
     assert not list(folder.glob("*.executed"))
-    pickle.loads(raw)  # the bomb is live
+    pickle.loads(raw)  # Python's own unpickler executes the bomb
     assert (folder / "canary").is_dir()
 
 
@@ -192,7 +193,7 @@ def test_a_failed_save_is_logged_and_the_run_continues(saved, caplog, monkeypatc
 
 
 def small_disk(tmp_path, script, options="size=1m"):
-    """Runs a script with its own tmpfs at `disk`."""
+    """Runs a script with a tmpfs at `disk`."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = f'mount -t tmpfs -o {options} tmpfs {disk} && exec {sys.executable} -c "$0" {disk}'

@@ -1,4 +1,4 @@
-"""Folders as frameworks write them: settings beside weights, many names, subfolders."""
+"""Folders as frameworks write them: settings next to weights, many names, subfolders."""
 
 import os
 import re
@@ -42,7 +42,7 @@ def test_settings_never_replace_weights(tmp_path, capsys, settings):
 
 
 @pytest.mark.parametrize("damaged", [False, True], ids=["nan", "truncated"])
-def test_a_folder_of_weights_alone_has_no_checkpoint_to_roll_back_to(tmp_path, capsys, damaged):
+def test_a_folder_with_only_weights_has_no_checkpoint_to_roll_back_to(tmp_path, capsys, damaged):
     weights = write(tmp_path / "pytorch_model.bin", NAN)
     if damaged:
         os.truncate(weights, 300)
@@ -55,7 +55,7 @@ def test_a_folder_of_weights_alone_has_no_checkpoint_to_roll_back_to(tmp_path, c
     assert weights.read_bytes() == before
 
 
-def test_settings_are_not_a_source_even_if_named(tmp_path, capsys):
+def test_settings_are_not_a_source_even_if_the_user_names_them(tmp_path, capsys):
     last, args = write(tmp_path / "last.pt", NAN), tmp_path / "args.pt"
     torch.save({"lr": 0.1}, args)
     with pytest.raises(CheckpointError, match=r"cannot be used for a rollback: holds no tensors"):
@@ -104,7 +104,7 @@ def forbidden(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_verify_reads_the_others_and_names_the_unreadable_one(forbidden, capsys):
+def test_verify_names_the_unreadable_file_and_reads_the_others(forbidden, capsys):
     status, out, err = ckpt(capsys, "verify", forbidden)
     lines = [line for line in out.splitlines() if not line.startswith(" ")]
     assert (status, err) == (1, "")
@@ -112,14 +112,14 @@ def test_verify_reads_the_others_and_names_the_unreadable_one(forbidden, capsys)
     assert [line[:4] for line in lines] == ["BAD ", "ok  ", "ok  ", "BAD "]
 
 
-def test_list_has_a_row_for_the_unreadable_one(forbidden, capsys):
+def test_list_has_a_row_for_the_unreadable_file(forbidden, capsys):
     status, out, _ = ckpt(capsys, "list", forbidden)
     assert status == 1
     assert [f"{name}.pt" in row for name, row in zip("abc", out.splitlines()[1:4], strict=True)]
     assert f"BAD  {forbidden / 'a.pt'}: cannot be read: Permission denied" in out
 
 
-def test_rollback_skips_the_unreadable_one(forbidden, capsys):
+def test_rollback_skips_the_unreadable_file(forbidden, capsys):
     status, out, _ = ckpt(capsys, "rollback", forbidden)
     assert status == 0
     assert "passed over a.pt: cannot be read: Permission denied" in out
@@ -171,7 +171,7 @@ def test_a_bin_of_zeros_after_a_lost_write_is_bad(tmp_path, capsys, raw):
     assert (status, out.count("BAD ")) == (1, 1)
 
 
-def test_verify_goes_through_subfolders_and_stores_in_them(tmp_path, capsys):
+def test_verify_includes_subfolders_and_their_stores(tmp_path, capsys):
     write(tmp_path / "hfout" / "checkpoint-500" / "pytorch_model.bin", NAN)
     write(tmp_path / "lv" / "version_0" / "checkpoints" / "epoch=1.ckpt")
     write(tmp_path / ".cache" / "old.pt", NAN)
@@ -187,7 +187,7 @@ def test_verify_goes_through_subfolders_and_stores_in_them(tmp_path, capsys):
     ]
 
 
-def test_list_and_rollback_stay_in_one_folder_and_name_those_below(tmp_path, capsys):
+def test_list_and_rollback_read_one_folder_and_name_its_subfolders(tmp_path, capsys):
     write(tmp_path / "checkpoint-500" / "pytorch_model.bin", NAN)
     for action in ("list", "rollback"):
         status, _, err = ckpt(capsys, action, tmp_path)
@@ -237,7 +237,7 @@ def test_rollback_without_a_last_file_explains_how_to_name_it(tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_one_file_of_shards_cannot_be_verified_alone(tmp_path, capsys):
+def test_a_single_shard_cannot_be_verified(tmp_path, capsys):
     dcp.save({"w": torch.ones(2)}, checkpoint_id=tmp_path / "step_10", no_dist=True)
     status, out, _ = ckpt(capsys, "verify", next((tmp_path / "step_10").glob("*.distcp")))
     assert status == 1

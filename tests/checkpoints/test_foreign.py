@@ -44,14 +44,15 @@ def test_the_source_is_the_newest_of_the_latest_epoch_not_after_the_target(tmp_p
     ):
         os.utime(write(tmp_path / name, epoch), (modified, modified))
     write(tmp_path / "later.pt", 6)
-    write(tmp_path / f"{files.TEMPORARY}e.pt", 5)  # of a writer that is at work, or was killed
+    # The file of a writer that is running or was killed.
+    write(tmp_path / f"{files.TEMPORARY}e.pt", 5)
     assert chosen(last) == ("c.pt", ["later.pt: is from epoch 6, later than epoch 5"])
     flip(tmp_path / "c.pt")
     name, (_, passed_over) = chosen(last)
     assert (name, passed_over) == ("b.pt", "c.pt: data/0 changed after it was written")
 
 
-def test_half_of_the_tensors_are_enough_to_be_chosen(tmp_path):
+def test_a_file_with_half_of_the_tensors_is_chosen(tmp_path):
     last = write(tmp_path / "last.pt", 5, NAN, "abcd")
     write(tmp_path / "half.pt", 4, names="abxy")
     write(tmp_path / "less.pt", 5, names="axyz")

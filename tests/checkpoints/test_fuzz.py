@@ -1,6 +1,7 @@
-"""Stores, archives and text files that were changed at random: nothing in them gains a thing.
+"""Random changes to stores, archives and text files never lead to executed code or false results.
 
-A few hundred by default; `FASTGUARD_FUZZ=2000` takes more, and `FASTGUARD_FUZZ_SEED` others.
+By default a few hundred changes are tested. `FASTGUARD_FUZZ=2000` tests more, and
+`FASTGUARD_FUZZ_SEED` selects others.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Hostile manifests: they contain invalid names, and their checksum is right."""
+"""Hostile manifests contain invalid names but a correct checksum."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def save(store, step):
 
 @pytest.fixture
 def store(tmp_path):
-    """A store of two checkpoints, with other files and folders beside them."""
+    """A store of two checkpoints, with other files and folders next to them."""
     with CheckpointStore(tmp_path / "store") as opened:
         save(opened, 1)
         save(opened, 2)
@@ -53,7 +53,7 @@ def everything(folder):
 
 
 def check_refused(store, capsys):
-    """Checks that no way of opening it changes anything, and that each reports the reason."""
+    """Checks that every way of opening the store reports the reason and changes nothing."""
     before = everything(store.parent)
     for read_only in (False, True):
         with pytest.raises(DamagedFile, match=DAMAGED):
@@ -61,7 +61,7 @@ def check_refused(store, capsys):
     for action in ("list", "verify", "rollback"):
         status, _, err = ckpt(capsys, action, store)
         assert status == 1 and "manifest.json is invalid: " in err
-    status, out, _ = ckpt(capsys, "verify", store.parent)  # as one of the folders in it
+    status, out, _ = ckpt(capsys, "verify", store.parent)  # the store is a subfolder
     assert status == 1 and "manifest.json is invalid" in out
     after = everything(store.parent)
     before.setdefault("store/.lock", None)
@@ -157,7 +157,7 @@ def test_a_serial_used_twice_is_damage(store, capsys):
 def test_a_version_that_is_not_a_number_is_treated_as_damage(store, version):
     forge(store, version=version)
     assert manifest.read(store) is None
-    with CheckpointStore(store) as opened:  # built again
+    with CheckpointStore(store) as opened:  # rebuilds the manifest
         assert [entry.step for entry in opened.list()] == [1, 2]
 
 

@@ -1,4 +1,4 @@
-"""Models in several files: tensors and files that the index names but do not exist."""
+"""Models in several files, with tensors and files that the index names but that do not exist."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def test_a_tensor_missing_from_its_file_is_reported(index, capsys):
     assert f"BAD  {index}: {second(index).name} does not hold embed, tail" in out
 
 
-def test_the_bad_tensors_of_its_files_are_found(index, capsys):
+def test_bad_tensors_in_the_files_of_an_index_are_found(index, capsys):
     second(index).unlink()
     torch.save({"head": torch.tensor([float("nan")] * 3)}, second(index).with_suffix(".bin"))
     change(index, head=second(index).with_suffix(".bin").name)
@@ -122,7 +122,7 @@ def test_a_file_that_is_not_an_index_is_one_bad_row(tmp_path, capsys, text):
     assert f"BAD  {path}: " in out
 
 
-def test_names_in_it_are_printed_as_text(index, capsys):
+def test_names_in_an_index_are_printed_as_text(index, capsys):
     change(index, **{"x\x1b[2J\nok": "y\x1b[2J\nok", "z\x1b[2J": second(index).name})
     status, out, _ = ckpt(capsys, "verify", index)
     assert status == 1 and "\x1b" not in out and "\nok" not in out.replace("\nok  ", "")
@@ -131,7 +131,7 @@ def test_names_in_it_are_printed_as_text(index, capsys):
 @pytest.mark.parametrize("whole", ["folder", "index"])
 @pytest.mark.parametrize("kind", ["folder", "text", "itself"])
 def test_an_unreadable_file_counts_as_missing_for_its_tensor(index, capsys, whole, kind):
-    """Also if the name of the file is not one of a checkpoint, so that only the index names it."""
+    """This also holds for a file that is not named like a checkpoint."""
     name = index.name if kind == "itself" else "part"
     change(index, tail=name)
     if kind == "folder":
@@ -154,7 +154,7 @@ def test_a_pipe_is_not_waited_for(index, capsys):
         assert status == 1 and f"BAD  {index}: cannot be read: is a named pipe" in out
 
 
-def test_it_is_never_rolled_back(index, capsys):
+def test_an_index_is_never_rolled_back(index, capsys):
     good = second(index)
     before = index.read_bytes()
     for arguments in ((index,), (good, "--to", index)):

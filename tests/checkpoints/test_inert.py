@@ -1,4 +1,4 @@
-"""Pickles are read without executing them: bombs are an error, classes become stand-ins."""
+"""Pickles are read without executing them: bombs raise errors, and classes become placeholders."""
 
 import collections
 import importlib
@@ -49,7 +49,7 @@ def touch(folder):
         (sys.exit, (), "sys.exit"),
         (torch.load, ("x",), "torch.serialization.load"),
         (__import__, ("os",), "builtins.__import__"),
-        (open, ("executed", "w"), "_?io.open"),  # with Python 3.13 "_io.open"
+        (open, ("executed", "w"), "_?io.open"),  # "_io.open" since Python 3.13
         (subprocess.Popen, ("true",), "subprocess.Popen"),
         (threading.Thread, (), "threading.Thread"),
         (importlib.import_module, ("os",), "importlib.import_module"),
@@ -74,11 +74,11 @@ def test_a_bare_pickle_bomb_is_an_error(tmp_path):
         inspect(tmp_path / "b.pt")
     assert not (tmp_path / "executed").exists()
     pickle.loads((tmp_path / "b.pt").read_bytes())
-    assert (tmp_path / "executed").exists()  # it was live
+    assert (tmp_path / "executed").exists()  # Python's own unpickler executes it
 
 
 ASSEMBLED = {
-    # opcodes of protocol 0 and 2 by hand: what no pickler writes
+    # handwritten opcodes of protocols 0 and 2, which no pickler writes
     "INST": b"(S'touch executed'\nios\nsystem\n.",
     "OBJ": b"(cos\nsystem\nS'touch executed'\no.",
     "REDUCE of a stand-in": b"cos\nsystem\n(S'touch executed'\ntR.",
@@ -111,8 +111,7 @@ def make_class(module, name, bases=(object,), **body):
 
 @pytest.fixture
 def yolo(tmp_path):
-    """A file as written by Ultralytics: pickled modules whose classes do not exist when it is
-    read."""
+    """A file of Ultralytics: pickled modules whose classes do not exist at reading."""
     conv = make_class("vanished_nn", "Conv", (torch.nn.Module,))
     space = make_class("vanished_utils", "IterableNamespace", (types.SimpleNamespace,))
     model = conv()
@@ -162,7 +161,9 @@ def test_paths_pickled_by_any_python_become_text(module, tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [(), ("text",)], ids=["no argument", "one"])
-def test_unknown_classes_become_stand_ins_and_unknown_functions_are_an_error(tmp_path, arguments):
+def test_unknown_classes_become_placeholders_and_unknown_functions_are_an_error(
+    tmp_path, arguments
+):
     for name in ("Maker", "_Maker", "make"):
         made = make_class("vanished_makers", name)
         torch.save({"x": Calls(made, *arguments)}, tmp_path / f"{name}.pt")
@@ -192,7 +193,7 @@ def test_nested_structures_are_read_or_reported_as_unread(tmp_path, depth, is_re
     kind = np.dtype("f4")
     for _ in range(depth):
         kind = np.dtype([("a", kind)])
-    sys.setrecursionlimit(20_000)  # of the pickler
+    sys.setrecursionlimit(20_000)  # for the pickler
     try:
         torch.save({"x": np.full(3, NAN, dtype="f4").view(kind)}, tmp_path / "x.pt")
     finally:
@@ -274,7 +275,7 @@ def test_a_torchscript_archive_is_not_a_checkpoint(tmp_path):
         inspect(tmp_path / "x.pt")
 
 
-def test_items_that_cannot_be_nan_take_no_time_and_the_others_are_bounded(tmp_path, monkeypatch):
+def test_items_that_cannot_be_nan_take_no_time_and_other_items_are_bounded(tmp_path, monkeypatch):
     nan = float("nan")
     tree = {"a": [1, 2.5, "x", None, b"y", True, nan, [nan, 1]], "b": (torch.ones(2), 3), "c": 1}
     torch.save(tree, tmp_path / "x.pt")

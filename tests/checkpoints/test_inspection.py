@@ -1,4 +1,4 @@
-"""Reading foreign files: all formats, dtypes and places of a NaN."""
+"""NaN is found in foreign files of all formats and dtypes, and at any position."""
 
 import contextlib
 import gzip
@@ -97,7 +97,7 @@ def test_values_at_the_borders_of_pieces(saved, place):
 
 @pytest.mark.parametrize("place", range(8))
 @pytest.mark.parametrize("value", [complex(0, NAN), complex(-INF, 0)], ids=["imag", "real"])
-def test_wide_elements_across_two_pieces_are_found(saved, monkeypatch, place, value):
+def test_wide_elements_that_span_two_pieces_are_found(saved, monkeypatch, place, value):
     monkeypatch.setattr(module, "PIECE", 24)  # 1.5 elements
     x = torch.zeros(8, dtype=torch.complex128)
     x[place] = value
@@ -285,7 +285,7 @@ def test_files_of_other_formats_are_reported_by_format(tmp_path):
             inspect(path)
 
 
-# ru_maxrss would begin with what this process holds: it outlives the exec.
+# ru_maxrss survives the exec, so it would begin with the memory of this process.
 MEMORY = r"""
 import re, sys
 from pathlib import Path
@@ -314,7 +314,8 @@ def test_memory_is_below_that_of_the_largest_tensor(tmp_path, name):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     megabytes = float(done.stdout)
     print(f"verify of {large.stat().st_size / 2**20:.0f} MB used {megabytes:.1f} MB more")
-    assert megabytes < 32  # half the tensor; the promise is 1.2 times it plus 64
+    # Half the tensor; the documented bound is 1.2 times the tensor plus 64 MB.
+    assert megabytes < 32
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=ids)

@@ -71,7 +71,7 @@ def test_a_clean_checkpoint_remains_whatever_interrupts_a_save(tmp_path, error, 
         assert names == {".lock", "manifest.json", store.list()[0].file}, k
         if len(done) < k:
             break
-    assert k == len(done) + 1 > 6  # each was stopped at, up to the last one
+    assert k == len(done) + 1 > 6  # the save was stopped at every operation
 
 
 def test_ctrl_c_while_the_old_checkpoint_is_removed_keeps_the_new_one(tmp_path, monkeypatch):
@@ -127,7 +127,7 @@ def test_files_that_a_rollback_cannot_rename_remain_set_aside(tmp_path, monkeypa
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", held)
             assert store.rollback().step == 0
-            assert save(store, 1).clean  # and no later save fails of it
+            assert save(store, 1).clean  # later saves succeed
         assert f"{aside.file}: [Errno 5]" in caplog.text
         assert steps(store) == [0, 1] and store.replaced() == (aside,)
     with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""The disk operations of a store: their order, its lock, and files of others."""
+"""The order of a store's disk operations, its lock, and files of other programs."""
 
 import os
 import shutil
@@ -64,8 +64,7 @@ def operations(monkeypatch):
 
 
 def check_order(seen):
-    """Checks that files are flushed before each rename, and the folder before the next
-    operation."""
+    """Checks that a file is flushed before its rename, and then its folder."""
     named = [i for i, (kind, *_) in enumerate(seen) if kind in ("replace", "link")]
     for i in named:
         kind, old, new = seen[i]
@@ -124,7 +123,7 @@ def test_another_name_of_the_folder_is_the_same_folder(tmp_path):
 
 
 def test_the_lock_names_its_holder_and_is_closed_with_the_store(tmp_path):
-    (tmp_path / ".lock").write_text("99999999999999\n")  # of a process before
+    (tmp_path / ".lock").write_text("99999999999999\n")  # the PID of an earlier process
     before = n_open()
     with CheckpointStore(tmp_path):
         assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
@@ -148,7 +147,7 @@ def test_a_store_that_cannot_be_opened_is_not_locked(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="version 2") as kept:
         CheckpointStore(tmp_path)
     path.write_text(good)
-    with CheckpointStore(tmp_path):  # while the frames of the attempts are still held
+    with CheckpointStore(tmp_path):  # although the exceptions keep the frames of the attempts
         assert kept.value and full.value
 
 
@@ -214,7 +213,7 @@ def test_the_workers_of_a_killed_run_do_not_hold_its_lock(tmp_path):
             assert process.wait(60) == -signal.SIGKILL
             with CheckpointStore(tmp_path) as store:
                 save(store, 0)
-            os.kill(worker, 0)  # it is still there
+            os.kill(worker, 0)  # the worker is still running
         finally:
             os.kill(worker, signal.SIGKILL)
 
@@ -248,7 +247,7 @@ def test_a_forked_worker_does_not_release_the_lock_when_it_ends(tmp_path):
         assert save(store, 0).clean
 
 
-# What others did to the folder.
+# Changes that other programs made to the folder.
 
 
 def test_verifying_a_read_only_store_writes_nothing(tmp_path):
@@ -337,7 +336,7 @@ def test_no_serial_is_used_twice_for_any_contents_of_the_folder(tmp_path, caplog
         copy = old.read_bytes()
         save(store, 1)
         newest = save(store, 2)
-    old.write_bytes(copy)  # out of a backup
+    old.write_bytes(copy)  # restored from a backup
     with CheckpointStore(tmp_path, keep=9) as store:
         assert steps(store) == [0, 2]
         assert save(store, 3).serial == newest.serial + 1
@@ -369,7 +368,7 @@ def test_a_bomb_with_a_valid_checksum_is_not_executed(tmp_path):
             store.load("last")
     assert not (tmp_path / "executed").exists()
     torch.load(path, weights_only=False)
-    assert (tmp_path / "executed").exists()  # it was live
+    assert (tmp_path / "executed").exists()  # Python's own unpickler executes it
 
 
 def test_the_manifest_of_another_tool_is_not_changed(tmp_path):
@@ -382,6 +381,6 @@ def test_the_manifest_of_another_tool_is_not_changed(tmp_path):
     path.unlink()
     with CheckpointStore(tmp_path) as store:
         save(store, 0)
-    path.write_text("[]")  # no tool would write that: it is damage
+    path.write_text("[]")  # no tool writes this, so the manifest is damaged
     with CheckpointStore(tmp_path) as store:
         assert steps(store) == [0]

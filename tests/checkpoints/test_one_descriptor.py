@@ -1,4 +1,4 @@
-"""The loaded data is the verified data, even if files are replaced; and forked children."""
+"""The loaded data is the verified data, even if files are replaced or children are forked."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ NAN = float("nan")
 
 @pytest.fixture
 def store(tmp_path):
-    """A store with one checkpoint, and another file of the same shapes beside it."""
+    """A store with one checkpoint, and another file with the same shapes next to the store."""
     with CheckpointStore(tmp_path / "store") as opened:
         path = tmp_path / "store" / opened.save(m={"w": torch.ones(99)}, step=1).file
         other = torch.load(path, weights_only=True)
@@ -160,7 +160,7 @@ def test_a_write_whose_time_is_set_back_is_found(tmp_path, monkeypatch, linked):
 
     def change(file):
         found = hashed(file)
-        if not done and linked:  # as a backup does; this changes nothing in the file
+        if not done and linked:  # as a backup does; the contents of the file stay the same
             os.link(path, tmp_path / "backup")
         elif not done:
             before, raw = path.stat(), path.read_bytes()
@@ -196,7 +196,7 @@ def test_a_forked_child_does_not_save_to_the_store_of_its_parent(tmp_path):
             said = in_a_child(work)
             assert said.startswith(f"StoreLocked: {tmp_path} was opened for writing in process ")
             assert str(os.getpid()) in said
-        assert in_a_child(lambda: store.load("last")) == ""  # it may look
+        assert in_a_child(lambda: store.load("last")) == ""  # the child may read
         assert in_a_child(store.verify) == ""
         assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
         store.save(m=weights, step=3)
@@ -213,7 +213,7 @@ def test_a_forked_child_stores_no_verdict(tmp_path):
         assert (tmp_path / "manifest.json").read_bytes() == before
 
 
-def test_the_error_is_that_of_a_locked_store(tmp_path, monkeypatch):
+def test_the_error_is_the_same_as_for_a_locked_store(tmp_path, monkeypatch):
     with CheckpointStore(tmp_path) as store:
         monkeypatch.setattr(os, "getpid", lambda: -1)
         with pytest.raises(StoreLocked):

@@ -1,4 +1,4 @@
-"""With several ranks, shared tensors are stored once, and tensors that only look shared are not."""
+"""On several ranks, shared tensors are stored once, and tensors that differ once per rank."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def pipeline_stages(folder: Path) -> bool:
         restored = torch.equal(stage.weight.to_local(), expected)
         stage.weight.detach().to_local().fill_(NAN)
         bad = dict((name, nan) for name, nan, *_ in store.save(stage=stage, step=1).bad)
-        assert bad == {"stage.weight": 4 * 4 + 6 * 4}, bad  # of all stages, by the user's name
+        # The counts of all stages, under the user's name.
+        assert bad == {"stage.weight": 4 * 4 + 6 * 4}, bad
     return restored
 
 

@@ -51,11 +51,11 @@ def test_metadata_that_points_outside_is_an_error(mesh, tmp_path):
         report_on(folder, Peers())
     assert not (tmp_path / "executed").exists()
     torch.load(shards, weights_only=False)
-    assert (tmp_path / "executed").exists()  # it was live
+    assert (tmp_path / "executed").exists()  # Python's own unpickler executes it
 
 
 def test_shards_do_not_overlap(mesh, tmp_path):
-    """A place named a thousand times would be read a thousand times."""
+    """If the metadata names a position a thousand times, it must not be read a thousand times."""
     with CheckpointStore(tmp_path) as store:
         folder = tmp_path / store.save(model=build(mesh)[0], step=0).file
     metadata = pickle.loads((folder / ".metadata").read_bytes())

@@ -40,7 +40,7 @@ def test_sigterm_from_outside_ends_the_run_with_a_clean_checkpoint(tmp_path):
     )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGTERM)  # launchers repeat themselves
+    process.send_signal(signal.SIGTERM)  # launchers send the signal repeatedly
     _, errors = process.communicate(timeout=100)
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert "signal 15: stopping at step" in errors
@@ -68,7 +68,7 @@ def test_the_flag_waits_for_maybe_save_and_the_old_handler_is_restored(store):
         store.maybe_save(x=1, step=5)
     assert stop.value.code == 128 + signal.SIGUSR1
     assert signal.getsignal(signal.SIGUSR1) is before
-    with CheckpointStore(store.directory) as later:  # the store was closed on the way out
+    with CheckpointStore(store.directory) as later:  # the store was closed when the run ended
         assert later.last_clean().step == 5
 
 
@@ -88,7 +88,7 @@ def test_a_failing_disk_does_not_prevent_a_run_from_ending(store, monkeypatch, c
 def test_one_of_several_flags_is_enough(store):
     with store.save_on_signal(signal.SIGUSR1, exit=False), store.save_on_signal(exit=False):
         assert not store.stop_requested
-        signal.raise_signal(signal.SIGTERM)  # what is meant if none is named
+        signal.raise_signal(signal.SIGTERM)  # the default signal
         assert store.stop_requested
         assert store.maybe_save(x=1, step=5).step == 5
         assert store.maybe_save(x=1, step=6) is None
@@ -125,7 +125,7 @@ def test_the_previous_handler_is_restored(store, leave):
         else:
             store.close()
         assert signal.getsignal(signal.SIGUSR2) is own
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # what others do afterward stays
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a handler that is set afterward is kept
         flag.restore()
         assert signal.getsignal(signal.SIGUSR2) is signal.SIG_IGN
     finally:
@@ -149,7 +149,7 @@ def test_two_flags_of_one_signal_restore_the_original_handler(store, leave):
 
 def test_a_forked_worker_is_still_ended_by_the_signal(store):
     context = multiprocessing.get_context("fork")
-    ready = context.Event()  # Python drops signals that come while it is forking
+    ready = context.Event()  # Python drops signals that arrive while it forks
 
     def work():
         ready.set()
@@ -164,7 +164,7 @@ def test_a_forked_worker_is_still_ended_by_the_signal(store):
     assert worker.exitcode == -signal.SIGTERM
 
 
-def test_every(store):
+def test_maybe_save_saves_every_n_steps(store):
     for step in range(8):
         entry = store.maybe_save(x=step, step=step, every=3)
         assert (entry is not None) == (step in (3, 6))

@@ -1,4 +1,4 @@
-"""Links, pipes and devices under the names of a store: nothing is written through them, or awaited.
+"""If a file of a store is a link, pipe or device, nothing is written through it or waits for it.
 
 Each test runs in this process: if something waited for a pipe, the test would never end.
 """
@@ -61,7 +61,7 @@ def test_a_lock_that_is_not_a_regular_file_is_an_error(store, victim, capsys, ki
     assert victim.read_text() == "precious"
     assert not (victim.parent / "made.txt").exists()
     assert len(os.listdir("/proc/self/fd")) == before
-    with CheckpointStore(store, read_only=True) as opened:  # needs no lock
+    with CheckpointStore(store, read_only=True) as opened:  # reading needs no lock
         assert opened.load("last").step == 2
 
 
@@ -81,7 +81,7 @@ def test_a_temporary_name_is_never_written_through(store, victim, name, kind):
         assert opened.save(weights={"w": torch.ones(3)}, step=3) is None  # logged
         assert [e.step for e in opened.list()] == [1, 2]
     assert victim.read_text() == "precious"
-    with CheckpointStore(store) as opened:  # which removes what a crash left
+    with CheckpointStore(store) as opened:  # removes files that a crash left behind
         assert opened.save(weights={"w": torch.ones(3)}, step=3).clean
     assert victim.read_text() == "precious"
     assert not (victim.parent / "made.txt").exists()

@@ -28,7 +28,7 @@ def save(store, step, value=1.0, **more):
 
 
 def test_the_cached_gaussian_number_is_restored():
-    random.gauss(0.0, 1.0), np.random.randn()  # both draw two and keep one
+    random.gauss(0.0, 1.0), np.random.randn()  # both draw two numbers and keep one
     state = random_state()
     drawn = random.gauss(0.0, 1.0), np.random.randn(), torch.randn(2).tolist()
     random.seed(0), np.random.seed(0), torch.manual_seed(0)
@@ -76,7 +76,7 @@ def test_a_generator_among_the_objects_is_restored(store):
     assert torch.equal(torch.rand(2, generator=generator), drawn)
 
 
-def test_loading_can_keep_the_random_states(store):
+def test_load_with_rng_false_keeps_the_random_states(store):
     model = torch.nn.Linear(1, 1)
     store.save(model=model, step=0)
     torch.rand(1)
@@ -129,7 +129,7 @@ def test_the_next_writer_knows_the_checkpoints_set_aside(store):
     store.close()
     with CheckpointStore(store.directory) as later:
         assert later.replaced() == (aside,)
-        assert save(later, 1).serial == aside.serial + 1  # never the same name twice
+        assert save(later, 1).serial == aside.serial + 1  # no name is used twice
         assert later.load(1).step == 1
 
 

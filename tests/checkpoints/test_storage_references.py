@@ -1,6 +1,6 @@
-"""References to storages, which torch resolves by name: the first use decides what the rest mean.
+"""torch resolves references to storages by name: the first use decides what later uses mean.
 
-Each file is also loaded by torch, to show what `verify` has to agree with.
+torch also loads each file, to show the result that `verify` must agree with.
 """
 
 import io
@@ -84,8 +84,8 @@ def test_a_view_of_a_storage_starts_at_its_offset(tmp_path):
         inspect(legacy(tmp_path / "x.pt", [tensor(part, 1, 3)], {"0": [1] * 5}))
 
 
-def test_views_of_one_name_have_one_place(tmp_path):
-    """torch takes the place of the first for both, here with a NaN that `b` should not contain."""
+def test_views_of_one_name_have_one_offset(tmp_path):
+    """torch uses the first view's offset for both; `b` then contains a NaN."""
     tree = {
         "a": tensor(Storage("0", 5, ("v", 1, 2)), 0, 1),
         "b": tensor(Storage("0", 5, ("v", 3, 2)), 1, 1),
@@ -116,7 +116,7 @@ def twice(first, last):
 
 
 def test_a_use_that_the_file_drops_counts_too(tmp_path):
-    """torch reads the eight bytes as two floats, one of them NaN; the last use says one integer."""
+    """torch reads two floats, one of them NaN; the last use declares one integer."""
     tree = twice(
         tensor(Storage("0", 2), 0, 2), tensor(Storage("0", 1, kind=torch.LongStorage), 0, 1)
     )

@@ -86,13 +86,13 @@ def test_the_initial_checkpoint_is_kept_until_there_is_a_later_clean_one(store):
 
 
 @pytest.mark.parametrize(("mode", "best"), [("min", 2), ("max", 1)])
-def test_the_best_depends_on_mode_and_is_never_nan(tmp_path, mode, best):
+def test_the_best_checkpoint_depends_on_mode_and_is_never_nan(tmp_path, mode, best):
     with CheckpointStore(tmp_path, mode=mode, keep=9) as store:
         for step, metric in enumerate([0.4, 0.9, 0.1, NAN, None]):
             save(store, step, metric=metric)
         save(store, 5, NAN, metric=0.0 if mode == "min" else 1.0)
         assert store.best().step == best
-    with CheckpointStore(tmp_path, read_only=True) as later:  # the mode is remembered
+    with CheckpointStore(tmp_path, read_only=True) as later:  # the store remembers the mode
         assert later.best().step == best
         assert later.list()[3].metric != later.list()[3].metric
 
@@ -127,7 +127,7 @@ def test_nan_in_the_optimizer_state_alone_is_found(store):
 
 def test_a_nan_number_in_a_state_is_found_and_infinite_ones_are_not(store):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)  # its best is inf at first
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)  # its initial best value is inf
     assert store.save(optimizer=optimizer, plateau=plateau, step=0).clean
     optimizer.param_groups[0]["lr"] = NAN
     assert store.save(optimizer=optimizer, step=1).bad[0][0] == "optimizer.param_groups.0.lr"
@@ -186,7 +186,7 @@ def test_only_the_backup_of_the_latest_rollback_is_kept(store):
     assert [p.name for p in store.directory.glob("*.replaced")] == [
         f"{store.replaced()[0].file}.replaced"
     ]
-    assert store.rollback().step == 0  # nothing to do, and the backup is kept
+    assert store.rollback().step == 0  # there is nothing to roll back, and the backup is kept
     assert len(store.replaced()) == 1
 
 
@@ -238,7 +238,7 @@ def test_read_only_changes_nothing(store):
     save(store, 0)
     with CheckpointStore(store.directory, read_only=True) as looking:
         save(store, 1)
-        assert steps(looking) == [0, 1]  # sees what the writer does
+        assert steps(looking) == [0, 1]  # the reader sees the writer's changes
         with pytest.raises(CheckpointError, match="read_only"):
             save(looking, 2)
         with pytest.raises(CheckpointError, match="read_only"):

@@ -31,7 +31,7 @@ def test_a_model_without_data_is_not_saved(store):
 
 
 @pytest.mark.parametrize(("mode", "kind"), [(None, "smallest"), ("max", "largest")])
-def test_the_best_without_a_metric_says_what_best_means(tmp_path, mode, kind):
+def test_the_error_for_best_without_a_metric_says_what_best_means(tmp_path, mode, kind):
     with CheckpointStore(tmp_path, mode=mode) as store:
         store.save(m={"w": torch.ones(1)}, step=3)
         text = rf'"best" is the clean one with the {kind} metric \(mode="{mode or "min"}"\)'
@@ -39,7 +39,7 @@ def test_the_best_without_a_metric_says_what_best_means(tmp_path, mode, kind):
             store.load("best")
 
 
-def test_a_step_that_fits_in_no_name_is_not_saved(store):
+def test_a_step_that_is_too_large_for_a_file_name_is_not_saved(store):
     store.save(w=torch.ones(1), step=10**18 - 1)
     with pytest.raises(ValueError, match=r"step=1000000000000000000 is too large"):
         store.save(w=torch.ones(1), step=10**18)

@@ -44,7 +44,7 @@ def test_an_archive_written_by_python_is_read_like_torch_does(tmp_path):
     assert inspect(path).bad == (("model.w", 4, 0, 0),)
 
 
-def test_two_roots(tmp_path):
+def test_an_archive_with_two_root_folders(tmp_path):
     path = write(tmp_path / "x.pt", under("a", records(NAN)) + under("b", records(1.0)))
     with pytest.raises(DamagedFile, match="several folders"):
         inspect(path)
@@ -72,7 +72,7 @@ def find(raw, signature, n):
 
 ENTRY, LOCAL, END = b"PK\x01\x02", b"PK\x03\x04", b"PK\x05\x06"
 CHANGES = {
-    # signature of what is changed, offset in it, form, value
+    # signature of the changed structure, offset in it, struct format, value
     "name in the directory": (ENTRY, 46 + 2, "<B", ord("D")),
     "name in the header": (LOCAL, 30 + 2, "<B", ord("D")),
     "method in the directory": (ENTRY, 10, "<H", 8),
@@ -132,7 +132,7 @@ def test_one_archive_inside_another(tmp_path):
     write(outer, [*under("x", records(1.0)), ("x/more", inner.read_bytes())])
     assert inspect(outer).bad == () and loads(outer)["model"]["w"][0] == 1.0
     raw = outer.read_bytes()
-    outer.write_bytes(raw + inner.read_bytes())  # the last directory is that of the inner one
+    outer.write_bytes(raw + inner.read_bytes())  # the last directory belongs to the inner archive
     with pytest.raises(DamagedFile):
         inspect(outer)
 
@@ -168,7 +168,7 @@ def test_files_that_torch_cannot_open_are_not_ok(tmp_path, lost):
 
 
 @pytest.mark.parametrize("version", [b"x", b"", b"99999\n", b"3" * 10_000_000])
-def test_a_version_that_torch_does_not_know(tmp_path, version):
+def test_an_archive_with_a_version_that_torch_does_not_know(tmp_path, version):
     path = write(tmp_path / "x.pt", under("x", {**records(), "version": version}))
     with pytest.raises(DamagedFile):
         inspect(path)
@@ -191,7 +191,7 @@ def test_a_directory_with_a_flipped_bit_is_never_ok_yet_unloadable(tmp_path):
         if not found.damaged:
             n_ok += 1
             assert torch.equal(torch.load(path, weights_only=True)["w"], torch.ones(2))
-    assert n_ok > 100  # times, versions and the like mean nothing to anybody
+    assert n_ok > 100  # bits of times, versions and other unused fields change nothing
 
 
 def test_a_storage_that_claims_more_elements_than_its_record(tmp_path):

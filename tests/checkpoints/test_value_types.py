@@ -1,6 +1,6 @@
-"""Checkpoints hold more than tensors: settings, enums, methods. None is looked up, few are refused.
+"""Checkpoints contain settings, enums and methods. These are never imported, and few are refused.
 
-What is refused is shown to be live first: Python's own unpickler runs it.
+Each refused pickle is first run by Python's own unpickler, to show that it is dangerous.
 """
 
 import argparse
@@ -78,7 +78,7 @@ class Layer(torch.nn.Linear):
 
     def __init__(self):
         super().__init__(2, 2)
-        self.forward = self.forward_fused  # as a fused YOLO has it
+        self.forward = self.forward_fused  # as in a fused YOLO
         self.mode = self.Mode.FUSED
 
     def forward_fused(self, x):

@@ -158,7 +158,7 @@ def test_a_time_beyond_every_calendar_is_unknown(tmp_path, capsys):
     for seconds in (2**40, -(2**40)):
         try:
             os.utime(tmp_path / "x.pt", (seconds, seconds))
-        except OSError:  # not on this file system
+        except OSError:  # this file system does not support such times
             continue
         assert ckpt(capsys, "list", tmp_path)[0] == 0
 

@@ -1,6 +1,6 @@
-"""`verify` looks at what `torch.load` makes of a pickle, and says what it refuses.
+"""`verify` checks the values that `torch.load` returns, and names what `torch.load` refuses.
 
-Each file is also loaded by torch.
+torch also loads each file.
 """
 
 import json
@@ -111,13 +111,13 @@ def test_a_storage_is_on_a_device(tmp_path, place):
 
 
 @pytest.mark.parametrize("place", ["cuda:3", "mps", "npu:0", "privateuseone:1"])
-def test_a_storage_may_be_on_a_device_that_is_not_here(tmp_path, place):
+def test_a_storage_may_be_on_a_device_that_this_machine_lacks(tmp_path, place):
     path = archive(tmp_path / "x.pt", GOOD.replace(text("cpu"), text(place)))
     assert inspect(path).bad == ()
 
 
 @pytest.mark.parametrize("name", UNLOADABLE)
-def test_what_no_reader_can_load_is_damage(tmp_path, name):
+def test_a_file_that_no_reader_can_load_is_damaged(tmp_path, name):
     path = archive(tmp_path / "x.pt", UNLOADABLE[name])
     if name != "bytes in UTF-16":
         with pytest.raises((AttributeError, TypeError)):
@@ -136,7 +136,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_weights_only_refuses_is_said(tmp_path, capsys, what):
+def test_opcodes_that_weights_only_refuses_are_named(tmp_path, capsys, what):
     path = archive(tmp_path / "x.pt", REFUSED[what])
     with pytest.raises((UnicodeDecodeError, Exception)):
         torch.load(path, weights_only=True)

@@ -163,7 +163,7 @@ def test_the_streams_are_restored():
 def test_a_closed_pipe_does_not_change_the_exit_status(tmp_path):
     bad = tmp_path / "bad.pt"
     bad.write_bytes(b"no checkpoint")
-    paths = " ".join([str(bad)] * 1500)  # more than a pipe holds
+    paths = " ".join([str(bad)] * 1500)  # more than the buffer of a pipe
     command = (
         f"{sys.executable} -m fastguard ckpt verify {paths} | head -1; echo ${{PIPESTATUS[0]}}"
     )

@@ -1,4 +1,4 @@
-"""`fastguard selftest`: the backend of this machine agrees with the reference; faults are found."""
+"""`fastguard selftest` compares the backend with the reference, and detects faults."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Files of settings: what cannot be parsed, is ambiguous or made to be slow is an error."""
+"""Configuration files that are invalid, ambiguous or made to be slow raise an error."""
 
 from __future__ import annotations
 

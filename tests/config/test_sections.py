@@ -123,9 +123,9 @@ def test_every_setting_takes_effect(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert rollback.lr is lr
     assert [entry.step for entry in store.list()] == [0]  # the snapshot before the first step
     store.save(state={"mask": torch.tensor(math.inf)}, step=1, metric=0.5)
-    assert store.last().clean  # ignored
+    assert store.last().clean  # the NaN is in an ignored tensor
     store.save(state={}, step=2, metric=0.4)
-    assert store.best().step == 1  # the largest
+    assert store.best().step == 1  # the largest metric
     check = config.check((torch.tensor([-2.0, 0.5]), torch.tensor([3, 12])))
     assert str(check) == "inputs goes down to -2, below -1\ntargets goes up to 12, above 9"
     activations = config.guard_activations(model)

@@ -250,7 +250,7 @@ def test_compiled_code_notices_a_late_guard_after_a_dynamo_reset():
 
 
 def test_incident_d_trains_with_finite_activations_under_a_cleaning_guard():
-    """With logarithms of 0 in the decoder, plain torch gets NaN weights, the guard does not."""
+    """With log(0) in the decoder, weights become NaN in plain torch but not with the guard."""
 
     class LogHead(nn.Module):
         def forward(self, x):

@@ -56,7 +56,7 @@ def test_an_assertion_about_shapes_in_the_loss_is_reported_as_a_shape_mismatch()
 
 
 @pytest.mark.parametrize("shape", [(8, 3), (8, 3, 5), (8, 5, 3)])
-def test_class_indices_do_not_mismatch_class_scores(shape) -> None:
+def test_class_indices_and_class_scores_may_differ_in_shape(shape) -> None:
     """An error of the loss is then not reported as a shape mismatch."""
 
     def broken_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def test_a_bad_batch_does_not_hide_problems_of_the_model() -> None:
     inputs[1, 2] = math.nan
     found = diagnose(model, (inputs, targets), nn.MSELoss()).of("nonfinite-activation")
     assert [f.where for f in found] == ["1 (Unit)", "0 (Linear)"]
-    assert "the batch value batch[0] was non-finite before" in found[1].seen
+    assert "the batch value batch[0] was already non-finite" in found[1].seen
 
 
 def test_a_token_outside_the_vocabulary_is_reported() -> None:

@@ -139,7 +139,7 @@ def test_a_model_without_values_is_refused(model) -> None:
         diagnose(model, sound_batch(), nn.MSELoss())
 
 
-def test_a_frozen_model_with_inputs_that_want_gradients() -> None:
+def test_a_frozen_model_with_inputs_that_require_grad() -> None:
     inputs, targets = sound_batch()
     model = sound_model().requires_grad_(False)
     found = diagnose(model, (inputs.requires_grad_(), targets), nn.MSELoss())

@@ -21,7 +21,7 @@ class Unit(nn.Module):
 
 
 class Broken(nn.Module):
-    """Segments and classifies; its mask is 32 x 32 instead of 224 x 224, one head is never used."""
+    """Predicts a mask of 32 x 32 instead of 224 x 224 and a class. One head is never used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def both_losses(output: dict[str, Tensor], target: dict[str, Tensor]) -> dict[st
 def broken_setup() -> dict[str, Any]:
     model = Broken()
     with torch.no_grad():
-        model.encoder[2].bias.fill_(-10.0)  # then all 16 channels are 0 where the input is dark
+        model.encoder[2].bias.fill_(-10.0)  # all 16 channels are then 0 where the input is dark
     images = torch.rand(4, 3, 224, 224)
     images[0] *= 255.0
     images[1, 0, 17, 17] = math.nan

@@ -156,7 +156,8 @@ def test_logits_before_bce_loss_are_reported() -> None:
     [
         (nn.Identity(), ["wrong-form"]),
         (nn.Softmax(1), ["wrong-form"]),
-        (nn.LogSoftmax(0), ["wrong-axis", "wrong-axis"]),  # one for the model, one for the loss
+        # One finding for the model and one for the loss.
+        (nn.LogSoftmax(0), ["wrong-axis", "wrong-axis"]),
         (nn.LogSoftmax(1), []),
         (nn.Sequential(nn.Softmax(1), Between(lambda p: (p + 1e-4).log())), []),
     ],
@@ -187,7 +188,7 @@ def flat_loss(output: Tensor, target: Tensor) -> Tensor:
     [
         (nn.Identity(), flat_loss, []),
         (nn.Softmax(-1), flat_loss, ["activated-twice"]),
-        (nn.Softmax(None), flat_loss, ["wrong-axis"]),  # takes axis 0 of three
+        (nn.Softmax(None), flat_loss, ["wrong-axis"]),  # Softmax(None) uses axis 0 of three
         (nn.Softmax(1), flat_loss, ["wrong-axis"]),
         (nn.Softmax(1), lambda o, t: functional.cross_entropy(o.mT, t), ["wrong-axis"]),
         (nn.LogSoftmax(1), lambda o, t: functional.nll_loss(o.mT, t), ["wrong-axis"]),

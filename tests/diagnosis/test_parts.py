@@ -45,7 +45,8 @@ def test_each_half_of_a_gan_may_have_its_own_optimizer() -> None:
     model, batch = GAN(), torch.randn(32, 8)
     judge = diagnose(model, batch, None, adam(model.judge), step=judge_step)
     assert judge.ok, str(judge)
-    assert judge.of("not-optimized")[0].severity == "note"  # another optimizer trains them
+    # Another optimizer trains the other half.
+    assert judge.of("not-optimized")[0].severity == "note"
     maker = diagnose(model, batch, None, adam(model.maker), step=maker_step)
     assert maker.errors == [], str(maker)
     assert not maker.of("no-gradient")

@@ -160,7 +160,7 @@ def test_all_state_is_restored_after_an_interruption() -> None:
 
     def interrupted(output: Tensor, target: Tensor) -> Tensor:
         calls.append(1)
-        if len(calls) > 6:  # in the real steps
+        if len(calls) > 6:  # during the real steps
             raise KeyboardInterrupt
         return mean_square(output, target)
 

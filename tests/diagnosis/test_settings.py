@@ -55,7 +55,7 @@ def test_an_eps_that_rounds_to_0_without_effect_is_a_warning() -> None:
 
 def test_an_eps_that_is_not_rounded_is_accepted() -> None:
     assert not run("AdamW", torch.float16, fused=True).of("eps-vanished", "diverges")
-    assert not run("Adadelta", torch.float16).of("eps-vanished")  # its 1e-6 fits
+    assert not run("Adadelta", torch.float16).of("eps-vanished")  # its eps of 1e-6 is representable
     assert not run("Adafactor").of("eps-vanished")  # its eps is a pair
 
 

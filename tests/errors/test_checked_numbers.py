@@ -111,7 +111,7 @@ def test_bools_and_texts_are_not_numbers(take):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_float_would_parse_or_truncate_is_not_a_number(value):
+def test_values_that_float_would_parse_or_truncate_are_refused(value):
     with pytest.raises(TypeError, match=r"^lr=.* is not a number"):
         number_of("lr", value)
 
@@ -189,7 +189,7 @@ def test_a_count_beyond_int64_is_named(name):
         assert len(str(error.value)) < 300
 
 
-def test_a_window_is_not_larger_than_a_device_holds():
+def test_a_window_larger_than_device_memory_is_refused():
     with pytest.raises(ValueError, match=r"window=1000000000000 must be .* at most 1048576"):
         fastguard.SpikeRule(window=10**12)
     assert fastguard.SpikeRule(window=2**20).window == 2**20
@@ -247,7 +247,7 @@ def test_numbers_of_many_types_are_accepted():
 @pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.parametrize("wrong", [True, "1.0"], ids=repr)
 def test_compiled_calls_raise_the_same_errors(wrong, fullgraph):
-    """With fullgraph=True, dynamo reports the error in its own words."""
+    """With fullgraph=True, dynamo wraps the error in its own message."""
     expected = torch._dynamo.exc.Unsupported if fullgraph else TypeError
     for take in (TAKERS["clip_grad_norm_"], TAKERS["clip_grad_value_"]):
         params = parameters()

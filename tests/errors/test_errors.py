@@ -9,7 +9,7 @@ def test_counts_that_are_zero_are_not_mentioned():
     assert describe_culprits(culprits) == "w (2 NaN, 1 +Inf), b (7 -Inf)"
 
 
-def test_eight_are_named_and_the_rest_counted():
+def test_eight_parameters_are_named_and_the_rest_are_counted():
     text = describe_culprits([(f"p{i}", 1, 0, 0) for i in range(10)])
     assert "p7 (1 NaN) and 2 more" in text and "p8" not in text
     assert describe_culprits([("p", 1, 0, 0)], 31).endswith(" and 30 more")

@@ -24,7 +24,7 @@ def stderr_of(setup: str = "") -> list[str]:
     return done.stderr.splitlines()
 
 
-def test_a_program_that_configures_nothing_sees_the_guard_and_each_incident():
+def test_without_configured_logging_the_guard_and_each_incident_are_printed():
     start, incident = stderr_of()
     assert start.startswith("fastguard: guarding SGD: 1 tensors, 2 elements on cpu")
     assert incident.startswith("fastguard: step 1 skipped because of nonfinite_grad")
@@ -48,7 +48,7 @@ def test_the_announcement_respects_the_log_level(case):
     assert "fastguard: step 1 skipped" in incident
 
 
-def test_a_handler_of_the_program_replaces_the_last_resort():
+def test_a_handler_of_the_program_replaces_the_default_output():
     setup = (
         "import logging; logging.basicConfig(level='INFO', format='[%(levelname)s] %(message)s')"
     )
@@ -67,13 +67,13 @@ def on_a_terminal(**environment: str) -> str:
     try:
         while part := os.read(leader, 4096):
             text += part
-    except OSError:  # Linux raises at the end
+    except OSError:  # Linux raises when the other end is closed
         pass
     os.close(leader)
     return text.decode()
 
 
-def test_colors_where_a_terminal_has_them():
+def test_colors_are_used_if_the_terminal_supports_them():
     text = on_a_terminal()
     assert "\x1b[33mfastguard:\x1b[0m step 1 skipped" in text
     assert "\x1b" not in on_a_terminal(NO_COLOR="1")

@@ -134,7 +134,7 @@ def test_an_error_names_parameters_and_losses_in_one_line(hostile: str) -> None:
     with pytest.raises(NonFiniteGradError) as raised:
         opt.step()
     assert_is_plain(str(raised.value))
-    assert raised.value.culprits[0][0] == f"w{hostile}"  # for a program, as it is
+    assert raised.value.culprits[0][0] == f"w{hostile}"  # programs get the unchanged name
     weight.grad = torch.zeros(1)
     with pytest.raises(NonFiniteGradError) as raised:
         opt.step(loss={f"a{hostile}": torch.tensor(float("inf"))})
@@ -164,7 +164,7 @@ def test_messages_of_sinks_that_fail_are_plain_text_too(hostile: str, written: i
 def test_a_sink_whose_repr_fails_does_not_end_the_run(written: io.StringIO) -> None:
     class Sink:
         def __repr__(self) -> str:
-            return repr(self)  # until the recursion limit
+            return repr(self)  # recurses up to the limit
 
         def __call__(self, record: StepRecord) -> None:
             raise ConnectionError("no network")

@@ -75,7 +75,7 @@ def test_the_dtype_of_a_future_gradient():
     if not versions.GRAD_DTYPE.missing:
         p.grad_dtype = torch.float32
         assert versions.grad_dtype_of(p) == torch.float32
-        p.grad_dtype = None  # any: autograd then gives that of the computation
+        p.grad_dtype = None  # any dtype: autograd then uses the dtype of the computation
         assert versions.grad_dtype_of(p) == torch.bfloat16
 
 

@@ -51,7 +51,7 @@ def test_norm_accuracy_where_torch_loses_digits(tensor, torchs_error):
     [
         (torch.full((10,), 6e4).half(), INF),
         (torch.full((10,), 1e20), INF),
-        (torch.full((10,), 1.9e19), INF),  # a square above float32's largest number
+        (torch.full((10,), 1.9e19), INF),  # squares above the largest float32
         (torch.full((10,), 1e-25), 0.0),
         (torch.full((10,), 1e-30).bfloat16(), 0.0),
     ],

@@ -17,7 +17,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def clipped(ps, **options):
-    """Returns the clipped gradients, and those of the reference."""
+    """Returns the clipped gradients of the function and of the reference."""
     known = {k: options[k] for k in ("clip_factor", "eps") if k in options}
     wanted = [expected(p.grad, p, p=options.get("norm_type", 2.0), **known) for p in ps]
     clip_grad_adaptive_(ps, **options)
@@ -312,7 +312,7 @@ def test_compiled_in_one_graph(nonfinite):
     for a, b in zip(eager, compiled, strict=True):
         assert torch.equal(a.grad, b.grad) or nonfinite == "propagate"
         torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0, equal_nan=True)
-    assert len(graphs) <= 2  # one recompilation when a number changes
+    assert len(graphs) <= 2  # a changed number causes one recompilation
 
 
 def test_compiled_code_refuses_bad_limits():

@@ -103,7 +103,7 @@ def result_of(function, params):
 @pytest.mark.parametrize("grads", GRADS)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_compiled_is_eager_bit_for_bit(name, grads):
-    """It also raises the same errors as eager code, without changing a gradient."""
+    """Compiled code also raises the same errors as eager code and leaves gradients unchanged."""
     function = FUNCTIONS[name]
     eager = parameters(*GRADS[grads]())
     compiled, before = copies(eager), copies(eager)
@@ -194,10 +194,10 @@ def test_an_iterator_and_a_single_tensor():
 
 
 class Inductor:
-    """torch.compile up to the code generation of inductor; counts the graphs.
+    """Runs torch.compile up to the code generation of inductor, and counts the graphs.
 
-    That is where a Python float in a graph costs a recompilation; the C++ compiler would take
-    seconds a graph.
+    A Python float in a graph causes its recompilation before this point. The C++ compiler would
+    take seconds per graph.
     """
 
     def __init__(self, function) -> None:

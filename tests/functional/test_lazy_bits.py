@@ -66,7 +66,7 @@ FUNCTIONS = {
 
 
 def parameters_with(grad, n):
-    """Returns n parameters, one with this gradient; a large n makes layouts be cached."""
+    """Returns n parameters, one with this gradient. With a large n, layouts are cached."""
     grads = [torch.full((2,), 0.5) for _ in range(n)]
     grads[n // 2] = grad
     params = []
@@ -82,7 +82,7 @@ def parameters_with(grad, n):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_results_equal_those_of_plain_tensors_with_the_same_values(name, kind, n):
     make, plain = KINDS[kind]
-    for _ in range(2):  # the first time with a layout not seen before
+    for _ in range(2):  # the layout is new in the first iteration
         ours, theirs = parameters_with(make(), n), parameters_with(plain(), n)
         lazy = ours[n // 2].grad
         assert lazy.is_conj() or lazy.is_neg()

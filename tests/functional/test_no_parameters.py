@@ -17,7 +17,7 @@ def raw():
 
 
 def with_graph():
-    """Returns gradients of `create_graph=True`, which require grad but never get a `.grad`."""
+    """Returns gradients with a graph, which require grad but never get a `.grad`."""
     x = nn.Parameter(torch.tensor([1.0, 2.0]))
     return list(torch.autograd.grad((x**3).sum(), [x], create_graph=True))
 
@@ -50,7 +50,7 @@ ignore_non_leaves = pytest.mark.filterwarnings("ignore:The .grad attribute of a 
 @ignore_non_leaves
 @pytest.mark.parametrize("given", GIVEN)
 @pytest.mark.parametrize("function", OURS)
-def test_functions_that_torch_does_not_have_refuse_them(function, given):
+def test_functions_that_torch_lacks_refuse_gradients(function, given):
     with pytest.raises(TypeError, match=r"has a \.grad or requires grad.*model\.parameters\(\)"):
         OURS[function](GIVEN[given]())
 

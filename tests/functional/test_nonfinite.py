@@ -28,7 +28,7 @@ NAN, INF = math.nan, math.inf
 @pytest.mark.parametrize("max_norm", [1.0, 0.0, 1e9])
 @pytest.mark.parametrize("bad", [(NAN,), (INF,), (-INF,), (INF, -INF), (NAN, INF)])
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
-def test_propagate_is_what_torch_does(norm_type, bad, max_norm):
+def test_propagate_gives_the_same_result_as_torch(norm_type, bad, max_norm):
     ours = parameters(torch.tensor([3.0, -0.5, *bad]), torch.tensor([2.0]))
     theirs = copies(ours)
     got = fastguard.clip_grad_norm_(ours, max_norm, norm_type)
@@ -59,7 +59,7 @@ def test_error_if_nonfinite_raises_the_error_type_of_torch_and_changes_nothing(n
 
 @pytest.mark.parametrize("norm_type", [2, 2.0, 1.5, INF])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_its_message_begins_with_torchs_and_names_the_culprits(norm_type, compiled):
+def test_the_error_begins_with_torchs_message_and_names_the_culprits(norm_type, compiled):
     params = parameters(torch.tensor([3.0, NAN]), torch.tensor([INF]))
     grads = [p.grad for p in params]
     with pytest.raises(RuntimeError) as torch_says:
@@ -111,7 +111,7 @@ def test_the_error_names_every_bad_parameter_with_its_counts():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
 @pytest.mark.parametrize("max_norm", [1.0, 1e9, INF])
-def test_zero_mode_is_torch_on_the_cleaned_copy(max_norm, norm_type, dtype):
+def test_zero_mode_equals_torch_on_a_cleaned_copy(max_norm, norm_type, dtype):
     ours = parameters(
         torch.tensor([3.0, NAN, -4.0]).to(dtype),
         None,
@@ -124,7 +124,8 @@ def test_zero_mode_is_torch_on_the_cleaned_copy(max_norm, norm_type, dtype):
     norm = fastguard.clip_grad_norm_(ours, max_norm, norm_type, nonfinite="zero")
     expected = torchs.clip_grad_norm_(theirs, max_norm, norm_type)
     assert norm.isfinite()
-    own_error = 4 * torch.finfo(dtype).eps  # torch's norm, in the dtype of the gradients
+    # The error of torch's norm, which has the dtype of the gradients.
+    own_error = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(norm.double(), expected.double(), rtol=own_error, atol=0)
     assert_same_grads(ours, theirs, rtol=2 * own_error)
 

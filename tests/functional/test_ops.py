@@ -29,7 +29,7 @@ def float64(*values: float) -> Tensor:
 
 
 SUMMARY, COUNTS = float64(25, 0, 0, 0).reshape(4, 1), torch.zeros(3, 2, dtype=torch.int64)
-# Not NaN: opcheck compares results, and NaN does not equal itself.
+# The values contain no NaN, because opcheck compares results and NaN does not equal itself.
 BAD_SUMMARY = float64(25, 0, 1, 0).reshape(4, 1)
 BAD_COUNTS = torch.tensor([[0, 0], [0, 1], [0, 0]])
 
@@ -79,13 +79,13 @@ def test_opcheck_clip_units(limited, mode):
     torch.library.opcheck(ops.clip_units.default, given)
 
 
-def test_every_op_is_checked_here():
+def test_every_op_has_an_opcheck():
     defined = {n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fastguard::")}
     assert defined == {f"fastguard::{name}" for name in OPS}
 
 
 @pytest.mark.parametrize("norm_type", [2.0, INF])
-def test_outputs_share_no_memory_with_anything(norm_type):
+def test_outputs_share_no_memory_with_other_tensors(norm_type):
     # Compiled code may overwrite a returned tensor that it no longer needs.
     for mode in ("propagate", "zero"):
         summary = SUMMARY.clone()

@@ -34,7 +34,7 @@ PAIRS = {
 }
 
 
-# torch.compile'd code is compared with eager code in tests/functional/test_ops.py.
+# tests/functional/test_ops.py compares compiled code with eager code.
 
 
 def model_grads() -> dict[str, list[Tensor | None]]:
@@ -74,7 +74,7 @@ def test_the_same_positional_arguments_and_defaults(name):
 @pytest.mark.parametrize("foreach", [None, True, False])
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
 @pytest.mark.parametrize("case", CASES)
-def test_clip_grad_norm_is_torchs(case, norm_type, foreach):
+def test_clip_grad_norm_equals_torchs(case, norm_type, foreach):
     ours = parameters(*model_grads()[case])
     for max_norm in (0.5, 1e9):
         params, theirs = copies(ours), copies(ours)
@@ -93,7 +93,7 @@ def test_clip_grad_norm_is_torchs(case, norm_type, foreach):
 @pytest.mark.parametrize("foreach", [None, True, False])
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
 @pytest.mark.parametrize("case", [case for case in CASES if case != "empty tensors"])
-def test_get_total_norm_is_torchs(case, norm_type, foreach):
+def test_get_total_norm_equals_torchs(case, norm_type, foreach):
     tensors = [g for g in model_grads()[case] if g is not None]
     got = fastguard.get_total_norm(tensors, norm_type, foreach=foreach)
     expected = torchs._get_total_norm(tensors, norm_type, foreach=foreach)
@@ -103,7 +103,7 @@ def test_get_total_norm_is_torchs(case, norm_type, foreach):
 @pytest.mark.parametrize("foreach", [None, True, False])
 @pytest.mark.parametrize("total_norm", [4.0, 0.1, 0.0, INF, NAN])
 @pytest.mark.parametrize("case", CASES)
-def test_clip_grads_with_norm_is_torchs(case, total_norm, foreach):
+def test_clip_grads_with_norm_equals_torchs(case, total_norm, foreach):
     ours = parameters(*model_grads()[case])
     theirs = copies(ours)
     norm = torch.tensor(total_norm)
@@ -124,7 +124,7 @@ def test_the_default_device_changes_nothing(total_norm):
 @pytest.mark.parametrize("foreach", [None, True, False])
 @pytest.mark.parametrize("clip_value", [0.5, 0.0, 1e9, INF])
 @pytest.mark.parametrize("case", [case for case in CASES if case != "all None"])
-def test_clip_grad_value_is_torchs(case, clip_value, foreach):
+def test_clip_grad_value_equals_torchs(case, clip_value, foreach):
     ours = parameters(*model_grads()[case])
     theirs = copies(ours)
     assert fastguard.clip_grad_value_(ours, clip_value, foreach) is None

@@ -36,7 +36,7 @@ def is_patched() -> bool:
 
 @pytest.fixture(autouse=True)
 def undone():
-    """Each test starts from torch's functions and must end with them."""
+    """Checks that each test starts and ends with torch's functions."""
     assert not is_patched()
     yield
     left = is_patched()
@@ -108,8 +108,7 @@ def test_callers_get_the_function_of_fastguard():
 
 @pytest.mark.parametrize("module", ["torch.nn.utils", "torch.nn.utils.clip_grad"])
 def test_each_of_the_four_names_is_replaced(module):
-    """Trainers may import the names from either module while patched; sharded trainers use the
-    private names."""
+    """Trainers may import from either module; sharded trainers use the private names."""
     place = sys.modules[module]
     private = "_" if place is torchs else ""
     grad = torch.full((10,), 1e20)  # torch's norm is inf
@@ -127,7 +126,7 @@ def test_names_imported_before_the_patch_remain_torchs():
     grad = torch.full((10,), 1e20)
     with fastguard.patch_torch():
         assert held_get_total_norm([grad]) == float("inf")
-        # torch's function, but it calls the replacements
+        # this is torch's function, but it calls the replacements
         assert held_clip_grad_norm_ is TORCHS_OWN[0]
         assert held_clip_grad_norm_(parameters(grad), 1.0).isfinite()
     assert grad.norm() == pytest.approx(1.0)

@@ -16,7 +16,7 @@ from guardtest.tolerances import MEASURED_RTOL, NORM_RTOL
 NAN, INF = math.nan, math.inf
 
 
-# Properties.
+# The properties.
 
 # Limits and norms exclude coefficients below 1e-38, which are subnormal and less accurate.
 finite = st.floats(-(2.0**110), 2.0**110, width=32).map(lambda x: x if abs(x) > 1e-30 else 0.0)
@@ -45,7 +45,7 @@ def test_clipping_never_increases_the_norm_and_reaches_the_limit(grads, max_norm
 
 
 @hypothesis.given(lists_of(finite), limits, norm_types)
-def test_clipping_twice_is_clipping_once(grads, max_norm, norm_type):
+def test_clipping_twice_equals_clipping_once(grads, max_norm, norm_type):
     params = parameters(*grads)
     fastguard.clip_grad_norm_(params, max_norm, norm_type)
     once = [g.clone() for g in grads]

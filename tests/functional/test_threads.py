@@ -1,4 +1,4 @@
-"""Several threads at once never see shared state, such as caches, in the middle of a change."""
+"""Threads never see shared state, such as caches, in the middle of a change."""
 
 import random
 import sys
@@ -51,7 +51,7 @@ def parameters():
 
 
 def some(draw):
-    """Returns the gradients of a step, all ones; each time others are None."""
+    """Returns the gradients of a step, all ones, of which other ones are None each time."""
     return [None if draw.random() < 0.2 else torch.ones(1 + i % 5) for i in range(N)]
 
 
@@ -61,7 +61,7 @@ def distinct(n):
 
 def test_another_thread_adds_a_layout_during_the_search():
     class Meanwhile(list):
-        """A list whose comparison lets another thread run in the middle."""
+        """A list that lets another thread run in the middle of a comparison."""
 
         def __len__(self):
             other = threading.Thread(target=lambda: bucketize(distinct(N + 1 + len(added))))
@@ -84,7 +84,8 @@ def test_no_layout_is_lost_when_threads_add_them_at_once(monkeypatch):
 
 
 def test_lists_with_changing_layouts_are_sorted_in_threads(monkeypatch):
-    monkeypatch.setattr(layout_guards, "FORMS", 100)  # a longer search, so that threads collide
+    # Makes the search longer, so that threads collide.
+    monkeypatch.setattr(layout_guards, "FORMS", 100)
 
     def work(number):
         draw = random.Random(number)
@@ -158,7 +159,8 @@ class Redefined(torch.Tensor):
     ],
 )
 def test_another_thread_is_importing_a_module_of_torch(module, monkeypatch):
-    monkeypatch.setitem(sys.modules, module, types.ModuleType(module))  # as at its first line
+    # An empty module, as while its first line runs.
+    monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
     p = torch.nn.Parameter(torch.ones(2))
     p.grad = torch.tensor([3.0, 4.0])
     fastguard.clip_grad_adaptive_([p], 1.0)

@@ -1,4 +1,4 @@
-"""What the tests on a GPU share."""
+"""Fixtures of the tests on a GPU."""
 
 from contextlib import contextmanager
 
@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def waiting_is_an_error():
-    """Whatever torch knows to wait for the device raises."""
+    """Makes every operation raise that torch knows to wait for the device."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -19,7 +19,7 @@ def waiting_is_an_error():
 
 @pytest.fixture
 def no_sync():
-    """A context in which nothing may wait for the device."""
+    """A context in which waiting for the device is an error."""
     return waiting_is_an_error
 
 

@@ -1,4 +1,4 @@
-"""Schedules and rollback act one step late on a GPU and lose no verdict; snapshots stop nobody."""
+"""On a GPU, schedules and rollback act one step late but lose no verdict."""
 
 import copy
 import math
@@ -72,7 +72,7 @@ def test_a_resume_loses_no_verdict(script):
     assert same(first.tensors(), second.tensors())
 
 
-def test_snapshots_do_not_change_when_a_schedule_is_told():
+def test_snapshots_do_not_change_when_a_schedule_gets_its_verdicts():
     assert Run(every=2).rates([GOOD] * 6) == Run(every=100).rates([GOOD] * 6)
 
 
@@ -82,13 +82,13 @@ def test_a_step_that_spiked_is_in_no_snapshot():
     at_two = run.tensors()
     assert run.rollback.snapshots == [0, 2]
     assert run.step(99.0) is None
-    assert run.step(99.0) is None  # whose verdict is not there yet
+    assert run.step(99.0) is None  # its verdict has not arrived yet
     rewind = run.step(GOOD)
     assert (rewind.step, rewind.position, rewind.skip) == (2, 2, (3, 4))
     assert same(run.tensors(), at_two)
 
 
-def test_skips_in_a_row_go_back_to_the_bits_and_the_rate_that_were():
+def test_consecutive_skips_restore_weights_and_learning_rate_bitwise():
     run = Run(every=3, after_skips=2, lr_factor=1.0)
     run.rates([GOOD] * 3)
     at_three = run.tensors()
@@ -115,7 +115,7 @@ def test_steps_between_snapshots_do_not_wait():
     assert run.opt.applied_steps == 6
 
 
-def test_training_goes_on_while_a_snapshot_is_copied():
+def test_training_continues_while_a_snapshot_is_copied():
     model = torch.nn.Linear(4096, 4096).cuda()
     opt = GuardedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.1, fused=True))
     rollback = Rollback(opt, {"model": model}, every=100)
@@ -124,20 +124,20 @@ def test_training_goes_on_while_a_snapshot_is_copied():
         opt.step()
         rollback.snapshot()
         then = model.weight.detach().clone()
-        for _ in range(3):  # the first one waits for the copy, on the device
+        for _ in range(3):  # the first step waits for the copy, on the device
             opt.step()
         assert not torch.equal(model.weight, then)
         rollback.trigger()
         assert torch.equal(model.weight, then)
 
 
-def test_what_is_bad_is_named_and_pushes_out_no_good_snapshot():
+def test_a_bad_snapshot_is_named_and_replaces_no_good_one():
     run = Run(every=2, keep=2, after_skips=None)
     run.rates([GOOD] * 4)
     with torch.no_grad():
         run.ema.weight[7, 7] = math.inf
     run.rates([GOOD] * 6)
-    assert run.rollback.snapshots == [2, 10]  # nobody has looked at the one of step 4
+    assert run.rollback.snapshots == [2, 10]  # the snapshot of step 4 has not been checked
     slot = Snapshot()
     slot.take({"ema": run.ema, "opt": run.opt}, 1, None, run.opt)
     assert slot.nonfinite() == ["ema.weight"]

@@ -1,4 +1,4 @@
-"""`compile_step=True` on a GPU: it skips without waiting, and a CUDA graph holds the whole step."""
+"""`compile_step=True` on a GPU skips without waiting, and works in a CUDA graph."""
 
 import math
 from functools import partial
@@ -33,7 +33,7 @@ def fill(parameters, value):
 
 
 @pytest.mark.parametrize("name", MAKE)
-def test_it_skips_without_waiting(name, no_sync):
+def test_a_compiled_step_skips_without_waiting(name, no_sync):
     parameters, others = parameters_of(), parameters_of()
     opt = compiled(MAKE[name](parameters))
     plain = GuardedOptimizer(MAKE[name](others), max_norm=1.0)
@@ -67,7 +67,7 @@ def test_a_whole_step_in_a_graph(name):
     opt.step()
     twin.step()
     graph, _ = captured(opt.step)
-    with torch.no_grad():  # what the capture's warm-up has done
+    with torch.no_grad():  # undoes the changes of the warm-up before the capture
         state = [{k: v.clone() for k, v in opt.state[p].items()} for p in parameters]
         for p, q, of_p in zip(parameters, others, state, strict=True):
             q.copy_(p)

@@ -1,4 +1,4 @@
-"""A diagnosis on a GPU: the same findings, no device-side assert, and no trace."""
+"""A diagnosis on a GPU has the same findings and triggers no device-side assert."""
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ def batch(n_classes: int = 10):
     return torch.randn(16, 3, 8, 8, device="cuda"), torch.arange(16, device="cuda") % n_classes
 
 
-def test_a_healthy_model_is_found_healthy_and_untouched():
+def test_a_healthy_model_has_no_findings_and_is_not_changed():
     for dtype in (None, torch.bfloat16, torch.float16):
         model = classifier()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
@@ -33,13 +33,13 @@ def test_a_healthy_model_is_found_healthy_and_untouched():
         assert torch.equal(rng, torch.cuda.get_rng_state()) and not optimizer.state
 
 
-def test_a_label_that_does_not_exist_leaves_the_device_usable():
+def test_after_an_invalid_label_the_device_is_still_usable():
     found = fastguard.diagnose(classifier(), batch(n_classes=11), nn.CrossEntropyLoss())
     assert [f.kind for f in found.errors] == ["index-out-of-range"]
     assert torch.ones(3, device="cuda").sum().item() == 3
 
 
-def test_float16_is_blamed():
+def test_an_overflow_is_attributed_to_float16():
     model = classifier()
     nn.init.constant_(model[0].bias, 1e5)
     autocast = torch.autocast("cuda", torch.float16)

@@ -1,4 +1,4 @@
-"""`fastguard.optim` in a guard on a GPU: nothing waits, and no gradient is written."""
+"""`fastguard.optim` in a guard on a GPU never waits and never writes a gradient."""
 
 import math
 
@@ -18,7 +18,7 @@ KINDS = [
 
 
 def trained(kind, dtype, options, device):
-    """The weights after three steps of which one is skipped, and whether they waited."""
+    """Returns the weights after three steps, one of them skipped, and whether the steps waited."""
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(n).to(dtype).to(device)) for n in SIZES]
     grads = [[torch.randn(n).to(dtype).to(device) for n in SIZES] for _ in range(4)]
@@ -41,7 +41,7 @@ def trained(kind, dtype, options, device):
 
 
 @pytest.mark.parametrize("kind, dtype, options", KINDS)
-def test_a_gpu_trains_as_a_cpu_does_without_waiting(kind, dtype, options):
+def test_training_on_a_gpu_equals_a_cpu_and_does_not_wait(kind, dtype, options):
     opt, on_gpu = trained(kind, dtype, options, "cuda")
     assert opt.sync_free
     _, on_cpu = trained(kind, dtype, options, "cpu")
@@ -53,12 +53,12 @@ def test_a_gpu_trains_as_a_cpu_does_without_waiting(kind, dtype, options):
 
 
 def watched_statistics(kind, dtype, options, device):
-    """The statistics of a step that is taken, and of one that is skipped."""
+    """Returns the statistics of an applied step and of a skipped step."""
     torch.manual_seed(0)
     parameters = [torch.nn.Parameter(torch.randn(n).to(dtype).to(device)) for n in SIZES]
     optimizer = kind(parameters, lr=1e-2, reproducible=True, **options)
     found = []
-    for step in range(3):  # the first one uploads tables
+    for step in range(3):  # the first step uploads tables
         for p in parameters:
             p.grad = torch.randn(p.shape).to(dtype).to(device)
         optimizer.found_inf = torch.full((), float(step == 2), device=device)
@@ -73,7 +73,7 @@ def watched_statistics(kind, dtype, options, device):
 
 
 @pytest.mark.parametrize("kind, dtype, options", KINDS)
-def test_the_statistics_of_a_gpu_are_those_of_a_cpu(kind, dtype, options):
+def test_the_statistics_on_a_gpu_equal_those_on_a_cpu(kind, dtype, options):
     on_gpu = watched_statistics(kind, dtype, options, "cuda")
     on_cpu = watched_statistics(kind, dtype, options, "cpu")
     for ours, theirs in zip(on_gpu[:2], on_cpu[:2], strict=True):
@@ -82,7 +82,7 @@ def test_the_statistics_of_a_gpu_are_those_of_a_cpu(kind, dtype, options):
     assert not any(norms.any() for norms in on_gpu[2])  # skipped
 
 
-def test_another_backend_is_not_taken_silently():
+def test_another_backend_is_not_used_silently():
     from fastguard.optim import triton
     from fastguard.optim.backend import updater_for
 

@@ -1,4 +1,4 @@
-"""CUDA graphs that hold a whole clipping or a whole guarded step."""
+"""CUDA graphs that contain a call of a clipping function or a whole guarded step."""
 
 import math
 
@@ -20,13 +20,13 @@ def parameters_of(value=1.0):
 
 
 def fill(parameters, values):
-    """Into the gradients as they are: a graph knows their addresses."""
+    """Writes into the existing gradients, because a graph uses their addresses."""
     for p, value in zip(parameters, values, strict=True):
         p.grad.fill_(value)
 
 
 def guarded(parameters, **options):
-    """Around an optimizer that has its state: a graph would make it anew at each replay."""
+    """Guards an optimizer that has its state already; a graph would create it at each replay."""
     inner = torch.optim.AdamW(parameters, lr=0.01, fused=True, capturable=True)
     inner.step()
     return GuardedOptimizer(inner, max_norm=1.0, **options)
@@ -66,21 +66,21 @@ def test_flat_buckets_clip_in_a_graph():
 
 
 @pytest.mark.parametrize("kind", ["cuda", "float", "none"])
-def test_guarded_steps_in_a_graph_are_those_without_one(kind):
-    """Its losses, its rules, its skips: the same weights, counters and baselines, bit by bit."""
+def test_guarded_steps_in_a_graph_equal_steps_without_one(kind):
+    """Losses, rules and skips give bitwise equal weights, counters and baselines."""
     loss = {"cuda": torch.ones((), device="cuda"), "float": 0.5, "none": None}[kind]
     rules = {"grad_norm": SpikeRule(window=8, warmup=2), "loss": Threshold(max=50.0)}
     parameters, others = parameters_of(), parameters_of()
     opt, eager = guarded(parameters, spike=rules), guarded(others, spike=rules)
 
     graph, _ = captured(lambda: opt.step(loss=loss))
-    eager.step(loss=loss)  # as often as `opt`: a capture runs nothing
+    eager.step(loss=loss)  # as many steps as `opt` takes, because a capture runs nothing
     for values in ROUNDS:
         fill(parameters, values)
         fill(others, values)
         graph.replay()
         eager.step(loss=loss)
-    # The second round is a spike, the fourth holds a NaN.
+    # The second round is a spike, and the fourth contains a NaN.
     assert (opt.applied_steps, opt.skipped_steps) == (4, 2)
     assert (eager.applied_steps, eager.skipped_steps) == (4, 2)
     assert torch.equal(opt.last.total_norm, eager.last.total_norm)
@@ -101,10 +101,10 @@ def test_a_loss_on_the_device_reaches_the_replays():
     assert (opt.applied_steps, opt.skipped_steps) == (3, 2)
 
 
-def test_a_graph_that_captures_the_first_step_leaves_nothing_unfilled_behind():
-    """Its tables are filled when it runs; a step that runs before it needs its own."""
+def test_tables_of_a_captured_first_step_are_not_used_before_they_are_filled():
+    """The graph fills its tables when it runs, so a step that runs before needs other tables."""
     rules = {"grad_norm": Threshold(max=1e6)}
-    guarded(parameters_of(), spike=rules).step()  # compiles, which no capture should
+    guarded(parameters_of(), spike=rules).step()  # compiles the kernels before the capture
     parameters = parameters_of()
     opt = guarded(parameters, spike={"grad_norm": Threshold(max=1234.5)})
     torch.cuda.synchronize()
@@ -120,10 +120,10 @@ def test_a_graph_that_captures_the_first_step_leaves_nothing_unfilled_behind():
     assert (opt.applied_steps, opt.skipped_steps) == (2, 1)
 
 
-def test_records_of_eager_steps_go_on_beside_a_graph():
+def test_records_of_eager_steps_continue_next_to_a_graph():
     parameters = parameters_of()
     opt = guarded(parameters)
     graph, _ = captured(opt.step)
     graph.replay()
     opt.step()
-    assert [r.step for r in opt.flush()] == [1, 3]  # a replay is counted, and leaves no record
+    assert [r.step for r in opt.flush()] == [1, 3]  # a replay is counted but has no record

@@ -1,4 +1,4 @@
-"""A whole guarded step on a GPU: it waits for nothing, and runs on any stream."""
+"""A guarded step on a GPU never waits for the device, and runs on any stream."""
 
 import math
 
@@ -9,11 +9,11 @@ import fastguard
 from fastguard import AdaGC, AdaptiveLimit, AutoClip, GuardedOptimizer, SpikeRule, Threshold, ZClip
 
 SIZES = [5, 4097, 70_000]
-ASLEEP = 400_000_000  # cycles, about a fifth of a second: a step takes the host one or two ms
+ASLEEP = 400_000_000  # cycles, about 0.2 s; the host needs one or two ms per step
 
 
 class TwiceTheMean(AdaptiveLimit):
-    """A rule of one's own, which no kernel knows."""
+    """A user-defined rule, for which there is no kernel."""
 
     initial = (0.0,)
 
@@ -31,7 +31,7 @@ def parameters_of(value=1.0):
 
 
 def give(parameters, value):
-    """New gradients at new addresses."""
+    """Assigns new gradients at new addresses."""
     for p in parameters:
         p.grad = torch.full_like(p, value)
 
@@ -43,7 +43,7 @@ def guarded(parameters, **options):
 
 
 def losses():
-    """On the device, as a number, both, and none."""
+    """Returns losses as device tensors, as numbers, as both, and no loss."""
     loss = torch.ones((), device="cuda")
     return {"cuda": loss, "float": 0.5, "both": {"loss": loss, "aux": 0.5}, "none": None}
 
@@ -54,10 +54,10 @@ KINDS = ["cuda", "float", "both", "none"]
 @pytest.mark.parametrize("flat", [False, True], ids=["", "flat"])
 @pytest.mark.parametrize("mode", ["skip", "zero", "propagate"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_waits_for_nothing(no_sync, kind, mode, flat):
+def test_a_step_does_not_wait(no_sync, kind, mode, flat):
     parameters, loss = parameters_of(), losses()[kind]
     opt = guarded(parameters, nonfinite=mode, flat_buckets=flat)
-    opt.step(loss=loss)  # makes state and tables
+    opt.step(loss=loss)  # creates state and tables
     with no_sync():
         for step in range(3):
             if flat:
@@ -73,7 +73,7 @@ def test_a_step_waits_for_nothing(no_sync, kind, mode, flat):
 @pytest.mark.parametrize(
     "rule", [ZClip(warmup=3), AutoClip(window=8), AdaGC(warmup=3), TwiceTheMean()]
 )
-def test_a_limit_that_adapts_waits_for_nothing(no_sync, rule, scope):
+def test_a_step_with_an_adaptive_limit_does_not_wait(no_sync, rule, scope):
     parameters = parameters_of()
     opt = guarded(parameters, max_norm=rule, clip_scope=scope, spike=None)
     opt.step()
@@ -87,7 +87,7 @@ def test_a_limit_that_adapts_waits_for_nothing(no_sync, rule, scope):
 
 
 @pytest.mark.parametrize("unscaled", [False, True], ids=["", "unscaled"])
-def test_a_step_of_a_scaler_waits_for_nothing(no_sync, unscaled):
+def test_a_step_with_a_scaler_does_not_wait(no_sync, unscaled):
     parameters = parameters_of()
     opt, scaler = guarded(parameters), torch.amp.GradScaler("cuda", init_scale=1024.0)
     loss = torch.ones((), device="cuda")
@@ -110,8 +110,8 @@ def test_a_step_of_a_scaler_waits_for_nothing(no_sync, unscaled):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_host_is_done_before_the_device_begins(kind):
-    """Copies from pageable memory are no waits to torch's debug mode; here they would show."""
+def test_the_host_finishes_a_step_before_the_device_begins(kind):
+    """This detects copies from pageable memory, which torch's debug mode does not report."""
     parameters, loss = parameters_of(), losses()[kind]
     opt = guarded(parameters)
     for _ in range(2):
@@ -143,19 +143,19 @@ def test_a_spike_and_a_nan_are_skipped_without_waiting(no_sync):
 
 
 def asleep():
-    """A stream that is busy for a while; what is queued there comes late."""
+    """A stream that is busy for a while, so that work queued on it runs late."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(ASLEEP)
     return stream
 
 
-def test_numbers_that_a_late_stream_is_to_bring_are_awaited_or_brought_again():
-    """Limits and rules are kept: a stream that reads them first must not read what is not there."""
+def test_numbers_uploaded_on_a_late_stream_are_awaited_or_uploaded_again():
+    """Limits and rules are cached; another stream must not read them before their upload."""
     parameters = [parameters_of(100.0) for _ in range(4)]
     rule = {"grad_norm": Threshold(max=17.25)}
     opts = [guarded(p, max_norm=None, spike=rule) for p in parameters[:2]]
-    fastguard.clip_grad_norm_(parameters[2], 1.0)  # compiles
+    fastguard.clip_grad_norm_(parameters[2], 1.0)  # compiles the kernels
     give(parameters[2], 100.0)
     guarded(parameters_of(), max_norm=None, spike={"grad_norm": Threshold(max=1e9)}).step()
     torch.cuda.synchronize()
@@ -173,7 +173,7 @@ def test_numbers_that_a_late_stream_is_to_bring_are_awaited_or_brought_again():
     assert [opt.skipped_steps for opt in opts] == [1, 1]
 
 
-def test_streams_that_take_turns_take_the_steps_of_one():
+def test_alternating_streams_give_the_results_of_one_stream():
     torch.manual_seed(1)
     gradients = [[torch.randn(n, device="cuda") for n in SIZES] for _ in range(6)]
     gradients[3][1][7] = math.nan

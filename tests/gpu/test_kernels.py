@@ -1,4 +1,4 @@
-"""The kernels on a GPU: against the reference and torch, in graphs, on streams."""
+"""The kernels on a GPU agree with the reference and torch, also in graphs and on streams."""
 
 import math
 
@@ -43,7 +43,7 @@ def check_measure(stages, grads, norm_type=2.0, segments=None, n_segments=1):
     torch.testing.assert_close(summary[0], want[0], rtol=rtol, atol=0)
 
 
-def test_this_device_is_served_by_triton():
+def test_this_device_uses_triton():
     assert fastguard.backend_for(torch.zeros(1, device="cuda")) == "triton"
 
 
@@ -68,10 +68,10 @@ def test_measure_at_any_magnitude(stages, dtype):
 @pytest.mark.parametrize("multiplier", [1.0, 0.3, 0.0, math.nan, math.inf], ids=str)
 @pytest.mark.parametrize("clean", [0.0, 1.0], ids=["keep", "clean"])
 def test_apply_rounds_as_torch_does(stages, dtype, multiplier, clean):
-    """Bit for bit, bf16 too: a product in float32, rounded once.
+    """Products are computed in float32 and rounded once, bit for bit, also for bf16.
 
-    Spelled out, because torch rounds a factor that lies on the device to the gradient's dtype
-    before it multiplies; only one on the CPU keeps its float32."""
+    The test computes this product itself, because torch rounds a factor on the device to the dtype
+    of the gradient before it multiplies. Only a factor on the CPU stays in float32."""
     grads = gradients(dtype, bad=True)
     want = []
     for g in grads:
@@ -102,8 +102,8 @@ def test_decide_against_the_reference(stages, mode):
                 torch.testing.assert_close(a, b, rtol=1e-12, atol=0, equal_nan=True)
 
 
-# One step of the last bit, relative, and the smallest step of all: a coefficient that is off by
-# 1e-7 may turn the rounding of a product.
+# The relative size of the last bit, and the smallest subnormal: a coefficient with an error of 1e-7
+# may change the rounding of a product.
 LAST_BIT = {
     torch.float16: (2.0**-10, 2.0**-24),
     torch.bfloat16: (2.0**-7, 0.0),
@@ -111,7 +111,8 @@ LAST_BIT = {
     torch.float64: (1e-12, 0.0),
 }
 # torch rounds the norms of the tensors, their norm, the coefficient and the product to the dtype of
-# the gradients; we round the product alone. Five half steps of the last bit, doubled.
+# the gradients. We round only the product. This gives five rounding errors of half a unit in the
+# last place, doubled.
 TORCH_IS_OFF = {
     torch.float16: (2.0**-8, 2.0**-23),
     torch.bfloat16: (2.0**-5, 0.0),
@@ -138,14 +139,14 @@ def test_clip_grad_norm_against_the_formula_and_torch(dtype):
         torch.testing.assert_close(a.grad, b.grad, rtol=rtol, atol=atol)
 
 
-def test_nothing_waits(stages, no_sync):
+def test_stages_do_not_wait(stages, no_sync):
     grads = gradients(torch.bfloat16, bad=True)
     half = torch.ones(1, dtype=torch.float64, device="cuda")
     clean = torch.zeros((), device="cuda")
     limit = half * 0.5
     with no_sync():
         for _ in range(3):
-            grads = [g.clone() for g in grads]  # other addresses: a table is built and uploaded
+            grads = [g.clone() for g in grads]  # new addresses, so a table is built and uploaded
             bucket = bucketize(grads).buckets[0]
             summary, counts = stages.measure_bucket(bucket, 1, len(grads), 2.0)
             stats, signals = GradStats(summary, counts, 2.0), Signals.none(summary.device)
@@ -178,8 +179,8 @@ def test_a_graph_sees_new_gradients_at_the_same_addresses(stages):
         assert grads[0].numel() == 0 and grads[1].item() == 0.5
 
 
-def test_gradients_that_are_born_inside_a_graph(stages):
-    """Their addresses are new at capture, so that the table is uploaded by the graph itself."""
+def test_gradients_that_are_created_inside_a_graph(stages):
+    """Their addresses are new at capture, so the graph itself uploads the table."""
     weight = torch.randn(1000, device="cuda", requires_grad=True)
 
     def step():
@@ -195,8 +196,9 @@ def test_gradients_that_are_born_inside_a_graph(stages):
 
 
 def test_a_flat_bucket_in_a_graph_before_anything_else_and_on_other_streams(stages):
-    """It keeps its table from step to step, but not one that only a graph uploads."""
-    check_measure(stages, [torch.randn(5, device="cuda")])  # compiles, which no capture should
+    """The bucket keeps its table from step to step, but not a table that a graph uploads."""
+    # Compiles the kernels before the capture.
+    check_measure(stages, [torch.randn(5, device="cuda")])
     parameters = [torch.nn.Parameter(torch.zeros(n, device="cuda")) for n in (5, 4096)]
     (bucket,) = fastguard.FlatGradBuckets(parameters, trusted=True).buckets().buckets
     for p in parameters:
@@ -239,7 +241,7 @@ def test_determinism_over_100_runs(stages):
     first = stages.measure_bucket(bucketize(grads).buckets[0], 1, 2, 2.0)[0]
     for run in range(100):
         if run % 10 == 5:
-            grads = [g.clone() for g in grads]  # elsewhere in memory
+            grads = [g.clone() for g in grads]  # at other addresses
         again = stages.measure_bucket(bucketize(grads).buckets[0], 1, 2, 2.0)[0]
         assert torch.equal(first, again)
 
@@ -265,8 +267,8 @@ def test_records_of_a_device_that_is_not_the_current_one():
 
 
 @pytest.mark.parametrize("home", ["cpu", "cuda"])
-def test_gradients_of_a_card_and_of_the_host_together(home):
-    """Each waits for what it needs of the other, however late the card is."""
+def test_gradients_of_a_gpu_and_of_the_host_together(home):
+    """Each device waits for the values that it needs from the other one."""
     devices = [home, "cuda" if home == "cpu" else "cpu"]
     norm = math.sqrt(2 * 3.0**2 + 2 * 4.0**2)
     for _ in range(3):
@@ -283,8 +285,8 @@ def test_thousands_of_segments(stages):
     check_measure(stages, grads, segments=range(3000), n_segments=3000)
 
 
-def test_the_host_is_done_long_before_torch_is(stages):
-    """The number itself belongs to benchmarks/gpu.py; here only that no launch is synchronous."""
+def test_the_host_finishes_long_before_torch_does(stages):
+    """This only checks that no launch is synchronous; benchmarks/gpu.py measures the time."""
     grads = [torch.randn(1000, device="cuda") for _ in range(2000)]
     bucket = bucketize(grads).buckets[0]
     stages.measure_bucket(bucket, 1, len(grads), 2.0)
@@ -298,8 +300,8 @@ def test_the_host_is_done_long_before_torch_is(stages):
 
 
 @pytest.mark.parametrize("dtype", BAD_PATTERNS, ids=str)
-def test_sums_of_whole_vectors_keep_what_they_round_off(stages, dtype, monkeypatch):
-    """As on a card with little fp64, whichever this one is: no interpreter fuses or reorders."""
+def test_sums_of_whole_vectors_are_compensated(stages, dtype, monkeypatch):
+    """Uses the code for GPUs with slow fp64; a compiler may fuse or reorder operations."""
     sum_whole_vectors(monkeypatch, dtype)
     pattern = torch.tensor(BAD_PATTERNS[dtype], device="cuda").to(dtype)
     randoms = (torch.randn(1_000_000, device="cuda") * 1.5).exp().to(dtype)

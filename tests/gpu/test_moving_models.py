@@ -1,4 +1,4 @@
-"""A guard made before `model.to("cuda")` decides where the model went."""
+"""A guard that is created before `model.to("cuda")` decides on the new device of the model."""
 
 import copy
 
@@ -9,7 +9,7 @@ from fastguard import GuardedOptimizer, SpikeRule
 
 
 @pytest.mark.parametrize("flat", [False, True])
-def test_counters_and_baselines_go_with_the_model(flat):
+def test_counters_and_baselines_move_with_the_model(flat):
     torch.manual_seed(0)
     model = torch.nn.Linear(8, 8)
     stays = copy.deepcopy(model)

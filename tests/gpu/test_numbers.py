@@ -1,4 +1,4 @@
-"""Numbers of the host on their way to a GPU: nobody waits, and a graph can hold them."""
+"""Uploads of numbers to a GPU do not wait, and can be part of a graph."""
 
 import math
 
@@ -12,7 +12,7 @@ LISTS = [(), (0.5,), (1.0, math.inf, -2.0), tuple(float(i) for i in range(5000))
 
 
 @pytest.mark.parametrize("values", LISTS, ids=lambda values: str(len(values)))
-def test_they_arrive_and_nobody_waits(no_sync, values):
+def test_numbers_arrive_without_waiting(no_sync, values):
     numbers_on(values, CUDA)
     with no_sync():
         found = numbers_on(values, CUDA)
@@ -26,7 +26,7 @@ def test_they_arrive_and_nobody_waits(no_sync, values):
 
 
 @pytest.mark.parametrize("values", LISTS[1:3], ids=lambda values: str(len(values)))
-def test_a_graph_brings_them_at_each_replay(values):
+def test_a_graph_uploads_numbers_at_each_replay(values):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = numbers_on(values, CUDA)

@@ -1,4 +1,4 @@
-"""capturable=True in implementations that are not fused: torch takes it on a GPU alone."""
+"""Implementations that are not fused, with capturable=True, which torch accepts only on a GPU."""
 
 import inspect
 

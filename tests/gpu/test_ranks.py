@@ -1,4 +1,4 @@
-"""Ranks with GPUs: NCCL where there are two of them, gloo with two ranks on one."""
+"""Ranks with GPUs: NCCL if there are two GPUs, otherwise gloo with two ranks on one GPU."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def here() -> torch.device:
 
 
 def whole(t: Tensor) -> Tensor:
-    """On the host; by way of it too, since gloo cannot gather the shards of a GPU."""
+    """Gathers a tensor on the host, because gloo cannot gather the shards of a GPU."""
     if not isinstance(t, DTensor):
         return t.cpu()
     parts: list[Any] = [None] * dist.get_world_size()
@@ -51,7 +51,7 @@ def whole(t: Tensor) -> Tensor:
 
 
 def train(model: nn.Module, opt: GuardedOptimizer, part: slice, bad_rank: int | None) -> list[Any]:
-    """Six steps; at the fourth one rank's gradients hold a NaN."""
+    """Takes six steps; in the fourth, the gradients of one rank contain a NaN."""
     for step in range(6):
         opt.zero_grad()
         loss = model(batch_of(step, here())[part]).square().mean()
@@ -70,15 +70,13 @@ def guarded(model: nn.Module, **options: Any) -> GuardedOptimizer:
 
 
 def sharded() -> list[Any]:
-    device = (
-        here()
-    )  # first: a mesh would choose the GPU of the rank's number, which may not be there
+    device = here()  # before the mesh, which would choose the GPU with the number of the rank
     model = fully_shard(model_of(device), mesh=init_device_mesh("cuda", (2,)))
     part = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
     return train(model, guarded(model), part, bad_rank=1)
 
 
-def test_shards_take_the_steps_of_one_gpu(two: Ranks) -> None:
+def test_shards_take_the_same_steps_as_one_gpu(two: Ranks) -> None:
     model = model_of(here())
     expected, weights = train(model, guarded(model), slice(None), bad_rank=None)
     for records, mine in two.run(sharded):
@@ -91,7 +89,7 @@ def test_shards_take_the_steps_of_one_gpu(two: Ranks) -> None:
 
 
 def loss_of_the_last_stage() -> list[tuple[Any, ...]]:
-    """Plain tensors that differ by rank; the loss is known to one, and a rule judges it."""
+    """Takes steps with plain tensors that differ by rank; only one rank knows the loss."""
     p = nn.Parameter(torch.zeros(3, device=here()))
     inner = torch.optim.AdamW([p], fused=True)
     rule = SpikeRule(window=4, warmup=2, sigma=3.0)
@@ -103,7 +101,7 @@ def loss_of_the_last_stage() -> list[tuple[Any, ...]]:
     return [(r.action, r.reason, repr(r.losses), r.total_norm) for r in opt.flush()]
 
 
-def test_a_loss_that_one_rank_knows(two: Ranks) -> None:
+def test_a_loss_that_only_one_rank_knows(two: Ranks) -> None:
     first, second = two.run(loss_of_the_last_stage)
     assert first == second
     assert [action for action, *_ in first] == ["applied"] * 3 + ["skipped"] * 2 + ["applied"]
@@ -117,7 +115,7 @@ def without_waiting() -> list[tuple[str, int]]:
     losses = torch.ones(3, device=here())
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    opt.step(loss=losses[0])  # makes tables and names
+    opt.step(loss=losses[0])  # creates tables and exchanges names
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
@@ -129,7 +127,7 @@ def without_waiting() -> list[tuple[str, int]]:
     return seen
 
 
-def test_a_step_over_nccl_waits_for_nothing(two: Ranks) -> None:
+def test_a_step_with_nccl_does_not_wait(two: Ranks) -> None:
     if two.backend != "nccl":
         pytest.skip("gloo copies to the host")
     assert two.run(without_waiting) == [[("allreduce_", 248)]] * 2

@@ -1,4 +1,4 @@
-"""Guarded steps for long: addresses that move, gradients that are missing, bad values."""
+"""Many guarded steps with changing addresses, missing gradients and bad values."""
 
 import math
 import os
@@ -12,8 +12,8 @@ from guardtest.tolerances import NORM_RTOL
 
 SECONDS = float(os.environ.get("FASTGUARD_SOAK_SECONDS", "120"))
 SIZES = [0, 1, 7, 8, 4095, 4096, 4097, 65536, 65537, 300_000]
-CHECKED = 50  # every so many steps are compared, which waits
-WARM = 500  # steps after which memory has found its size
+CHECKED = 50  # steps between comparisons, which wait for the device
+WARM = 500  # steps after which memory no longer grows
 
 
 class Run:
@@ -66,7 +66,7 @@ class Run:
 @pytest.mark.slow
 @pytest.mark.timeout(SECONDS + 100)
 def test_soak():
-    """Two minutes, or FASTGUARD_SOAK_SECONDS: measure, decide, apply, records and the optimizer."""
+    """Takes guarded steps for two minutes, or for FASTGUARD_SOAK_SECONDS."""
     generator = torch.Generator().manual_seed(5)
     runs = [Run("skip"), Run("zero")]
     end = time.monotonic() + SECONDS

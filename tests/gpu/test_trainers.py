@@ -1,4 +1,4 @@
-"""fp16 with a real scaler in the trainers, which have none on a CPU."""
+"""Trainers in fp16 with a real scaler, which they do not use on a CPU."""
 
 import math
 
@@ -23,12 +23,12 @@ def batches(poisoned=()):
 @pytest.fixture
 def transformers(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    require("accelerate")  # without it transformers has no trainer
+    require("accelerate")  # the Trainer of transformers needs it
     return require("transformers")
 
 
 def in_order(transformers):
-    """Takes the batches as they come, in versions with and without an argument for it."""
+    """Keeps the order of the batches, in versions with and without an argument for this."""
 
     class InOrder(transformers.Trainer):
         def _get_train_sampler(self, *_):
@@ -70,7 +70,7 @@ def test_the_trainer_of_transformers_in_fp16(transformers, tmp_path):
     scaler = trainer.accelerator.scaler
     records = callback.optimizer.flush()
     skipped = {record.step - 1 for record in records if record.action == "skipped"}
-    assert skipped >= BAD  # the first scale may overflow by itself, and is halved as well
+    assert skipped >= BAD  # the first scale may also overflow without a bad batch
     assert scaler.get_scale() == scaler._init_scale / 2 ** len(skipped)
     assert trainer.lr_scheduler.last_epoch == STEPS - len(skipped)
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())

@@ -1,4 +1,4 @@
-"""The update kernel on a GPU: the reference's bits where promised, graphs, no wait."""
+"""The update kernel on a GPU: bitwise results where documented, graphs, and no waiting."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ SIZES = [1, 7, 4096, 4097, 65_537, 300_000]
 
 
 def made(device, algorithm="adamw", dtypes=(F32, F32, F32), **options):
-    """The same numbers on every device."""
+    """Returns the same numbers on every device."""
     torch.manual_seed(0)
     weight, gradient, state = dtypes
     n = len(SIZES)
@@ -29,7 +29,7 @@ def made(device, algorithm="adamw", dtypes=(F32, F32, F32), **options):
     masters = {None: list, "float32": lambda: several(F32)}.get(
         master, lambda: [torch.randint(-(2**15), 2**15, (s,), dtype=torch.int16) for s in SIZES]
     )()
-    # The last three: threshold of spikes, steps between resets, warm-up.
+    # The last three values are the spike threshold, the steps between resets, and the warm-up.
     hyper = [[1e-3, 0.9, 0.999, 1e-8, 1e-2, 0.9, 0.1, 1.0, 5.0, 0.5, 4.0, 2.0]]
     hyper += [[3e-2, 0.8, 0.95, 1e-6, 0.0, 0.5, 0.0, -1.0, 11.0, 3.0, 0.0, 0.0]]
     return Update(
@@ -92,7 +92,7 @@ def test_spikes_resets_and_update_clipping_have_the_bits_of_the_cpu(update_clipp
 
 @pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, BF16, F32)], ids=["fp32", "bf16"])
 def test_units_are_clipped_as_on_the_cpu(dtypes):
-    """The vectors as matrices with 1, 7, 16, 17, 1 and 6 rows, of which one is a long one."""
+    """Views the vectors as matrices with 1, 7, 16, 17, 1 and 6 rows, one of them with long rows."""
     rows = [1, 7, 16, 17, 1, 6]
     updates = []
     for device in ("cuda", "cpu"):
@@ -105,17 +105,17 @@ def test_units_are_clipped_as_on_the_cpu(dtypes):
     smallest = triton_optim.update(here), reference.update(there)
     torch.testing.assert_close(smallest[0].cpu(), smallest[1], rtol=1e-7, atol=0)
     for ours, theirs in zip(written(here), written(there), strict=True):
-        eps = 4 * torch.finfo(ours.dtype).eps  # the coefficient may be off by one rounding
+        eps = 4 * torch.finfo(ours.dtype).eps  # the coefficient may differ by one rounding
         torch.testing.assert_close(ours.cpu(), theirs, rtol=eps, atol=eps)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_fast_updates_are_as_good(dtype):
+def test_updates_without_reproducible_are_as_accurate(dtype):
     here, there = (made(device, dtypes=(dtype,) * 3) for device in ("cuda", "cpu"))
     for _ in range(3):
         triton_optim.update(here)
         reference.update(there)
-    rtol = 2e-2 if dtype is BF16 else 2e-6  # bfloat16: 2 ulps that a later step sees
+    rtol = 2e-2 if dtype is BF16 else 2e-6  # bfloat16: 2 ulps, which affect later steps
     for ours, theirs in zip(written(here), written(there), strict=True):
         torch.testing.assert_close(ours.cpu(), theirs, rtol=rtol, atol=1e-5)
 
@@ -131,13 +131,13 @@ def test_a_skipped_step_writes_nothing(found_inf):
     assert all(map(torch.equal, written(one), before))
 
 
-def test_nothing_waits():
+def test_an_update_does_not_wait():
     one = made("cuda")
     triton_optim.update(one)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        one.grads[0] = one.grads[0].clone()  # an upload, too
+        one.grads[0] = one.grads[0].clone()  # causes another upload
         triton_optim.update(one)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -1,4 +1,4 @@
-"""Watched steps on a GPU: bit by bit the results of the reference, without a wait."""
+"""Watched steps on a GPU give the results of the reference, bit for bit, and do not wait."""
 
 import math
 
@@ -57,7 +57,7 @@ def test_exponents(stages, dtype, stride):
         assert torch.equal(found, reference.count_exponents(bucket, stride, scale))
 
 
-def test_a_graph_reads_what_is_new(stages):
+def test_a_graph_reads_new_gradients(stages):
     given = tensors(torch.float32)
     bucket = bucket_of(given)
     n = len(given)
@@ -91,7 +91,7 @@ def give(ps, step):
 
 
 @pytest.mark.parametrize("options", [{}, {"clip_scope": "tensor"}, {"flat_buckets": True}], ids=str)
-def test_a_watched_step_waits_for_nothing_and_has_the_record_of_a_cpu(no_sync, options):
+def test_a_watched_step_does_not_wait_and_has_the_record_of_a_cpu(no_sync, options):
     (opt, ps), (twin, others) = guarded("cuda", **options), guarded("cpu", **options)
     give(ps, 0)
     opt.step()

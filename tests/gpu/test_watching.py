@@ -1,4 +1,4 @@
-"""Losses, batches and activations are watched without waiting for a GPU, and explained there."""
+"""Losses, batches and activations are watched without waiting, and bad batches are explained."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import nn
 import fastguard
 
 
-def test_nothing_that_watches_waits(no_sync):
+def test_watching_does_not_wait(no_sync):
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).cuda()
     meter, x = fastguard.LossMeter(), torch.randn(8, 4, device="cuda")
     loss, weight = torch.tensor([1.0, math.nan], device="cuda"), torch.ones((), device="cuda")
@@ -16,7 +16,7 @@ def test_nothing_that_watches_waits(no_sync):
     with no_sync():
         for i in range(3000):  # the rows of the meter fill up twice
             meter.update({"a": loss[i % 2], "b": 1.0}, weight, tag=i)
-        model(x * math.nan)  # every output is NaN
+        model(x * math.nan)  # makes every output NaN
         check = fastguard.check_batch((x, {"labels": x > 0}), low=0.0)
         signals = check.signals()
     assert meter.compute().means == {"a": 1.0, "b": 1.0}
@@ -27,7 +27,7 @@ def test_nothing_that_watches_waits(no_sync):
     assert [p.kind for p in check.problems()] == ["low"]
 
 
-def test_a_replay_under_autocast_names_the_product_that_left_float16():
+def test_a_replay_under_autocast_names_the_product_that_overflows_float16():
     model = nn.Linear(64, 4, bias=False).cuda()
     nn.init.constant_(model.weight, 50.0)
     batch = torch.full((2, 64), 100.0, device="cuda"), None

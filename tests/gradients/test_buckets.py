@@ -1,4 +1,4 @@
-"""Gradients are sorted into buckets; unsupported ones raise before anything is changed."""
+"""Gradients are sorted into buckets; unsupported gradients raise before anything is changed."""
 
 import re
 
@@ -30,7 +30,7 @@ def test_one_bucket_holds_the_callers_own_tensors():
     assert bucket.segment == 0
 
 
-def test_a_missing_gradient_keeps_its_number():
+def test_gradients_after_a_missing_one_keep_their_numbers():
     grads = [None, torch.ones(2), None, torch.ones(3)]
     buckets = bucketize(grads, segments=[5, 1, 7, 0], n_segments=8)
     (bucket,) = buckets.buckets
@@ -92,7 +92,7 @@ def test_a_copy_stands_for_a_lazily_conjugated_gradient_and_is_written_back():
 
 
 def test_kernels_never_read_memory_with_a_negative_bit():
-    """A recognized layout does not hide the bit, since it is part of the layout."""
+    """The bit is part of the layout, so a recognized layout does not hide it."""
     for _ in range(2):
         grads = [torch._neg_view(torch.ones(2, device="meta")) for _ in range(40)]
         (bucket,) = bucketize(grads).buckets
@@ -149,7 +149,7 @@ def test_a_dtensor_is_measured_by_its_local_part():
         assert bucket.grads[1] is sharded._local_tensor
 
 
-# What a user may call "parameters".
+# Values that users pass as parameters.
 
 
 def test_gradients_of_tensors():

@@ -24,7 +24,7 @@ def test_clamping_keeps_nan_and_inf(inv_scale):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("limit", [1e6, 1e39, 1e300, INF])
-def test_a_limit_beyond_a_dtype_clamps_nothing_there(dtype, limit):
+def test_a_limit_beyond_the_range_of_a_dtype_clamps_nothing(dtype, limit):
     largest = torch.finfo(DTYPES[dtype]).max
     values = torch.tensor([1.0, largest, -largest, INF, -INF, NAN], dtype=DTYPES[dtype])
     clamped = values.clamp(-limit, limit) if limit <= largest else values
@@ -34,7 +34,7 @@ def test_a_limit_beyond_a_dtype_clamps_nothing_there(dtype, limit):
     finite = torch.cat([clamped[:3], values[3:]])
     for inv_scale in (None, YES):
         if inv_scale is YES and dtype == "fp64":
-            continue  # the scaler's own arithmetic is float32
+            continue  # the scaler computes in float32
         grad = values.clone()
         clamp_finite_([grad], limit, inv_scale)
         assert_bitwise_equal(grad, finite)

@@ -1,4 +1,4 @@
-"""Lists with a known layout are recognized, and no others."""
+"""Only lists with a known layout are recognized."""
 
 import random
 
@@ -96,7 +96,7 @@ def test_without_torchs_check_every_list_is_inspected(how, monkeypatch):
 
 
 def test_buckets_of_recognized_lists_equal_those_of_inspected_lists(monkeypatch):
-    """Lists of two dtypes with None in any order give the same buckets, recognized or not."""
+    """Recognized or not, lists of two dtypes with None in any order give the same buckets."""
     kinds = [torch.float32, torch.bfloat16]
     lists = []
     for _ in range(4):

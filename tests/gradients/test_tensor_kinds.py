@@ -1,5 +1,6 @@
-"""Gradients that are no plain tensors: placeholders, and layers around others. The functions work
-where torch's do, give what they give for plain ones, and nothing of it stays in a cache.
+"""Gradients that are not plain tensors: placeholders, and subclasses that wrap other tensors. The
+functions work where torch's functions do, give the results of plain tensors, and do not keep such
+tensors in a cache.
 """
 
 import subprocess
@@ -20,7 +21,7 @@ from guardtest.programs import run_program
 from guardtest.versions import needs
 
 INF = float("inf")
-FEW, MANY = 3, 40  # tensors; of the latter the form would be known again
+FEW, MANY = 3, 40  # numbers of tensors; with MANY, the layout is cached
 
 
 def some_grads(n=FEW, device="cpu"):
@@ -73,7 +74,7 @@ def function_of(name):
 
 @pytest.fixture(autouse=True)
 def plain_calls_work_afterwards():
-    """After each test, cached tensors must be plain."""
+    """Checks after each test that cached tensors are plain."""
     yield
     assert not watched()
     for n in (FEW, MANY):
@@ -86,8 +87,7 @@ def plain_calls_work_afterwards():
 
 
 def outcome(function, grads):
-    """Returns the result and the changed gradients of a function, as results of a traced
-    function."""
+    """Returns the result and the changed gradients of a function that can be traced."""
     result = function(grads)
     return (grads[0].sum() if result is None else result), *grads
 
@@ -103,7 +103,7 @@ def assert_close(ours, theirs):
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("n", [FEW, MANY])
 @every_function_and_raise
-def test_under_fake_tensor_mode_also_of_devices_that_are_not_there(name, n, device):
+def test_fake_tensor_mode_with_devices_that_this_machine_lacks(name, n, device):
     function, plain = function_of(name), function_of(name)(some_grads(n))
     with FakeTensorMode():
         got = function(some_grads(n, device))
@@ -150,7 +150,7 @@ def test_memory_estimates_see_no_copy_of_a_gradient():
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 @every_function
-def test_a_graph_recorded_by_make_fx_holds_for_other_gradients(name, mode):
+def test_a_graph_recorded_by_make_fx_works_for_other_gradients(name, mode):
     function = function_of(name)
     graph = make_fx(lambda *gs: outcome(function, list(gs)), tracing_mode=mode)(*some_grads())
     others = [torch.tensor([3.0, -40.0, 5.0, 6.0]), torch.ones(4), torch.full((4,), 7.0)]
@@ -185,7 +185,7 @@ def test_export_without_dynamo(name):
     assert_close(exported(*some_grads(2)), Module()(*some_grads(2)))
 
 
-# Layers around other tensors.
+# Subclasses that wrap other tensors.
 
 
 @every_function
@@ -275,7 +275,7 @@ def test_local_tensors_of_simulated_ranks():
         grads = [local.LocalTensor({0: g.clone(), 1: g * 3}) for g in some_grads(n)]
         with local.LocalTensorMode(2):
             norm = fastguard.clip_grad_norm_(parameters(grads), 2.0)
-            plain = some_grads(n)  # of ranks that agree
+            plain = some_grads(n)  # the same gradients on all ranks
             fastguard.clip_grad_norm_(parameters(plain), 2.0)
         left = [local.LocalTensor._local_tensors.__get__(g) for g in (norm, *grads)]
         expected = fastguard.get_total_norm(some_grads(n)).item()
@@ -299,8 +299,8 @@ def test_a_subclass_without_dispatch_is_plain():
 
 
 @pytest.mark.parametrize("limit", [101.0, 102.0])
-def test_a_first_call_in_any_mode_leaves_nothing_behind(limit):
-    """Uses new limits, so that tensors are cached for them inside that mode."""
+def test_a_first_call_in_any_mode_leaves_no_tensors_in_caches(limit):
+    """Uses new limits, so that their tensors are cached inside the mode."""
     from torch.utils.flop_counter import FlopCounterMode
 
     def first(grads):
@@ -316,7 +316,7 @@ def test_a_first_call_in_any_mode_leaves_nothing_behind(limit):
     first(some_grads())
 
 
-def test_lasting_tensors_are_plain_under_any_mode():
+def test_cached_tensors_are_plain_under_any_mode():
     with FakeTensorMode(), torch.inference_mode(), lasting():
         made = torch.ones(2)
     assert type(made) is Tensor and made.tolist() == [1, 1] and not made.is_inference()

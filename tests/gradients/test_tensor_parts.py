@@ -95,11 +95,11 @@ def same(a, b):
     return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
-def test_rollback_saves_and_restores_them():
+def test_rollback_saves_and_restores_wrapper_tensors():
     opt = made()
     weights = torch.nn.ParameterList(parameters_of(opt))
     rollback = Rollback(opt, {"weights": weights}, every=1, after_skips=1)
-    for step in range(4):  # each slot is filled twice: the second time into the first buffers
+    for step in range(4):  # each slot is filled twice, the second time into the same buffers
         train(opt, [step])
         rollback.step(step)
     before = everything(opt)
@@ -238,8 +238,7 @@ def test_values_that_cannot_be_copied_are_named(value, called):
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of (MaskedTensors|nested tensors)")
 def test_a_class_with_its_own_deepcopy_is_rolled_back():
-    """The contents of a MaskedTensor or a strided nested tensor cannot be split into plain
-    tensors."""
+    """MaskedTensors and strided nested tensors cannot be split into plain tensors."""
     masked = torch.masked.masked_tensor(torch.ones(2), torch.tensor([True, False]))
     nested = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])
     opt = train(made(), range(1))

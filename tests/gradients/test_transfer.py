@@ -18,7 +18,7 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 
 
 class WaysHome(TorchFunctionMode):
-    """Records how meta tensors, in place of GPU tensors, are copied to the CPU."""
+    """Records how tensors are copied to the CPU, with meta tensors in place of GPU tensors."""
 
     def __init__(self):
         super().__init__()

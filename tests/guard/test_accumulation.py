@@ -14,7 +14,7 @@ BAD_STEP = 2
 
 
 def run(steps, *, bad, scaled, unscale, flat, fused, observed):
-    """A small model over these steps; in the bad one, one micro-batch (0 or 1) holds a NaN."""
+    """Trains a small model; in the bad step, one micro-batch (0 or 1) contains a NaN."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
     inner = torch.optim.AdamW(model.parameters(), lr=0.05, fused=fused)

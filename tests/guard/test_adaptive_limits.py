@@ -1,4 +1,4 @@
-"""Guards with adaptive limits: resume, copies, scopes, records."""
+"""Guards with adaptive limits can resume and be copied, and have scopes and records."""
 
 import copy
 import io
@@ -112,7 +112,7 @@ def test_a_fixed_limit_is_in_each_record_too():
 
 
 def test_the_recorded_limit_of_several_tensors_is_the_joint_limit():
-    """During the warm-up of AdaGC it is `max_norm`."""
+    """During the warm-up of AdaGC, the joint limit is `max_norm`."""
     opt = adamw(max_norm=AdaGC(warmup=3, max_norm=0.25), clip_scope="tensor")
     train(opt, range(3))
     assert [r.limit for r in opt.records()] == pytest.approx([0.25] * 3)
@@ -130,7 +130,7 @@ def test_a_param_group_may_keep_a_fixed_limit():
     assert opt._state.limits[0].tolist() == [2.0, 2.0, 2.0]
 
 
-def test_a_param_group_added_later_starts_anew():
+def test_a_param_group_added_later_starts_with_an_empty_state():
     p, q = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
     opt = sgd([p], max_norm=Mean(), clip_scope="tensor")
     steps_with(opt, p, [4.0, 4.0])

@@ -33,7 +33,7 @@ def test_a_learning_rate_may_be_a_tensor():
 
 
 class Signs(torch.optim.Optimizer):
-    """Follows the sign of the gradient, without a learning rate."""
+    """Updates by the sign of the gradient, without a learning rate."""
 
     def __init__(self, params, size=0.5):
         super().__init__(params, {"size": size})
@@ -74,8 +74,8 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers_accept_it(name):
-    """The same learning rates as on the bare optimizer, and no warning about the order of steps."""
+def test_schedulers_accept_a_guard(name):
+    """Learning rates equal those of the bare optimizer; no warning about the order of steps."""
     opt = adamw()
     bare = torch.optim.AdamW(new_parameters(), lr=0.1, fused=True)
     scheduler, expected = SCHEDULERS[name](opt), SCHEDULERS[name](bare)
@@ -96,7 +96,7 @@ def test_schedulers_accept_it(name):
 
 
 def test_a_scheduler_can_take_skips_into_account():
-    """With other skips on the device, the schedule advances even in skipped steps."""
+    """If the verdict stays on the device, the schedule advances even in skipped steps."""
     opt = adamw()
     scheduler = schedulers.LambdaLR(opt, lambda applied: 1.0 / (1 + applied))
     for step in range(6):

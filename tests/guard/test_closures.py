@@ -1,4 +1,4 @@
-"""Optimizers that need their closure: they step as if unguarded, are undone, or are refused."""
+"""Steps of optimizers that need their closure are the same as unguarded, undone, or refused."""
 
 import threading
 
@@ -47,7 +47,7 @@ class SAM(torch.optim.Optimizer):
 
 
 class AliG(torch.optim.Optimizer):
-    """The step size is the loss divided by the squared norm of the gradient."""
+    """Uses the loss divided by the squared norm of the gradient as its step size."""
 
     def __init__(self, parameters):
         super().__init__(parameters, {"max_lr": 0.1})
@@ -66,7 +66,7 @@ class AliG(torch.optim.Optimizer):
 
 
 class ScheduleFreeClosure(torch.optim.Optimizer):
-    """Evaluates at a point other than the weights, and counts in its param group."""
+    """Evaluates at another point than the weights, and counts steps in its param group."""
 
     def __init__(self, parameters, lr=0.1):
         super().__init__(parameters, {"lr": lr, "k": 0})
@@ -110,7 +110,7 @@ class Clears(torch.optim.SGD):
 
 
 class MovesData(torch.optim.SGD):
-    """SAM whose ascent changes `p.data`, which no version counter shows; it keeps gradients."""
+    """SAM that changes `p.data`, which does not increment version counters, and keeps gradients."""
 
     def step(self, closure):
         weights = [p for group in self.param_groups for p in group["params"]]
@@ -124,7 +124,7 @@ class MovesData(torch.optim.SGD):
 
 
 class TwoBases(Clears):
-    """Like `Clears`, with an optimizer per parameter, in a list."""
+    """Like `Clears`, but has a list with one optimizer per parameter."""
 
     def __init__(self, ps):
         super().__init__(ps, lr=0.1)
@@ -138,7 +138,7 @@ class TwoBases(Clears):
 
 
 class LineSearch(torch.optim.Optimizer):
-    """Halves the rate until the loss falls, which it evaluates without a backward pass."""
+    """Halves the rate until the loss falls; evaluates the loss without a backward pass."""
 
     def __init__(self, ps):
         super().__init__(ps, {"lr": 1.5})
@@ -157,7 +157,7 @@ class LineSearch(torch.optim.Optimizer):
 
 
 class Moody(torch.optim.SGD):
-    """The step depends on the loss, if there is one."""
+    """Takes a step that depends on the loss, if there is a loss."""
 
     def step(self, closure=None):
         loss = None if closure is None else closure()

@@ -111,7 +111,7 @@ def test_nothing_recompiles_when_lr_or_max_norm_change():
     assert len({r.lr for r in opt.records()}) == 8
 
 
-def test_a_compiled_optimizer_step_by_itself():
+def test_a_compiled_optimizer_step_without_the_training_step():
     model = model_of()
     opt = GuardedOptimizer(torch.optim.AdamW(model.parameters(), fused=True), max_norm=1.0)
     step = torch.compile(opt.step, backend=CompileCounter())

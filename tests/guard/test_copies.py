@@ -27,7 +27,7 @@ def saved(opt):
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
 @pytest.mark.parametrize("flat", [False, True], ids=["", "flat"])
 def test_a_copy_is_independent(copied, flat):
-    """A scheduler sets a `step` on the instance, which is bound to the original."""
+    """A scheduler sets `step` on the instance, bound to the original guard."""
     parameters = new_parameters()
     names = [(f"w{i}", p) for i, p in enumerate(parameters)]
     opt = adamw(parameters, max_norm=1.0, spike=SPIKES, named_parameters=names, flat_buckets=flat)

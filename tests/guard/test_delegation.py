@@ -120,7 +120,7 @@ def test_other_attributes_are_set_on_the_guard():
 
 
 def test_a_step_set_on_the_guard_remains_there():
-    """As trainers and schedulers do; it must not replace the wrapped step."""
+    """Trainers and schedulers set it; it must not replace the step of the wrapped optimizer."""
     opt = guarded()
     inner = opt.optimizer.step
     opt.step = partial(opt.step, loss=float("nan"))
@@ -174,7 +174,7 @@ def test_an_incomplete_copy_has_no_attributes_and_does_not_recurse():
 
 
 class AnswersAll(torch.optim.SGD):
-    """Answers every attribute, also those that the guard has not set yet."""
+    """Has a value for every attribute, even for those that the guard has not set yet."""
 
     def __getattr__(self, name):
         if name.startswith("__") or name in ("grad_scale", "found_inf"):  # torch looks for them
@@ -197,7 +197,7 @@ def test_attributes_of_the_wrapped_optimizer_are_never_taken_for_the_guards(copi
 
 
 class TwoCalls(torch.optim.SGD):
-    """SAM as many loops drive it: two methods in place of `step`."""
+    """SAM with two methods in place of `step`, as in many training loops."""
 
     @torch.no_grad()
     def first_step(self):
@@ -211,7 +211,7 @@ class TwoCalls(torch.optim.SGD):
         return 1
 
 
-def test_methods_that_step_around_the_guard_log_one_warning(caplog):
+def test_methods_that_bypass_the_guard_log_one_warning(caplog):
     parameters = new_parameters()
     opt = GuardedOptimizer(TwoCalls(parameters, lr=0.1))
     give_gradients(parameters, 0)

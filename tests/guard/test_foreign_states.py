@@ -1,4 +1,4 @@
-"""States of other optimizers, torch versions and dtypes: loaded exactly, or refused."""
+"""States of other optimizers, torch versions and dtypes are loaded exactly or refused."""
 
 import copy
 
@@ -84,7 +84,7 @@ def test_the_state_of_lbfgs_over_other_shapes_is_refused():
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_state_dicts_of_an_older_torch_still_load(name):
-    """State dicts without newer settings, and with steps as plain numbers."""
+    """Older state dicts lack newer settings and contain steps as plain numbers."""
     later = (
         "foreach",
         "maximize",
@@ -96,7 +96,8 @@ def test_state_dicts_of_an_older_torch_still_load(name):
     parameters = new_parameters(MATRICES)
     saved = copy.deepcopy(stepped(CLASSES[name](parameters), range(2)).state_dict())
     bare = CLASSES[name](new_parameters(MATRICES))
-    if name not in ("Adafactor", "Muon"):  # their settings are as old as they are
+    # These two have had the same settings since they were added.
+    if name not in ("Adafactor", "Muon"):
         for group in saved["param_groups"]:
             for key in later:
                 group.pop(key, None)

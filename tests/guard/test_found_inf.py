@@ -1,4 +1,4 @@
-"""Optimizers that declare support for `found_inf`, but do more in a step than the kernel."""
+"""Some optimizers declare support for `found_inf` but do more in a step than the kernel."""
 
 import pytest
 import torch
@@ -34,11 +34,11 @@ class Shrinks(torch.optim.AdamW):
 
 
 class Named(torch.optim.AdamW):
-    """Has another name, but the same step."""
+    """An optimizer with another name but the same step."""
 
 
 class OwnKernel(torch.optim.Optimizer):
-    """Not derived from torch's optimizers, with its own support for `found_inf`."""
+    """An optimizer that does not derive from torch's, with its own support for `found_inf`."""
 
     _step_supports_amp_scaling = True
 

@@ -48,8 +48,8 @@ def torch_recipe(fused, max_norm, steps):
 @pytest.mark.parametrize("unscale", [False, True], ids=["", "unscale_"])
 @pytest.mark.parametrize("fused", [False, True], ids=["single", "fused"])
 @pytest.mark.parametrize("max_norm", [None, 1e6, 0.5], ids=str)
-def test_the_same_scales_and_weights_as_with_torchs_recipe(fused, unscale, max_norm, flat):
-    """Bitwise equal if nothing is clipped, since the scale is a power of two."""
+def test_scales_and_weights_equal_those_of_torchs_recipe(fused, unscale, max_norm, flat):
+    """They are bitwise equal if nothing is clipped, because the scale is a power of two."""
     parameters = new_parameters()
     opt = GuardedOptimizer(
         torch.optim.AdamW(parameters, lr=0.1, fused=fused), max_norm=max_norm, flat_buckets=flat
@@ -137,7 +137,7 @@ def test_a_real_overflow_of_the_scaled_gradient_is_skipped():
 
 @pytest.mark.parametrize("fused", [False, True], ids=["single", "fused"])
 def test_found_inf_of_the_scaler_is_a_sum_over_devices(fused):
-    """It is 2.0 for two devices, for which the fused kernel would apply the step."""
+    """For two devices the sum is 2.0, and the fused kernel would apply the step."""
     parameters = new_parameters()
     inner = torch.optim.AdamW(parameters, fused=fused)
     opt = GuardedOptimizer(inner)
@@ -166,7 +166,7 @@ def test_clip_value_limits_unscaled_elements(clip_value):
 
 
 def test_zero_mode_cleans_what_it_counted_and_nothing_else():
-    """At the minimum scale, where a lower scale is not possible."""
+    """This runs at the minimum scale, which cannot be lowered."""
     p = nn.Parameter(torch.zeros(2))
     opt = GuardedOptimizer(torch.optim.SGD([p], lr=1.0), nonfinite="zero")
     amp = scaler(1.0)
@@ -195,7 +195,7 @@ def test_propagate_mode_leaves_the_decision_to_the_scaler():
 
 
 def test_raise_mode_leaves_no_scale_behind():
-    """The scaler multiplies an existing scale by its own: the next step would be scaled twice."""
+    """The scaler multiplies an existing scale, so the next step would be scaled twice."""
     p = nn.Parameter(torch.zeros(2))
     opt = GuardedOptimizer(torch.optim.SGD([p], lr=1.0), nonfinite="raise")
     amp = scaler(1.0)

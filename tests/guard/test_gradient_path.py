@@ -47,8 +47,9 @@ class Followed:
         return isinstance(value, GradBucket | GradBuckets)
 
 
-@pytest.mark.parametrize("width", [20, 200, 1100])  # joined; medium; split and read in rows
-def test_one_gradient_enters_at_most_twelve_files_all_of_which_are_described(width):
+# Joined, of medium size, and split and read in rows.
+@pytest.mark.parametrize("width", [20, 200, 1100])
+def test_a_gradient_passes_at_most_twelve_files_and_all_are_described(width):
     model = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.Linear(width, 3))
     opt = fastguard.GuardedOptimizer(torch.optim.AdamW(model.parameters()), max_norm=1e-3)
 

@@ -1,4 +1,4 @@
-"""Copies of what an optimizer holds in Python, on which a trace runs the step."""
+"""Copies of the Python values of an optimizer, on which a trace runs the step."""
 
 import logging
 
@@ -7,7 +7,7 @@ import torch
 from fastguard.guard.held_values import copied, same
 
 
-def test_a_copy_leaves_objects_alone_that_copy_to_themselves():
+def test_objects_that_copy_to_themselves_are_not_copied():
     logger = logging.getLogger("fastguard.test_held_values")
     logger.handlers.append(handler := logging.NullHandler())
     handlers, parent = logger.handlers, logger.parent

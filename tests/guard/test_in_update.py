@@ -43,10 +43,10 @@ def grads_of(parameters: list[Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("kind", "settings"), KINDS)
-def test_it_uses_its_own_stepper(kind, settings):
+def test_fused_optimizers_use_their_own_stepper(kind, settings):
     stepper = GuardedOptimizer(kind(parameters_of(), **settings))._stepper
     assert type(stepper) is InUpdate
-    assert stepper.reads_first  # on a CPU that costs nothing
+    assert stepper.reads_first  # reading the verdict first costs nothing on a CPU
     assert stepper.skips == "in the update"  # shown by `describe` on a GPU
 
 
@@ -66,7 +66,7 @@ def test_flat_buckets_change_no_limit_if_a_parameter_is_frozen(kind, settings, s
             for i, p in enumerate(parameters):
                 p.grad = torch.full_like(p, 10.0**i)
             opt.step()
-        parameters[0].requires_grad_(False)  # also if one is frozen later
+        parameters[0].requires_grad_(False)  # a parameter may also be frozen later
         parameters[0].grad = None
         opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
         opt.step()

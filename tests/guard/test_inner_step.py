@@ -30,7 +30,7 @@ class Extra(torch.optim.SGD):
 
 
 class Visible(torch.optim.SGD):
-    """As in optimizers of Gaussian splats, the first argument is not a closure."""
+    """An optimizer whose first argument is not a closure, as for Gaussian splats."""
 
     def step(self, visibility, n=None):
         self.seen = visibility, n
@@ -76,7 +76,7 @@ class ClosureByName(torch.optim.SGD):
 
 
 class ClosureUnnamed(torch.optim.SGD):
-    """A signature as left by a decorator without `functools.wraps`."""
+    """The signature of a function after a decorator without `functools.wraps`."""
 
     def step(self, *args, **kwargs):
         return args[1:], super().step(*args, **kwargs)
@@ -128,7 +128,7 @@ def test_a_closure_is_found_and_guarded_wherever_step_takes_it(kind, first, call
         3.0,
         math.nan,
         4.0,
-    ):  # the first to find out how step uses its closure
+    ):  # the first call finds out how step uses its closure
         result = call(opt, lambda slope=slope: closure(slope))
         if math.isnan(slope):
             assert torch.equal(result, 2.0 - torch.tensor(0.1 * 2**0.5))

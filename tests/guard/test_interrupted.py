@@ -1,5 +1,5 @@
-"""A step is taken or it is not: an exception at any line leaves counters, records and all who act
-on them in agreement, and the run goes on.
+"""After an exception at any line of a step, counters, records and their subscribers agree on
+whether the step was taken, and the run can continue.
 """
 
 import random
@@ -51,7 +51,7 @@ class Run:
 
     Args:
         kind: A key of `KINDS`.
-        options: Of the guard.
+        options: Options of the guard.
         steps_lr: Whether the loop steps the schedule; otherwise it only follows the optimizer.
     """
 
@@ -94,7 +94,7 @@ class Run:
         return partial(opt.step, loss=loss, tag=i)
 
     def attempt(self, i, at, within=""):
-        """Takes an interrupted step, also in the second run if it was taken; returns the line."""
+        """Interrupts a step, repeats it in the second run if it was taken, and returns the line."""
         before = self.opt.steps_taken
         weights = snapshot(self.opt)
         where = []
@@ -130,7 +130,7 @@ class Run:
         assert [r.step for r in self.inbox] == steps, where
         for name in ("counters", "windows", "rings", "limits"):
             assert torch.equal(getattr(opt._state, name), getattr(twin._state, name)), (where, name)
-        if self.kind == "plain":  # the others are also called for a skipped step
+        if self.kind == "plain":  # the other kinds are also called for a skipped step
             assert opt.optimizer.done == opt.applied_steps, where
         assert_same_bits(snapshot(opt), snapshot(twin))
         if self.steps_lr:
@@ -204,12 +204,12 @@ ROADS = {
 
 
 @pytest.mark.parametrize("setting", ROADS)
-def test_an_interrupt_at_each_line_of_a_road(setting, monkeypatch):
+def test_an_interrupt_at_each_line_of_each_path(setting, monkeypatch):
     monkeypatch.setattr("fastguard.guard.compiled_step.BACKEND", "eager")
     run = Run(*SETTINGS[setting])
     run.attempt(0, 10**6)
     at, i, missed = 0, 1, 0
-    while missed < 4:  # steps differ in length: watched ones, skips
+    while missed < 4:  # watched and skipped steps have other lines
         missed = 0 if run.attempt(i, at, ROADS[setting]) else missed + 1
         at, i = at + 1, i + 1
     assert at > 10
@@ -222,7 +222,7 @@ def test_an_interrupt_while_the_guard_raises(setting):
     run, scout = Run(kind, options), Run(kind, options)
     for each in (run, scout):
         each.attempt(0, 10**6)
-    step = scout.ready(scout.parameters, scout.opt, 5)  # whose gradients are not finite
+    step = scout.ready(scout.parameters, scout.opt, 5)  # its gradients are not finite
 
     def refused():
         with pytest.raises(NonFiniteGradError):

@@ -1,4 +1,4 @@
-"""The learning rate in a record, whatever the wrapped optimizer calls a learning rate."""
+"""The learning rate in a record, for learning rates of any type."""
 
 import math
 from fractions import Fraction

@@ -45,7 +45,7 @@ def test_rollbacks_do_not_lower_them(on_disk: bool, tmp_path) -> None:
     assert rollback.rollbacks == 14
     assert opt.skipped_steps == 0
     assert opt.lifetime == Lifetime(70, 42, 28)
-    assert opt.lifetime.applied - opt.applied_steps == 14  # the third good step of each round
+    assert opt.lifetime.applied - opt.applied_steps == 14  # each round lost its third good step
     play(opt, [BAD])
     assert opt.lifetime.skipped == 29
 
@@ -72,7 +72,7 @@ def test_a_resume_from_an_earlier_checkpoint_has_the_counts_of_that_time() -> No
     fresh = guarded()
     fresh.load_state_dict(early)
     assert fresh.lifetime == Lifetime(2, 1, 1)
-    opt.load_state_dict(early)  # this process has more steps
+    opt.load_state_dict(early)  # this process has taken more steps
     assert opt.lifetime == Lifetime(5, 1, 4)
 
 

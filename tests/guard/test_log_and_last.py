@@ -1,4 +1,4 @@
-"""The log of guarded steps, with one line per incident, and `last` on the device."""
+"""The log has one line per incident, and `last` stays on the device."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""An overflow that only lowers a loss scale is not an incident: the scaler handles it."""
+"""An overflow that only lowers a loss scale is not an incident, because the scaler handles it."""
 
 import copy
 import logging
@@ -108,7 +108,7 @@ def test_a_growing_scale_that_overflows_once_is_not_an_incident(log):
         lr.step()
         assert rollback.step(i) is None
     assert run.opt.skipped_steps == run.opt.loss_scale_skips == 5
-    assert lr.backoffs == 0  # a search does not end a row of good steps
+    assert lr.backoffs == 0  # a search does not end a series of good steps
     assert len(rollback.snapshots) == 2 and max(rollback.snapshots) >= 24
     assert [w for w in warnings_of(log) if "recovered" not in w] == []
 
@@ -192,7 +192,7 @@ def test_without_an_active_scaler_every_overflow_is_an_incident():
     run = Run(torch.amp.GradScaler("cpu", enabled=False))
     run.step(factor=INF)
     assert run.opt.records()[0].is_incident
-    # Also if found_inf is set, but neither the scale nor the scaler is found.
+    # This also holds if found_inf is set but neither the scale nor the scaler is found.
     run.w.grad = torch.full_like(run.w, INF)
     run.opt.grad_scale, run.opt.found_inf = None, torch.ones(())
     run.opt.step()
@@ -233,7 +233,7 @@ def test_a_rollback_does_not_restore_a_larger_scale(stored, tmp_path):
 
 
 class Trainer:
-    """Keeps its scaler out of sight, in a list two attributes deep."""
+    """Hides its scaler in a list two attributes deep."""
 
     def __init__(self, scaler):
         self.precision = type("Precision", (), {})()

@@ -1,4 +1,4 @@
-"""`protect_buffers`: a batch whose step is skipped leaves no trace in BatchNorm and others."""
+"""With `protect_buffers`, a batch whose step is skipped does not change any buffer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from guardtest.buffer_loop import Loop, buffers_of, same
 
 @pytest.fixture(params=["host", "device"])
 def verdict(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs the test with a verdict known on the host, and with tensors only, as on a GPU."""
+    """Runs the test with a verdict on the host, and with one on the device as on a GPU."""
     on_host = model_buffers._restores_buffers
     if request.param == "device":
 
@@ -175,7 +175,7 @@ def test_an_expanded_buffer_that_becomes_nan_in_an_applied_step_is_restored() ->
 
 
 def test_without_protection_the_evaluation_is_nan() -> None:
-    """As docs/limits.md says about plain loops; remove both if torch changes this."""
+    """docs/limits.md says so about plain loops; change both if torch changes."""
     loop = Loop(nn.BatchNorm1d(4))
     loop.batch(0, bad=True)
     loop.batch(1)

@@ -1,4 +1,4 @@
-"""Buffers restored after bad steps: with moves, copies, loads, a rollback, and steps that raise."""
+"""Buffers are restored despite moves, copies, loads, a rollback, and steps that raise."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_moved_model_is_restored() -> None:
 
 
 def test_a_graph_that_waits_for_its_backward_pass_stays_valid() -> None:
-    """Two losses of one forward pass, with a skipped step between their backward passes."""
+    """One forward pass has two losses, with a skipped step between their backward passes."""
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     opt = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0))
     protect_buffers(model, opt)
@@ -46,7 +46,7 @@ def test_a_graph_that_waits_for_its_backward_pass_stays_valid() -> None:
     assert model[0].weight.grad is not None
 
 
-def test_it_follows_two_optimizers_and_can_be_removed() -> None:
+def test_the_protection_follows_two_optimizers_and_can_be_removed() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     first, second = (GuardedOptimizer(torch.optim.SGD(part.parameters(), lr=0.1)) for part in model)
     buffers = protect_buffers(model, first)
@@ -80,7 +80,7 @@ def test_loaded_buffers_are_the_ones_restored_later() -> None:
     assert not loop.model[1].running_mean.any()
 
 
-def test_it_works_with_a_rollback() -> None:
+def test_the_protection_works_with_a_rollback() -> None:
     loop = Loop(nn.BatchNorm1d(4))
     protect_buffers(loop.model, loop.opt)
     rollback = Rollback(loop.opt, {"model": loop.model}, every=2, after_skips=2)
@@ -106,7 +106,7 @@ def test_a_copy_made_with_its_model_refers_to_the_copy(duplicate) -> None:
         model[1].running_mean.fill_(math.nan)
     twin.put_back()
     assert torch.equal(model[1].running_mean, loop.model[1].running_mean)
-    torch.save(loop.model, io.BytesIO())  # the model holds no reference to it
+    torch.save(loop.model, io.BytesIO())  # the model has no reference to the protection
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,8 @@ def test_a_step_that_is_interrupted_may_be_tried_again() -> None:
 def test_a_step_that_raises_after_it_was_taken_settles_the_buffers(bad: bool) -> None:
     loop, other = (Loop(nn.BatchNorm1d(4), fused=False) for _ in range(2))
     protect_buffers(other.model, other.opt)
-    fail = loop.opt.register_step_post_hook(lambda *_: 1 / 0)  # runs before the one that settles
+    # Runs before the hook that settles the buffers.
+    fail = loop.opt.register_step_post_hook(lambda *_: 1 / 0)
     protect_buffers(loop.model, loop.opt)
     other.batch(0, bad)
     with pytest.raises(ZeroDivisionError):

@@ -115,8 +115,8 @@ def test_raise_mode_raises_for_a_loss_by_name():
 
 @pytest.mark.parametrize("value", [None, NAN, INF, -INF], ids=str)
 @pytest.mark.parametrize("max_norm", [1e-2, 1e9], ids=["clips", "does-not"])
-def test_propagate_is_torch(value, max_norm):
-    """Bitwise, unless a coefficient below 1 depends on the last digit of torch's norm."""
+def test_propagate_equals_torch(value, max_norm):
+    """Results are bitwise equal, except for the last digit of a coefficient below 1."""
     a, b = new_parameters(), new_parameters()
     opt = GuardedOptimizer(
         torch.optim.AdamW(a, fused=True), nonfinite="propagate", max_norm=max_norm
@@ -164,7 +164,7 @@ def test_without_a_limit_nothing_is_ever_multiplied(mode, max_norm):
 
 
 def test_a_large_finite_gradient_is_clipped_and_not_called_nonfinite():
-    """Its square overflows float32; other implementations treat it as Inf and skip the step."""
+    """The square overflows float32; other implementations treat the gradient as Inf."""
     p, opt = one(1e20, 1e20, max_norm=1.0)
     opt.step()
     torch.testing.assert_close(p.detach(), torch.full((2,), -math.sqrt(0.5)))

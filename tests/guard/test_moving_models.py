@@ -106,7 +106,7 @@ def test_a_first_step_without_gradients_gives_one_warning(caplog):
 
 
 def test_parameters_that_no_longer_belong_to_the_model_give_a_warning(caplog):
-    """`to_empty` replaces parameters; those of the optimizer remain on the meta device."""
+    """`to_empty` replaces parameters, but the optimizer's parameters stay on the meta device."""
     model = torch.nn.Linear(3, 2, device="meta")
     opt = guard_of(model)
     model.to_empty(device="cpu")

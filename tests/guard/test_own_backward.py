@@ -1,4 +1,4 @@
-"""Optimizers that compute gradients within `step`, from a model or a loss that they hold."""
+"""Optimizers that compute gradients within `step`, from a model or a loss that they reference."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ NAN = float("nan")
 
 
 class HoldsClosure(torch.optim.SGD):
-    """Evaluates, moves the weights, evaluates again and steps from where it was, as GSAM does."""
+    """Evaluates, changes the weights, evaluates again and steps from the old weights, like GSAM."""
 
     first_moves = False
 
@@ -91,7 +91,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bad", [0, 1, 3])
-def test_its_bad_steps_are_undone_and_its_good_steps_equal_the_bare_ones(kind, bad):
+def test_bad_steps_are_undone_and_good_steps_equal_the_bare_optimizer(kind, bad):
     guarded, bare = Run(kind, True), Run(kind, False)
     for i in range(5):
         if i == bad:
@@ -109,7 +109,7 @@ def test_its_bad_steps_are_undone_and_its_good_steps_equal_the_bare_ones(kind, b
     assert [r.action for r in guarded.opt.records()] == actions
 
 
-def test_one_that_moves_the_weights_before_a_model_it_does_not_hold_is_refused_uncounted():
+def test_changing_weights_before_an_unknown_model_is_refused_and_not_counted():
     p = torch.nn.Parameter(torch.ones(2))
 
     class Global(torch.optim.SGD):

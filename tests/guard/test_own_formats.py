@@ -1,4 +1,4 @@
-"""Optimizers with their own state dict format: wrappers of an optimizer, and containers."""
+"""Optimizers with their own state dict format: wrappers and containers of optimizers."""
 
 import copy
 from collections import OrderedDict
@@ -14,7 +14,7 @@ from guardtest.training import assert_same_bits, give_gradients, new_parameters,
 
 
 class Lookahead(torch.optim.Optimizer):
-    """Shares the param groups of its base, never calls `super().__init__`, saves only its base."""
+    """Shares the param groups of its base, and saves only its base."""
 
     def __init__(self, base):
         self.base, self.defaults, self.state = base, base.defaults, {}
@@ -168,7 +168,7 @@ def resumed(kind, opt):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_resumes_as_the_bare_optimizer_does(kind):
+def test_a_guard_resumes_as_the_bare_optimizer_does(kind):
     guard, bare = train(made(kind), range(3)), train(made(kind, guarded=False), range(3))
     guard, bare = train(resumed(kind, guard), range(3, 5)), train(resumed(kind, bare), range(3, 5))
     assert_same_bits(everything(guard), everything(bare))
@@ -191,7 +191,7 @@ def test_the_state_of_the_bare_optimizer_loads_into_a_new_guard(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rollback_restores_its_state(kind):
+def test_rollback_restores_the_state(kind):
     opt = made(kind)
     weights = torch.nn.ParameterList(parameters_of(opt))
     rollback = Rollback(opt, {"weights": weights}, every=2, after_skips=1)
@@ -209,7 +209,7 @@ def test_rollback_restores_its_state(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_checkpoint_store_keeps_its_state(kind, tmp_path):
+def test_a_checkpoint_store_keeps_the_state(kind, tmp_path):
     opt = train(made(kind), range(2))
     before = everything(opt)["saved"]
     store = CheckpointStore(tmp_path)
@@ -253,7 +253,7 @@ def test_a_state_with_settings_that_cannot_be_guarded_changes_nothing():
 
 
 def test_loading_does_not_change_the_state_dict():
-    class EmptiesIt(torch.optim.Adam):  # as ZeroRedundancyOptimizer does for states of other ranks
+    class EmptiesIt(torch.optim.Adam):  # ZeroRedundancyOptimizer does so with states of other ranks
         def load_state_dict(self, state_dict):
             super().load_state_dict(state_dict)
             state_dict["state"].clear()

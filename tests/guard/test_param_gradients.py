@@ -28,7 +28,7 @@ def test_a_rank_without_parameters_may_be_the_only_one_in_its_group():
 
 
 def test_unchanged_parameters_are_compared_as_lists_from_the_first_step_on(monkeypatch):
-    """One by one takes 0.02 µs per parameter, as lists 0.001."""
+    """Comparing lists takes 0.001 µs per parameter, and comparing parameters 0.02 µs."""
 
     def one_by_one(*_):
         raise AssertionError("parameters were compared one by one")

@@ -1,6 +1,6 @@
-"""Memory estimates: a guard is created and steps under FakeTensorMode, as the bare optimizer.
+"""Memory estimates: under FakeTensorMode, a guard can be created and can step.
 
-So does what stands beside it in a training loop: there is nothing to record, and nothing to keep.
+The other parts of a training loop also work, but there are no records and no snapshots.
 """
 
 import copy
@@ -67,7 +67,7 @@ def test_steps_of_placeholders_are_applied_without_records(make, guard):
 
 
 def loop(prepare, steps=3, norm=False):
-    """Takes a few steps; `prepare(model, opt)` returns a function called after each of them."""
+    """Takes a few steps and calls the result of `prepare(model, opt)` after each step."""
     layers = [nn.Linear(4, 8), *([nn.BatchNorm1d(8)] if norm else []), nn.Linear(8, 2)]
     model = nn.Sequential(*layers)
     opt = fastguard.GuardedOptimizer(optim.AdamW(model.parameters()), max_norm=1.0)
@@ -218,7 +218,8 @@ junk = [torch.randn(7) for _ in range(2000)]
 
 
 def test_no_copy_of_a_placeholder_corrupts_the_heap():
-    # copy.deepcopy of a FakeTensor copies its mode, whose weak references are then released twice.
+    # copy.deepcopy of a FakeTensor copies its mode, and the weak references of the mode are then
+    # released twice.
     done = subprocess.run([sys.executable, "-c", CRASH], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -235,7 +236,7 @@ def test_wrappers_of_several_gradients_are_refused_by_name():
 @pytest.mark.parametrize("flat", ["flat_buckets", "flat_parameters"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_flat_buckets_refuse_wrapped_gradients_by_name(flat, fused):
-    """Copied into a plain buffer, the second one of each would be lost."""
+    """A plain buffer would lose the second gradient of each wrapper."""
     p = nn.Parameter(torch.ones(2))
     opt = fastguard.GuardedOptimizer(optim.AdamW([p], fused=fused), **{flat: True})
     p.grad = TwoTensor(torch.ones(2), torch.full((2,), float("nan")))
@@ -254,7 +255,7 @@ def test_flat_buckets_refuse_a_wrapper_whose_gradient_is_not_known():
         fastguard.GuardedOptimizer(optim.SGD([p]), flat_buckets=True)
 
 
-def test_what_reads_weights_from_memory_refuses_wrapped_ones_by_name():
+def test_features_that_read_weights_from_memory_refuse_wrappers_by_name():
     p = nn.Parameter(TwoTensor(torch.ones(2, 3), torch.ones(2, 3)))
     p.grad = torch.ones(2, 3)
     opt = fastguard.GuardedOptimizer(

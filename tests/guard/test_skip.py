@@ -40,11 +40,11 @@ def guard(cls, kwargs, stepper, **options):
     opt = GuardedOptimizer(inner, **options)
     assert type(opt._stepper) is (OnDevice if obeys_found_inf(cls, kwargs) else ReadFirst)
     if stepper == "read_first":
-        inner.register_step_pre_hook(lambda *_: None)  # must run only when it steps
+        inner.register_step_pre_hook(lambda *_: None)  # must run only if the optimizer steps
     return opt, parameters
 
 
-def test_every_optimizer_of_torch_is_tested_here():
+def test_every_optimizer_of_torch_is_tested():
     tested = {cls for _, cls, _ in VARIANTS}
     assert tested | set(SPECIAL) == set(optimizer_classes())
     assert {cls.__name__ for _, cls, kwargs in VARIANTS if kwargs.get("fused")} >= {
@@ -102,10 +102,11 @@ def test_every_kind_of_nonfinite_element_skips(kind, stepper):
 
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_a_momentum_buffer_created_late_is_never_left_uninitialized(nesterov):
-    """Fused SGD allocates it in the step; a skip on the device would leave it uninitialized."""
+    """Fused SGD allocates the buffer in the step; a skip on the device would not initialize it."""
 
     def build():
-        parameters = new_parameters()  # torch needs a separate param group for late ones
+        # Torch needs a separate param group for gradients that appear late.
+        parameters = new_parameters()
         groups = [{"params": parameters[:2]}, {"params": parameters[2:]}]
         return parameters, torch.optim.SGD(
             groups, lr=0.1, momentum=0.9, nesterov=nesterov, fused=True
@@ -129,7 +130,7 @@ def test_a_momentum_buffer_created_late_is_never_left_uninitialized(nesterov):
 
 
 def test_found_inf_in_the_fused_kernel_is_exactly_0_or_1():
-    """The kernel tests `found_inf == 1`: 2.0 would apply NaN; grad_scale would write gradients."""
+    """The kernel tests `found_inf == 1`, so 2.0 would apply NaN."""
     parameters = new_parameters()
     inner = torch.optim.AdamW(parameters, fused=True)
     opt = GuardedOptimizer(inner)
@@ -295,7 +296,7 @@ def test_16_bit_training_without_a_scaler_skips_and_logs_it(dtype, kind, kwargs,
 
 
 def test_skipping_never_multiplies_by_zero():
-    """0 * NaN is NaN, so a skip selects; the gradients remain available."""
+    """0 * NaN is NaN, so a skip selects values instead of multiplying."""
     parameters = new_parameters()
     opt = GuardedOptimizer(torch.optim.SGD(parameters, lr=0.1), max_norm=1e-3)
     give_gradients(parameters, 0)
@@ -323,7 +324,7 @@ models = st.lists(
     scope=st.sampled_from(["global", "group", "tensor"]),
 )
 def test_skip_is_the_identity(shapes, where, kind, bad, fused, flat, max_norm, scope):
-    """For any model, position of the bad element, and settings of the guard."""
+    """This holds for any model, position of the bad element, and settings of the guard."""
 
     def train(bad, left_out):
         parameters = new_parameters(shapes)

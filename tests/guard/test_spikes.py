@@ -15,7 +15,7 @@ NAN, INF = math.nan, math.inf
 def test_a_gradient_spike_is_skipped_after_the_warmup():
     p, opt = one(1.0, spike=SpikeRule(window=8, warmup=4, sigma=6.0))
     records = steps_with(opt, p, [1.0, 1.1, 1000.0, 1.2, 0.9])
-    assert [r.action for r in records] == ["applied"] * 5  # not judged yet
+    assert [r.action for r in records] == ["applied"] * 5  # the rule is still in its warm-up
     p, opt = one(1.0, spike=SpikeRule(window=8, warmup=4, sigma=6.0))
     records = steps_with(opt, p, [1.0, 1.1, 1.2, 0.9, 1000.0, 1.0])
     assert [r.action for r in records] == ["applied"] * 4 + ["skipped", "applied"]
@@ -74,7 +74,7 @@ def test_losses_have_their_own_baselines():
 
 
 def test_a_nan_loss_does_not_block_later_steps():
-    """Elsewhere a NaN enters the window, and all comparisons are false for 128 steps."""
+    """If a NaN entered the window, all comparisons would be false for 128 steps."""
     rules = {"grad_norm": SpikeRule(window=8, warmup=4), "loss": SpikeRule(window=8, warmup=4)}
     p, opt = one(1.0, spike=rules)
     steps_with(opt, p, [1.0] * 6, loss=2.0)
@@ -89,7 +89,7 @@ def test_a_nan_loss_does_not_block_later_steps():
 
 
 def test_a_nan_norm_is_not_treated_as_a_small_norm():
-    """`nan > threshold` is False; the counts decide, not the comparison."""
+    """`nan > threshold` is False, so the counts decide instead of the comparison."""
     p, opt = one(1.0, spike=Threshold(max=10.0))
     (record,) = steps_with(opt, p, [NAN])
     assert (record.action, record.reason) == ("skipped", "nonfinite_grad")

@@ -1,6 +1,6 @@
-"""State dicts: exact resume, refused state dicts, and what loading resets.
+"""State dicts: exact resume, refused state dicts, and values that loading resets.
 
-What the state of one optimizer does to another is in test_foreign_states.
+test_foreign_states.py loads states of other optimizers.
 """
 
 import copy
@@ -68,7 +68,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(fused, flat):
     for key, value in straight.state_dict()["fastguard"].items():
         other = second.state_dict()["fastguard"][key]
         assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
-    assert straight.skipped_steps == 5  # three poisoned, one gradient spike, one loss spike
+    assert straight.skipped_steps == 5  # three NaN, one gradient spike, one loss spike
 
 
 def test_a_saved_state_does_not_change_when_training_continues():
@@ -243,7 +243,7 @@ def test_loading_replaces_the_param_groups_and_the_guard_follows():
     assert all(map(torch.equal, parameters_of(opt), before))
 
 
-def test_loading_forgets_losses_of_the_abandoned_run():
+def test_loading_discards_losses_of_the_abandoned_run():
     opt = adamw()
     state = opt.state_dict()
     opt.observe(float("nan"))
@@ -253,7 +253,7 @@ def test_loading_forgets_losses_of_the_abandoned_run():
     assert opt.applied_steps == 1
 
 
-def test_loading_forgets_the_skips_of_the_abandoned_run():
+def test_loading_resets_the_skips_of_the_abandoned_run():
     """If the budget is checked before a step, it would stop the resumed run immediately."""
     opt = adamw(max_consecutive_skips=3)
     state = opt.state_dict()

@@ -55,7 +55,7 @@ def test_global_hooks_run_once_per_step(kind, scheduled, seen):
 
 
 class Perturbs(torch.optim.Optimizer):
-    """Evaluates its closure after changing the weights, which is found in the first step."""
+    """Evaluates its closure after changing the weights; the first step shows this."""
 
     def __init__(self, parameters):
         super().__init__(parameters, {"lr": 0.1})
@@ -70,7 +70,7 @@ class Perturbs(torch.optim.Optimizer):
         return loss
 
 
-def test_they_run_once_in_the_step_that_finds_out_about_the_closure(seen):
+def test_global_hooks_run_once_in_the_step_that_detects_the_closure(seen):
     parameters = new_parameters()
     others = torch.optim.SGD(new_parameters(), lr=0.1)
     inner = Perturbs(parameters)
@@ -96,7 +96,7 @@ KINDS = ("Perturbs", "SGD")
 @pytest.mark.parametrize("whose", ["own", "of all"])
 @pytest.mark.parametrize("kind", INNER)
 def test_a_step_whose_post_hook_fails_counts_if_the_weights_moved(kind, whose):
-    """Except for an optimizer that evaluates its closure itself: its step is undone."""
+    """The step of an optimizer that evaluates its closure itself is undone instead."""
     parameters = new_parameters()
     inner = INNER[kind](parameters)
     opt = GuardedOptimizer(inner)
@@ -126,7 +126,7 @@ def test_a_step_whose_post_hook_fails_counts_if_the_weights_moved(kind, whose):
     assert not inner._optimizer_step_post_hooks
 
 
-def test_without_a_guard_they_run_as_usual(seen):
+def test_without_a_guard_global_hooks_run_as_usual(seen):
     parameters = new_parameters()
     inner = torch.optim.SGD(parameters, lr=0.1)
     give_gradients(parameters, 0)

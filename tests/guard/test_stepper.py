@@ -55,12 +55,12 @@ def test_momentum_buffers_are_checked_until_all_exist(monkeypatch):
     inner.step()
     assert not stepper._creates_momentum()
     q.grad = torch.ones_like(q)
-    assert stepper._creates_momentum()  # gets its first gradient later
+    assert stepper._creates_momentum()  # the parameter gets its first gradient later
     inner.step()
     assert not stepper._creates_momentum()
     with monkeypatch.context() as patch:
         patch.setattr("fastguard.guard.on_device.chain", None)
-        assert not stepper._creates_momentum()  # without checking the parameters
+        assert not stepper._creates_momentum()  # the parameters are no longer checked
     inner.load_state_dict(inner.state_dict())
     assert not stepper._creates_momentum()
     inner.add_param_group({"params": parameters[2:3]})

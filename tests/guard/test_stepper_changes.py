@@ -44,7 +44,7 @@ def test_fused_in_one_of_two_groups_and_back():
     opt = GuardedOptimizer(torch.optim.SGD(groups, lr=0.1, momentum=0.9, fused=True))
     steps(parameters, opt, range(2))
     opt.param_groups[1]["fused"] = False
-    assert "after reading the verdict" in opt.describe()  # already before the next step
+    assert "after reading the verdict" in opt.describe()  # changes before the next step
     steps(parameters, opt, range(2, 5), bad={3})
     assert type(opt._stepper) is ReadFirst
     opt.param_groups[1]["fused"] = True

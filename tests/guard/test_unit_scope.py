@@ -59,7 +59,7 @@ def test_the_record_holds_the_smallest_coefficient():
 
 
 def seen_layers(inner):
-    """Two layers, of which one unit of the second is clipped most, and their guard."""
+    """Returns two layers and their guard. One unit of the second layer is clipped most."""
     first = torch.nn.Parameter(torch.ones(3, 4))
     bias = torch.nn.Parameter(torch.ones(3))
     second = torch.nn.Parameter(torch.ones(5, 2, dtype=torch.float64))
@@ -216,7 +216,7 @@ def test_parameters_added_later_are_clipped():
     torch.testing.assert_close(q.grad, torch.full((3,), 0.01))
 
 
-def test_spike_rules_and_clip_values_can_be_combined_with_it():
+def test_spike_rules_and_clip_values_can_be_combined_with_agc():
     _, opt = one(spike=Threshold(1.0, "clip"))
     opt.param_groups[0]["clip_value"] = 0.75
     opt.step()
@@ -279,7 +279,7 @@ def test_the_class_instead_of_a_rule_is_refused():
         sgd([torch.nn.Parameter(torch.ones(1))], max_norm=AGC, clip_scope="unit")
 
 
-def test_lbfgs_warns_that_it_has_no_effect(caplog):
+def test_lbfgs_warns_that_agc_has_no_effect(caplog):
     p = torch.nn.Parameter(torch.ones(1))
     opt = guarded([p], inner=torch.optim.LBFGS([p], max_iter=2))
 

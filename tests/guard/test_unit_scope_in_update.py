@@ -32,8 +32,8 @@ UPDATES = {
 }
 
 
-def two_roads(monkeypatch, kind, dtype=torch.float32, layout=None, prepare=None, **options):
-    """Takes three steps in the update, and clipping in place; returns weights and records."""
+def both_ways(monkeypatch, kind, dtype=torch.float32, layout=None, prepare=None, **options):
+    """Takes three steps with clipping in the update and in place; returns weights and records."""
     make, settings = UPDATES[kind]
     results = []
     for in_place in (False, True):
@@ -66,7 +66,7 @@ def outcome(record):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["adamw", "reproducible", "sgd", "lion"])
 def test_clipping_in_the_update_equals_clipping_in_place(monkeypatch, kind, dtype):
-    (ours, records), (theirs, others) = two_roads(monkeypatch, kind, dtype)
+    (ours, records), (theirs, others) = both_ways(monkeypatch, kind, dtype)
     assert all(map(same_bits, ours, theirs))
     assert list(map(outcome, records)) == list(map(outcome, others))
     assert [r.action for r in records] == ["clipped"] * 3
@@ -74,7 +74,7 @@ def test_clipping_in_the_update_equals_clipping_in_place(monkeypatch, kind, dtyp
 
 @pytest.mark.parametrize("kind", ["reproducible", "master", "remainder"])
 def test_bfloat16_gradients_are_not_rounded_once_more(monkeypatch, kind):
-    (ours, records), (theirs, others) = two_roads(monkeypatch, kind, torch.bfloat16)
+    (ours, records), (theirs, others) = both_ways(monkeypatch, kind, torch.bfloat16)
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=0.02, atol=0.02)
     for r, o in zip(records, others, strict=True):
@@ -83,11 +83,11 @@ def test_bfloat16_gradients_are_not_rounded_once_more(monkeypatch, kind):
 
 @pytest.mark.parametrize("nonfinite", ["skip", "zero", "propagate"])
 @pytest.mark.parametrize("bad", [NAN, INF])
-def test_non_finite_gradients_on_both_roads(monkeypatch, nonfinite, bad):
+def test_non_finite_gradients_in_both_ways(monkeypatch, nonfinite, bad):
     def spoil(ps):
         ps[6].grad[1, 5] = bad
 
-    (ours, records), (theirs, others) = two_roads(
+    (ours, records), (theirs, others) = both_ways(
         monkeypatch, "reproducible", prepare=spoil, nonfinite=nonfinite
     )
     for p, q in zip(ours, theirs, strict=True):
@@ -99,7 +99,7 @@ def test_channels_last_is_clipped_in_the_update(monkeypatch):
     def layout(x):
         return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
 
-    (ours, _), (theirs, _) = two_roads(monkeypatch, "reproducible", layout=layout)
+    (ours, _), (theirs, _) = both_ways(monkeypatch, "reproducible", layout=layout)
     assert all(map(same_bits, ours, theirs))
 
 

@@ -1,4 +1,4 @@
-"""LBFGS evaluates its closure several times within a step: the guard undoes a bad step."""
+"""LBFGS evaluates its closure several times within a step, and the guard undoes a bad step."""
 
 import math
 
@@ -86,7 +86,7 @@ def test_raise_mode_undoes_the_step_first():
 
 
 def test_a_nonfinite_loss_ends_the_step_immediately():
-    """torch's line search would fail on it; a loss passed to `step` does not hide it."""
+    """torch's line search would fail; a loss passed to `step` does not hide the bad loss."""
     problem = Problem("strong_wolfe")
     problem.opt.step(problem.closure)
     before = snapshot(problem.opt)

@@ -1,7 +1,8 @@
-"""docs/compiled-optimizers.md is true: what `compile_step=True` supports, and what it refuses.
+"""docs/compiled-optimizers.md is correct about supported and refused optimizers.
 
-By default one optimizer of each library and outcome is tried; all of them, in some ten minutes, if
-the environment variable FASTGUARD_LONG_TESTS is 1, as in the workflow of GitHub Actions.
+By default, the tests run one optimizer of each library and outcome. If the environment variable
+FASTGUARD_LONG_TESTS is 1, as in the workflow of GitHub Actions, they run all optimizers, which
+takes about ten minutes.
 """
 
 import re
@@ -20,7 +21,7 @@ from guardtest.compiled_survey import (
 )
 from guardtest.third_party import PACKAGES, driven
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of the libraries
 
 TEXT = PAGE.read_text()
 ON_PAGE = findings_on(TEXT)
@@ -28,7 +29,7 @@ KNOWN = ("schedulefree.AdamWScheduleFree", "pytorch_optimizer.Adan", "timm.optim
 
 
 def chosen() -> list[str]:
-    """One optimizer of each library and outcome, and well-known ones; or all."""
+    """One optimizer of each library and outcome and some well-known ones, or all optimizers."""
     if long_tests():
         return list(ON_PAGE)
     by_outcome: dict[tuple[str, str], str] = {}
@@ -38,11 +39,11 @@ def chosen() -> list[str]:
 
 
 @pytest.mark.parametrize("name", chosen())
-def test_the_page_is_true(name: str) -> None:
+def test_the_page_is_correct(name: str) -> None:
     assert finding_of(name) == ON_PAGE[name]
 
 
-def test_the_page_has_every_optimizer_and_is_as_generated() -> None:
+def test_the_page_has_every_optimizer_and_equals_the_generated_one() -> None:
     assert sorted(ON_PAGE) == driven()
     assert page_of(ON_PAGE) == TEXT
 

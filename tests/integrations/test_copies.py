@@ -26,7 +26,7 @@ def reloaded(value):
 
 
 def saved(value):
-    """A whole object after `torch.save` and `torch.load`."""
+    """Returns a whole object after `torch.save` and `torch.load`."""
     file = io.BytesIO()
     torch.save(value, file)
     file.seek(0)
@@ -209,7 +209,7 @@ def test_a_copy_of_a_guarded_trainer_is_guarded(tmp_path, copied, trained):
 
 
 def loop_for_launchers(folder):
-    """Runs in its own process."""
+    """Trains in a process of its own."""
     import accelerate
 
     from fastguard.integrations.accelerate import guard

@@ -26,7 +26,7 @@ def deepspeed():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")
         module = require("deepspeed")
-        # Its collectives in shared memory are compiled when they are first asked for: minutes.
+        # DeepSpeed compiles its collectives in shared memory at the first use, which takes minutes.
         patch.setitem(module.ops.__compatible_ops__, "deepspeed_shm_comm", False)
         for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
             patch.setenv(name, value)
@@ -35,7 +35,7 @@ def deepspeed():
 
 
 def train(deepspeed, losses, optimizer, **config):
-    """The engine and its scheduler after steps whose losses were multiplied by `losses`."""
+    """Returns the engine and its scheduler after steps with losses multiplied by `losses`."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
     opt = optimizer(model)
@@ -45,7 +45,7 @@ def train(deepspeed, losses, optimizer, **config):
     for i, factor in enumerate(losses):
         generator = torch.Generator().manual_seed(i)
         x = torch.randn(4, 8, generator=generator)
-        if factor is None:  # left out
+        if factor is None:  # the batch is left out
             continue
         loss = engine(x).square().mean() * factor
         engine.backward(loss)
@@ -67,7 +67,7 @@ def plain(model):
     return torch.optim.AdamW(model.parameters(), lr=0.1)
 
 
-def test_a_poisoned_batch_leaves_the_state_of_a_run_without_it(deepspeed):
+def test_a_run_with_a_bad_batch_ends_like_a_run_without_it(deepspeed):
     """Checks weights, optimizer state and schedule; DeepSpeed counts the step as skipped."""
     ours, our_lr, opt = train(deepspeed, [1.0, math.nan, 1.0, 1.0], guarded)
     theirs, their_lr, bare = train(deepspeed, [1.0, None, 1.0, 1.0], plain)
@@ -80,7 +80,7 @@ def test_a_poisoned_batch_leaves_the_state_of_a_run_without_it(deepspeed):
 
 
 def test_a_run_without_faults_matches_plain_deepspeed(deepspeed):
-    """With a clipping coefficient of 1, bit for bit."""
+    """If nothing is clipped, they are bitwise equal."""
     ours, *_ = train(deepspeed, [1.0] * 3, guarded)
     theirs, *_ = train(deepspeed, [1.0] * 3, plain, gradient_clipping=1e3)
     assert_same_bits(ours.module.state_dict(), theirs.module.state_dict())

@@ -22,11 +22,11 @@ class ForDeepSpeed(fastguard.GuardedOptimizer):
 
 
 def norms(stage: int, dtype: str | None, joined: bool) -> list[float] | str:
-    """The norms of two steps whose gradients DeepSpeed clipped, or the message of the error."""
+    """Returns the norms of two steps that DeepSpeed clipped, or the message of the error."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")
         deepspeed = require("deepspeed")
-        # Its collectives in shared memory are compiled when they are first asked for: minutes.
+        # DeepSpeed compiles its collectives in shared memory at the first use, which takes minutes.
         patch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)
         model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 1))
         opt = ForDeepSpeed(
@@ -67,7 +67,7 @@ def test_partitions_need_a_group(stage: int, dtype: str | None) -> None:
     )  # the norm over both partitions
 
 
-def test_whole_gradients_need_none() -> None:
+def test_whole_gradients_need_no_group() -> None:
     with Ranks(2) as ranks:
         first, second = ranks.run(norms, 0, None, False)
     assert first == second == pytest.approx([CLIPPED_TO] * 2, rel=1e-2)

@@ -38,7 +38,7 @@ def deepspeed(monkeypatch):
     """Makes both DeepSpeed strategies of Lightning constructible."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     module = require("deepspeed")
-    # Its collectives in shared memory are compiled when they are first asked for: minutes.
+    # DeepSpeed compiles its collectives in shared memory at the first use, which takes minutes.
     monkeypatch.setitem(module.ops.__compatible_ops__, "deepspeed_shm_comm", False)
     return module
 
@@ -81,7 +81,7 @@ def test_a_trainer_with_deepspeed_is_refused(deepspeed, monkeypatch):
 
 
 class HPUDeepSpeedStrategy(DDPStrategy):
-    """A vendor's DeepSpeed strategy, which is recognized by its name."""
+    """The DeepSpeed strategy of a vendor, which is recognized by its name."""
 
 
 def test_a_trainer_with_a_vendors_deepspeed_is_refused(monkeypatch):
@@ -100,7 +100,7 @@ def test_fabric_with_deepspeed_is_refused(deepspeed):
     mine = lightning.Fabric(accelerator="cpu", devices=1, strategy=strategy)
     with pytest.raises(ValueError, match=REFUSAL):
         fabric.guard(mine)
-    assert "setup_optimizer" not in vars(strategy)  # left as it was
+    assert "setup_optimizer" not in vars(strategy)  # the strategy was not changed
 
 
 class LikeFSDP(SingleDeviceStrategy):

@@ -22,7 +22,7 @@ BAD = {1, 4}
 
 
 class Batches(Dataset):
-    """One sample is one batch: embeddings of a sequence, and tokens to predict."""
+    """Each sample is one batch: the embeddings of a sequence, and the tokens to predict."""
 
     def __init__(self, left_out: Collection[int] = (), poisoned: Collection[int] = ()) -> None:
         generator = torch.Generator().manual_seed(3)
@@ -137,7 +137,7 @@ def test_max_grad_norm_is_applied_once(tmp_path):
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "sgd", "adafactor"])
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_poisoned_batches_leave_the_state_of_a_run_without_them(tmp_path, optim, bf16):
+def test_a_run_with_bad_batches_ends_like_a_run_without_them(tmp_path, optim, bf16):
     settings = dict(optim=optim, max_grad_norm=0.5, bf16=bf16)
     ours = trained(tmp_path, data=Batches(poisoned=BAD), **settings)
     without = trained(tmp_path, data=Batches(left_out=BAD), **settings)
@@ -148,7 +148,7 @@ def test_poisoned_batches_leave_the_state_of_a_run_without_them(tmp_path, optim,
 
 
 def test_the_guard_unscales_the_gradients_of_a_scaler(tmp_path):
-    """fp16 on a CPU: the Trainer refuses to set it up, but can run it."""
+    """The Trainer refuses to set up fp16 on a CPU, but can run it."""
     built = trainer(tmp_path, data=Batches(poisoned=BAD), max_grad_norm=0.5)
     built.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     built.accelerator.native_amp = True
@@ -162,7 +162,7 @@ def test_the_guard_unscales_the_gradients_of_a_scaler(tmp_path):
     for i in set(range(STEPS)) - BAD:
         assert records[i].total_norm == pytest.approx(steps_logged(built, "grad_norm")[i])
         assert records[i].losses["loss"] == pytest.approx(steps_logged(built, "loss")[i], rel=1e-6)
-        assert records[i].total_norm < 100  # unscaled: the scale is 1024
+        assert records[i].total_norm < 100  # the norm is unscaled; the scale is 1024
 
 
 def test_unguarded_the_same_run_ends_in_nan(tmp_path):
@@ -181,7 +181,7 @@ def test_one_bad_micro_batch_skips_the_whole_accumulated_step(tmp_path):
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "sgd"])
-def test_running_statistics_are_restored_after_a_poisoned_batch(tmp_path, optim):
+def test_running_statistics_are_restored_after_a_bad_batch(tmp_path, optim):
     def vision_model():
         torch.manual_seed(0)
         config = transformers.ResNetConfig(
@@ -210,7 +210,7 @@ def test_skips_are_visible_in_the_log(tmp_path, filtered):
     assert steps_logged(built, "skipped_steps") == [0, 1, 1, 1, 2, 2, 2, 2]
     norms = steps_logged(built, "grad_norm")
     assert {i for i, norm in enumerate(norms) if math.isnan(norm)} == BAD
-    # Without the filter the Trainer logs NaN from then on: it resets its sum by x - x.
+    # Without the filter, the Trainer logs NaN from then on, because it resets its sum by x - x.
     lost = set() if filtered else set(range(min(BAD), STEPS))
     losses = steps_logged(built, "loss")
     assert {i for i, loss in enumerate(losses) if math.isnan(loss)} == lost

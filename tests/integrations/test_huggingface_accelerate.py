@@ -74,7 +74,7 @@ def test_the_limit_of_clip_grad_norm_is_applied_once():
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_poisoned_batches_leave_the_state_of_a_run_without_them(optimizer, precision):
+def test_a_run_with_bad_batches_ends_like_a_run_without_them(optimizer, precision):
     ours = Run(optimizer, mixed_precision=precision).train(batches(poisoned=BAD))
     without = Run(optimizer, mixed_precision=precision).train(batches(left_out=BAD))
     assert_same_bits(ours.final_state(), without.final_state())
@@ -98,7 +98,7 @@ def test_accelerate_reports_which_steps_were_skipped():
 
 
 def test_the_guard_unscales_the_gradients_of_a_scaler():
-    """fp16 on a CPU: Accelerate refuses to set it up, but can run it."""
+    """Accelerate refuses to set up fp16 on a CPU, but can run it."""
     accelerator = accelerate.Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     accelerator.native_amp = True
@@ -123,7 +123,7 @@ def test_the_guard_unscales_the_gradients_of_a_scaler():
     for i in set(range(STEPS)) - BAD:
         assert norms[i] == pytest.approx(records[i].total_norm, rel=1e-6)
         assert records[i].losses["loss"] == pytest.approx(losses[i].item())
-        assert records[i].total_norm < 100  # unscaled: the scale is 1024
+        assert records[i].total_norm < 100  # the norm is unscaled; the scale is 1024
 
 
 def test_save_state_and_load_state_include_the_guard(tmp_path):
@@ -173,7 +173,7 @@ def test_a_skip_after_a_load_restores_the_loaded_running_statistics(tmp_path):
 def test_the_guard_receives_the_mean_loss_of_a_step():
     run = Run(gradient_accumulation_steps=2, options={"nonfinite": "skip"})
     data = batches()
-    with torch.no_grad():  # before the first update, in training mode as the loop
+    with torch.no_grad():  # before the first update, in training mode as in the loop
         expected = [(new_model()(x) - 1).square().mean().item() for x in data[:2]]
     run.train(data[:2])
     (record,) = run.optimizer.optimizer.records()

@@ -1,4 +1,4 @@
-"""Incident A, a detector with NaN in epoch 3: the unguarded run, then the guarded one."""
+"""Incident A, a detector with NaN in epoch 3: the unguarded run, then the guarded run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LETTER = "A"
 require("ultralytics")
 for package in ("rich", "matplotlib"):
     require(package)
-BAD = [BATCHES * (epoch - 1) + batch for epoch, batch in FAULTS]  # steps, from 1
+BAD = [BATCHES * (epoch - 1) + batch for epoch, batch in FAULTS]  # step numbers, counted from 1
 
 
 # The unguarded run.
@@ -118,7 +118,7 @@ def test_the_picture_is_written(folder):
     assert (folder / "incident.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
 
 
-# Each mechanism is needed: without it the run is lost.
+# Each mechanism is needed: without it, the guarded run fails.
 
 
 def test_without_skipping_the_weights_are_lost(monkeypatch, tmp_path):

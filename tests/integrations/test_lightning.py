@@ -22,7 +22,7 @@ from fastguard.integrations.lightning import GuardCallback  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def quiet():
-    """Lightning's advice on workers and log intervals is not what is tested."""
+    """Hides Lightning's advice on workers and log intervals."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         yield
@@ -114,7 +114,7 @@ def test_a_run_without_faults_matches_plain_lightning_bit_for_bit(optimizer, cli
 
 @pytest.mark.parametrize("build", [Module, Manual], ids=["automatic", "manual"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
-def test_poisoned_batches_leave_the_state_of_a_run_without_them(build, precision):
+def test_a_run_with_bad_batches_ends_like_a_run_without_them(build, precision):
     def run(data):
         data = [x.to(dtype) for x in data]
         clip = {} if build is Manual else {"gradient_clip_val": 0.5}
@@ -129,7 +129,7 @@ def test_poisoned_batches_leave_the_state_of_a_run_without_them(build, precision
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_poisoned_batches_with_other_optimizers(optimizer):
+def test_bad_batches_with_other_optimizers(optimizer):
     ours = trained(batches(poisoned=BAD), Module(optimizer), gradient_clip_val=0.5)
     without = trained(batches(left_out=BAD), Module(optimizer), gradient_clip_val=0.5)
     assert_same_bits(final_state(ours), final_state(without))
@@ -214,7 +214,7 @@ def test_lightnings_mixed_precision_plugin_refuses_to_clip_this_optimizer():
 
 
 def test_the_guard_unscales_the_gradients_of_a_scaler():
-    """16-mixed on a CPU, which needs the plugin of Lightning."""
+    """Runs 16-mixed on a CPU, which needs the plugin of Lightning."""
     from lightning.pytorch.plugins import MixedPrecision
 
     def run(data):
@@ -231,7 +231,7 @@ def test_the_guard_unscales_the_gradients_of_a_scaler():
     records = ours.optimizers[0].records()
     losses = [record.losses["loss"] for record in records]
     assert losses == pytest.approx(module.losses, rel=1e-5, nan_ok=True)
-    assert max(r.total_norm for r in records) < 100  # unscaled: the scale is 1024
+    assert max(r.total_norm for r in records) < 100  # the norm is unscaled; the scale is 1024
 
 
 class Metrics(lightning.Callback):
@@ -323,7 +323,8 @@ def test_several_optimizers_in_manual_optimization():
                     self.clip_gradients(optimizer, 1e-3, "norm")
                 optimizer.step()
 
-    run = trained(batches(poisoned=BAD), Two())  # NaN is in row 2, which the second does not use
+    # The second optimizer does not use row 2, which contains NaN.
+    run = trained(batches(poisoned=BAD), Two())
     assert [o.skipped_steps for o in run.optimizers] == [len(BAD), 0]
     assert {r.action for r in run.optimizers[1].records()} == {"clipped"}
     assert run.callback_metrics["train/skipped_steps/0"] == len(BAD)

@@ -1,4 +1,4 @@
-"""Lightning's own callbacks and unusual modules: bit for bit as without the guard."""
+"""Lightning's own callbacks and unusual modules give the same bits as without the guard."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fastguard.integrations.lightning import GuardCallback  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def quiet():
-    """Lightning's advice on workers and log intervals is not what is tested."""
+    """Hides Lightning's advice on workers and log intervals."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         yield
@@ -177,7 +177,7 @@ def test_callbacks_and_modules_behave_as_without_the_guard(tmp_path, build, othe
 
 @pytest.mark.parametrize("late", [False, True], ids=["", "late"])
 @pytest.mark.parametrize("schedule", [None, "step", "epoch"])
-def test_learning_rate_monitor_logs_what_it_logs_without_the_guard(tmp_path, schedule, late):
+def test_learning_rate_monitor_logs_the_same_as_without_the_guard(tmp_path, schedule, late):
     """Weight averaging creates a schedule for the guarded optimizer during the fit."""
     logged = []
     for guarded in (None, GuardCallback()):
@@ -222,7 +222,7 @@ def test_a_state_loaded_through_lightnings_wrapper_reaches_the_guard(tmp_path, b
     assert (optimizer.applied_steps, optimizer.skipped_steps) == (
         4,
         1,
-    )  # 2 + 1 loaded, 2 more taken
+    )  # 2 + 1 were loaded, and 2 more were taken
     assert optimizer.steps_taken == 5
     wrapped = trainer.strategy._lightning_optimizers[0]
     assert wrapped.applied_steps == 4
@@ -231,7 +231,7 @@ def test_a_state_loaded_through_lightnings_wrapper_reaches_the_guard(tmp_path, b
 
 
 def test_a_copy_made_during_a_fit_is_an_independent_guarded_trainer(tmp_path):
-    """It counts, tags and skips without any effect on the original and its file."""
+    """The copy counts, tags and skips without any effect on the original and its file."""
     twins = []
 
     def branch(trainer, module):

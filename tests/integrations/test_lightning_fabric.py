@@ -70,7 +70,7 @@ def test_the_limit_of_clip_gradients_is_applied_once(clip):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_poisoned_batches_leave_the_state_of_a_run_without_them(optimizer, precision):
+def test_a_run_with_bad_batches_ends_like_a_run_without_them(optimizer, precision):
     dtype = {"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision, torch.float32)
     poisoned, rest = batches(poisoned=BAD).to(dtype), batches(left_out=BAD).to(dtype)
     ours = Run(optimizer, precision=precision).train(poisoned, max_norm=0.5)
@@ -85,7 +85,7 @@ def test_fabrics_own_clipping_raises_on_nonfinite_norms():
 
 
 def test_the_guard_unscales_the_gradients_of_a_scaler():
-    """16-mixed on a CPU, which needs the plugin of Fabric."""
+    """Runs 16-mixed on a CPU, which needs the plugin of Fabric."""
     from lightning.fabric.plugins import MixedPrecision
 
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -108,7 +108,7 @@ def test_the_guard_unscales_the_gradients_of_a_scaler():
         if i not in BAD:
             assert norms[i] == pytest.approx(record.total_norm, rel=1e-6)
             assert record.losses["loss"] == pytest.approx(losses[i].item())
-            assert record.total_norm < 100  # unscaled: the scale is 1024
+            assert record.total_norm < 100  # the norm is unscaled; the scale is 1024
 
 
 def test_one_bad_micro_batch_skips_the_whole_accumulated_step():

@@ -32,7 +32,7 @@ def wandb_run(tmp_path):
 
 
 def history(folder: Path) -> list[dict[str, float]]:
-    """What Weights & Biases wrote, one dict per step."""
+    """Returns the history that Weights & Biases wrote, one dict per step."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
@@ -47,11 +47,14 @@ def history(folder: Path) -> list[dict[str, float]]:
 
 
 def entries(log: bytes) -> Iterator[bytes]:
-    """The entries of a `.wandb` file, a LevelDB log: blocks of 32 KiB, which contain fragments
-    with 7 bytes of checksum, length and type (1 whole, 2 first, 3 middle, 4 last)."""
+    """Yields the entries of a `.wandb` file, which is a LevelDB log.
+
+    Its blocks of 32 KiB contain fragments. A fragment begins with 7 bytes: checksum, length and
+    type (1 whole, 2 first, 3 middle, 4 last).
+    """
     at, entry = 7, b""  # after the file's own header
     while at + 7 <= len(log):
-        if (1 << 15) - at % (1 << 15) < 7:  # no room for a fragment: the block is padded
+        if (1 << 15) - at % (1 << 15) < 7:  # the rest of the block is padding
             at += -at % (1 << 15)
             continue
         length, kind = struct.unpack_from("<HB", log, at + 4)

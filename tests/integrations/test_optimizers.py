@@ -26,7 +26,7 @@ from guardtest.third_party import (
     values,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the packages
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of the packages
 
 CANNOT_SAVE = {"torch_optimizer.Lookahead"}  # it never calls Optimizer.__init__
 DRIVEN = driven()
@@ -40,7 +40,7 @@ def eager() -> Iterator[None]:
 
 
 def resumed(name: str, how: Maker, guarded: bool) -> tuple[list[Tensor], Any]:
-    """Weights and state after three steps, a save, a load into a new run, and two more steps."""
+    """Returns weights and state after three steps, a save, a load into a new run, and two steps."""
     first, second = Run(name, guarded, how), Run(name, guarded, how)
     first.step(0, 1, 2)
     file = io.BytesIO()

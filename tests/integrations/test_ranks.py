@@ -35,7 +35,7 @@ def new_model():
 
 
 def batches(poison):
-    """Different batches per rank; those of `BAD` are NaN on rank 1, or left out on both ranks."""
+    """Batches that differ by rank. Those in `BAD` are NaN on rank 1, or left out on both ranks."""
     generator = torch.Generator().manual_seed(dist.get_rank())
     x = torch.randn(STEPS, 6, 4, generator=generator)
     if not poison:
@@ -151,7 +151,7 @@ def test_all_ranks_skip_if_one_of_them_has_nan(two, tmp_path, framework, run):
     (ours, summary_0), (other, summary_1) = two.run(run, True, path)
     without = two.run(run, False, None)[0][0]
     assert summary_0[0] == summary_1[0] == BAD
-    assert str(summary_0[1]) == str(summary_1[1])  # losses are reduced: equal on both ranks
+    assert str(summary_0[1]) == str(summary_1[1])  # reduced losses are equal on both ranks
     assert_same_bits(dict(ours), dict(other))
     assert_same_bits(dict(ours), dict(without))
     records = list(read_records(path, strict=True))  # one rank writes

@@ -19,7 +19,7 @@ from fastguard.integrations.shared import BatchSpan, RunRecords
 from guardtest import require
 from guardtest.plain_loop import batches, new_model
 
-BATCHES = 5  # per epoch; the fourth is poisoned
+BATCHES = 5  # per epoch; the fourth batch is NaN
 POISONED = 3
 
 
@@ -212,12 +212,12 @@ def test_a_resumed_run_appends(tmp_path, trained):
 def test_monitor_and_report_find_the_run(tmp_path, trained):
     trained(tmp_path, {"records": tmp_path / "run" / "records.jsonl"})
     shown = fastguard("monitor", tmp_path / "run", "--once", "--json")
-    assert shown.returncode == 1, shown.stderr  # there is an incident
+    assert shown.returncode == 1, shown.stderr  # status 1: the run has an incident
     state = json.loads(shown.stdout)
     assert (state["records"], state["n_incidents"]) == (BATCHES, 1)
     assert state["incidents"][0]["tag"] == {"epoch": 0, "batch": POISONED, "global_step": 4}
     written = fastguard("report", tmp_path / "run")
-    assert written.returncode == 0, written.stderr  # the run ended well
+    assert written.returncode == 0, written.stderr  # status 0: a good step followed the incident
     page = (tmp_path / "run" / "records.html").read_text()
     assert "epoch 0, batch 3, global_step 4" in page
 
@@ -322,7 +322,7 @@ def test_a_tag_set_by_the_user_is_kept(tmp_path):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_two_optimizers_count_their_own_batches(tmp_path, accumulate):
-    """As in a GAN: both optimizers step on each batch, each with its own loss."""
+    """Both optimizers step on each batch, each with its own loss, as in a GAN."""
     lightning = require("lightning")
     from fastguard.integrations.lightning import GuardCallback
 

@@ -1,5 +1,5 @@
-"""The tag of a step names the batches that contributed to it, also if another optimizer stepped in
-between, or the gradients of a batch were cleared.
+"""The tag of a step names the batches that contributed to the step, even if another optimizer
+stepped in between or the gradients of a batch were cleared.
 """
 
 import pytest
@@ -146,7 +146,7 @@ def test_accelerate_counts_calls_of_backward(batch_of_two, expected):
 
 
 def test_a_closure_that_only_accumulates_or_is_cleared_by_the_next_one():
-    """As in Lightning's example of an optimizer that steps on every second batch."""
+    """Lightning's example of an optimizer that steps on every second batch does so."""
     lightning = require("lightning")
     from fastguard.integrations.lightning import GuardCallback
 

@@ -26,13 +26,16 @@ BAD = {
     (1, 2): Kind.OVERFLOW,
     (1, 5): Kind.BAD_PIXEL,
     (2, 8): Kind.BAD_PIXEL,
-}  # the last of its epoch
+}  # the last batch of its epoch
 
 
 @pytest.fixture(params=["fp32", "bf16", "scaled"])
 def precision(request, monkeypatch) -> dict[str, Any]:
-    """Settings of the trainer, which knows half precision on GPUs only: its autocast is replaced by
-    torch's for the CPU, and its disabled GradScaler, for "scaled", by one that scales."""
+    """Settings of the trainer, which supports half precision only on GPUs.
+
+    Its autocast is replaced by torch's autocast for the CPU. For "scaled", its disabled GradScaler
+    is replaced by an enabled one.
+    """
     if request.param == "fp32":
         return {}
     monkeypatch.setattr(
@@ -76,7 +79,7 @@ def test_the_fixed_limit_is_replaced(tmp_path):
     assert all(r.clip_coef == pytest.approx(0.01 / r.total_norm, rel=1e-3) for r in records)
 
 
-def test_poisoned_batches_leave_the_state_of_a_run_without_them(tmp_path, precision):
+def test_a_run_with_bad_batches_ends_like_a_run_without_them(tmp_path, precision):
     """Weights, BatchNorm statistics, momenta, EMA and its counter are equal bit for bit."""
     ours = train(tmp_path, with_faults(), guard, epochs=2, **precision)
     theirs = train(tmp_path, left_out(BAD), epochs=2, exist_ok=True, **precision)
@@ -134,7 +137,7 @@ def test_a_bad_last_batch_does_not_start_the_trainers_recovery(tmp_path):
 
 
 def destroy_weights(model, epochs, before_batch):
-    """A callback that appends to `epochs`, and once makes a weight NaN in the second epoch."""
+    """A callback that appends to `epochs` and makes a weight NaN in the second epoch."""
     batches = []
 
     def on_train_epoch_start(trainer):
@@ -166,9 +169,10 @@ def test_the_trainers_own_recovery_still_works(tmp_path):
     assert all(v.isfinite().all() for v in state.values())
     records = list(read_records(trainer.save_dir / "records.jsonl"))
     assert [r.action for r in records[8:16]] == ["applied"] * 2 + ["skipped"] * 6
-    again = records[16:24]  # the repeated epoch, with its fault
+    again = records[16:24]  # the repeated epoch, including its fault
     assert [r.action for r in again] == ["applied"] * 3 + ["skipped"] + ["applied"] * 4
-    assert [r.step for r in again] == list(range(9, 17))  # the guard was rolled back too
+    # The counters of the guard were restored too.
+    assert [r.step for r in again] == list(range(9, 17))
 
 
 def test_a_recovery_starts_a_new_window_of_batches(tmp_path):
@@ -229,7 +233,7 @@ def test_the_guard_of_a_data_parallel_trainer_uses_its_group(tmp_path):
     assert guarded[0].optimizer.skipped_steps == 2
 
 
-def test_checkpoints_are_never_poisoned(tmp_path):
+def test_checkpoints_are_always_finite(tmp_path):
     trainer = train(tmp_path, with_faults(), guard, epochs=3, save_period=1)
     saved = sorted(trainer.wdir.glob("*.pt"))
     assert {p.name for p in saved} >= {"last.pt", "epoch0.pt", "epoch1.pt"}

@@ -1,4 +1,4 @@
-"""`apply` in the interpreter against `reference.apply`, bit by bit if hardware rounds equally."""
+"""`apply` in the interpreter agrees with `reference.apply`, in most cases bitwise."""
 
 import math
 

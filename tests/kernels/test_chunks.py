@@ -1,4 +1,4 @@
-"""The chunk table on the host: each element is in it once, aligned, in the right segment."""
+"""The chunk table contains each element once, aligned, and in the right segment."""
 
 import math
 import random
@@ -100,7 +100,7 @@ def test_small_models_get_small_chunks():
 @pytest.mark.parametrize("megabytes", [256, 512, 1024, 2048])
 @pytest.mark.parametrize("item", [2, 4])
 def test_all_programs_finish_together(n_programs, megabytes, item):
-    """The last round is nearly full: programs are idle for at most 4 % of the time."""
+    """The last round is nearly full, so programs are idle for at most 4 % of the time."""
     n = megabytes * 2**20 // item
     size = chunk_layout.chunk_size(n, n_programs)
     rounds = math.ceil(math.ceil(n / size) / n_programs)
@@ -112,7 +112,7 @@ def test_all_programs_finish_together(n_programs, megabytes, item):
 
 
 def test_a_chunk_can_be_recounted():
-    """Counts of NaN fit in 10 bits per lane."""
+    """Each lane has 10 bits for the count of NaN."""
     assert chunk_layout.MAX_CHUNK // RECOUNT_SIZE.value < 2**10
 
 
@@ -146,7 +146,7 @@ def test_the_table_is_cached_while_addresses_stay():
     grads = [torch.zeros(5), torch.zeros(7)]
     first = cached(grads)
     assert cached(list(grads)) is first
-    assert cached([grads[0], None, grads[1]]) is not first  # other tensor ids
+    assert cached([grads[0], None, grads[1]]) is not first  # the tensors have other ids
     assert cached([grads[0]]) is not first
     assert cached(grads) is first
     assert cached(grads, segments=[0, 1], n_segments=2) is not first
@@ -197,7 +197,7 @@ def test_old_tables_are_dropped():
 
 
 def test_a_flat_bucket_keeps_its_table(monkeypatch):
-    """Its slots never move, so no step reads their addresses again or uses the cache."""
+    """The slots never move, so a step neither reads their addresses again nor uses the cache."""
     flat = torch.zeros(100)
     flags = (flat.device, flat.dtype, [flat[:10], flat[50:90]], [0, 1], [0, 0])
     bucket = GradBucket(*flags, runs=(Run(flat, 0),))
@@ -209,7 +209,7 @@ def test_a_flat_bucket_keeps_its_table(monkeypatch):
 
 
 def moving(sizes, offset=0, dtype=torch.float32, n=2):
-    """Returns the same list of gradients at several addresses, all alive."""
+    """Returns the same list of gradients at several addresses, and keeps all lists alive."""
     flat = [torch.randn(sum(sizes) + 64, dtype=dtype) for _ in range(n)]
     return [[part.clone() for part in f[offset : offset + sum(sizes)].split(sizes)] for f in flat]
 
@@ -233,7 +233,7 @@ def test_another_alignment_has_another_layout():
     flat = torch.randn(200)
     first, second = cached([flat[:50]]), cached([flat[101:151]])
     assert second.layout is not first.layout
-    assert cached([flat[60:110]]).layout is first.layout  # 240 bytes further: the same alignment
+    assert cached([flat[60:110]]).layout is first.layout  # 240 bytes later, with the same alignment
 
 
 def test_tensors_that_are_no_longer_adjacent_have_another_layout():
@@ -258,7 +258,7 @@ def test_moved_gradients_have_the_same_sums():
 
 @pytest.mark.parametrize("gaps", [False, True], ids=["contiguous", "gaps"])
 def test_the_form_of_a_known_list_says_whether_all_are_contiguous(gaps, monkeypatch):
-    """Then the strides of its gradients are not read again: 0.06 µs per tensor."""
+    """The strides of the gradients are then not read again, which saves 0.06 µs per tensor."""
 
     def asked(_):
         raise AssertionError("a gradient of a known layout was asked for its strides")

@@ -1,4 +1,4 @@
-"""`decide` in the interpreter against `reference.decide`: verdict and state of each step."""
+"""`decide` in the interpreter gives the verdict and state of `reference.decide` in each step."""
 
 import dataclasses
 import itertools
@@ -52,7 +52,7 @@ def assert_same(ours, theirs):
 
 
 class Story:
-    """A guard whose steps are decided twice, by the kernel and by the reference."""
+    """A guard that decides each step twice, by the kernel and by the reference."""
 
     def __init__(self, policy):
         self.policy = policy
@@ -95,7 +95,7 @@ def test_one_call_without_a_state(mode, norm_type):
 @pytest.mark.parametrize("mode", MODES)
 def test_losses_and_scaler(mode):
     story = Story(policy_of(mode, [1.0, math.inf]))
-    # Cycles of 5, 3 and 4 values have no common factor: 20 steps cover nearly every pair.
+    # The cycles of 5, 3 and 4 values have no common factor, so 20 steps cover nearly every pair.
     losses = itertools.cycle((1.0, math.nan, math.inf, -math.inf, 2.0))
     scales = itertools.cycle((None, 0.25, math.inf))
     found = itertools.cycle((0.0, None, 1.0, math.nan))

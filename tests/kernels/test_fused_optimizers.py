@@ -17,7 +17,7 @@ SHAPES = [(5, 7), (129,), ()]
 
 
 def trained(update: Any, kind: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
-    """Returns weights and state after a clipped, a skipped and a cleaned step."""
+    """Returns weights and state after three steps: clipped, skipped and cleaned."""
     monkeypatch.setattr("fastguard.optim.backend.updater_for", lambda device: update)
     torch.manual_seed(0)
     options = dict(options)

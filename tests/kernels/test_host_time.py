@@ -1,4 +1,4 @@
-"""benchmarks/host_time.py times every stage of a step on the road of the kernels."""
+"""benchmarks/host_time.py times every stage of a step that uses the kernels."""
 
 import pytest
 
@@ -9,7 +9,7 @@ host_time = benchmarks("host_time")
 
 @pytest.mark.parametrize("name", host_time.WAYS)
 def test_every_stage_is_timed(name):
-    """Its functions are found by name, so a stage without time has lost its functions."""
+    """Functions are found by name, so a renamed function would leave its stage without time."""
     n_places, settings = host_time.WAYS[name]
     with host_time.as_on_a_gpu():
         times = host_time.Case([3, 5, 1], n_places, **settings).times()

@@ -46,12 +46,12 @@ def variant(compiled, monkeypatch):
     variant = launch.Launcher(compiler, num_warps=8).variant(torch.device("cuda", 0), P=2.0, N=4)
     tensors = (torch.zeros(3), torch.zeros(5))
     variant(6, tensors, 11, 12)
-    # Fusing is always set, since the default differs between versions.
+    # enable_fp_fusion is always set, because its default differs between versions.
     assert compiler.options == {"P": 2.0, "N": 4, "num_warps": 8, "enable_fp_fusion": True}
     return lambda: variant(6, tensors, 11, 12) or [t.data_ptr() for t in tensors]
 
 
-def test_a_launch_passes_the_arguments_of_tritons_own(variant, compiled):
+def test_a_launch_passes_the_same_arguments_as_tritons_launch(variant, compiled):
     addresses = variant()
     compiled[(6, 1, 1)](*addresses, 11, 12, 2.0, 4, stream=STREAM)
     ours, theirs = compiled.calls
@@ -78,7 +78,7 @@ def test_an_unknown_version_of_triton_is_launched_as_documented(compiled, monkey
 
 
 def test_the_trial_launches_in_both_ways(compiled, monkeypatch):
-    """It runs in the interpreter; on a device, steps are launched like its second launch."""
+    """The trial runs in the interpreter; on a device, steps use the second way."""
     launch.try_launching(torch.device("cpu"))
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch, "raw_stream_of", lambda: lambda index: STREAM)

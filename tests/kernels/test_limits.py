@@ -1,4 +1,4 @@
-"""Adaptive limits with the kernels: the rules compute on tensors and never sync."""
+"""With the kernels, adaptive limits are computed on tensors and never sync."""
 
 import math
 from dataclasses import replace
@@ -39,14 +39,14 @@ RULES = {
 
 
 @pytest.fixture
-def served_by_the_kernels(monkeypatch):
+def use_the_kernels(monkeypatch):
     """Uses the interpreted kernels for CPU tensors."""
     monkeypatch.setattr(backend, "stages", lambda device, kind=Kind.PLAIN: triton_stages)
 
 
 @pytest.mark.parametrize("n_segments", [1, 3])
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_decisions_match_the_reference(served_by_the_kernels, rule, n_segments):
+def test_decisions_match_the_reference(use_the_kernels, rule, n_segments):
     wanted, own = (Limited(rule, n_segments, tensors=True) for _ in range(2))
     policy = replace(own.policy, on_host=False)
     n_clipped = 0
@@ -66,8 +66,8 @@ def test_decisions_match_the_reference(served_by_the_kernels, rule, n_segments):
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_a_guarded_run_is_the_same(monkeypatch, rule):
-    """All rules with one segment per tensor; a custom rule also for the whole model."""
+def test_a_guarded_run_with_the_kernels_equals_one_without(monkeypatch, rule):
+    """All rules run with one segment per tensor, and a custom rule also for the whole model."""
     scope = "global" if isinstance(rule, TwiceTheMean) else "tensor"
     plain = adamw(max_norm=rule, clip_scope=scope)
     train(plain, range(12), bad=(0, 4))

@@ -1,4 +1,4 @@
-"""The machine code of the kernels: registers, spills, loads, instructions; without a GPU."""
+"""Checks registers, spills, loads and instructions of the kernels' machine code without a GPU."""
 
 import functools
 import json
@@ -18,18 +18,20 @@ MAX_ROCM_REGISTERS = 128  # four waves per SIMD; a program of 256 threads is one
 MAX_ANY_POWER_REGISTERS = 128  # limited by logarithms: two programs per multiprocessor suffice
 MAX_UNIT_REGISTERS = 128  # four programs of 128 threads per multiprocessor
 MAX_LONE_REGISTERS = 255  # kernels with a single program
-MAX_LONE_SPILLS = 16  # spill instructions, once per step: sm_80 stays at 128 registers
+# Spill instructions once per step, because sm_80 has at most 128 registers here.
+MAX_LONE_SPILLS = 16
 # (kernel, target, triton): spill instructions outside the main loop, once per chunk.
 KNOWN_SPILLS = {("measure bf16 p=2", 100, "3.6.0"): 5, ("measure fp64 p=2", 100, "3.8.0"): 5}
 # For measure with triton 3.4, whose ptxas has no register left for the prefetch of a chunk row in
 # float64 and with logarithms.
 MAX_SPILLS_OF_3_4 = 14
-MAX_INSTRUCTIONS = {  # of the main loop, per 16 bytes read; the budget of sm_90 is about 99
+# Instructions of the main loop per 16 bytes read; the budget of sm_90 is about 99.
+MAX_INSTRUCTIONS = {
     "measure fp16": 40,
     "measure bf16": 48,
     "measure fp32": 24,
     "measure fp64": 18,
-    # Cards with little fp64 read 2 to 7 bytes per clock and SM: a third of their budget.
+    # GPUs with slow fp64 read 2 to 7 bytes per clock and SM; this is a third of their budget.
     "measure fp16 group": 80,
     "measure bf16 group": 88,
     "measure fp32 group": 64,
@@ -109,7 +111,7 @@ def test_machine_code(target, capsys):
         if name.startswith(("decide", "record")):
             ceiling, spills = MAX_LONE_REGISTERS, MAX_LONE_SPILLS
         elif name.startswith("advance adamw"):
-            spills = MAX_LONE_SPILLS  # the cosine of an angle beyond 2^20, once per tensor
+            spills = MAX_LONE_SPILLS  # for the cosine of an angle beyond 2^20, once per tensor
         elif name.startswith(("unit", "scale")) or name.endswith(("units", "statistics")):
             ceiling = MAX_UNIT_REGISTERS
         elif any_power:
@@ -127,8 +129,8 @@ def test_machine_code(target, capsys):
             assert row["per_element"] <= (40 if "fp32" in name else 90), row
         if not name.startswith(("measure", "apply", "bits")):
             continue
-        # 128-bit loads in flight; one is enough if logarithms are the limit. An AMD multiprocessor
-        # holds more threads, so the compiler may keep fewer in flight.
+        # The number of 128-bit loads in flight. One is enough if logarithms are the limit. An AMD
+        # multiprocessor holds more threads, so the compiler may keep fewer in flight.
         fewest = 2 if name.startswith("bits") and target.startswith("gfx") else 4
         assert row["loads"] >= (1 if any_power else fewest), row
         if name.startswith("apply"):
@@ -141,7 +143,7 @@ def test_machine_code(target, capsys):
 
 
 def _check_units(row: dict) -> None:
-    """Aligned rows are loaded as whole vectors; the inf-norm has one narrow loop."""
+    """Checks that aligned rows are loaded as whole vectors; the inf-norm has one narrow loop."""
     if "p=inf" in row["kernel"]:
         return
     assert row["loads"] >= (1 if "p=3" in row["kernel"] else 2), row
@@ -153,7 +155,7 @@ def _check_units(row: dict) -> None:
 
 
 def _check_update(row: dict, case: str) -> None:
-    """Arrays of the widest dtype use 128-bit loads, narrower ones the same number of elements."""
+    """Checks that the widest dtype uses 128-bit loads, and narrower ones as many elements."""
     assert row["spills"] == 0 and row["loads"] >= 2 and row["stores"] >= 2, row
     if "per_element" in row:  # not ROCm
         narrow = {"adamw fp32 of bf16 gradients": (1, 0), "adamw master": (1, 1)}

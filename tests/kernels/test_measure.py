@@ -1,4 +1,4 @@
-"""`measure` in the interpreter against the float64 definition, `reference.measure_bucket`."""
+"""`measure` in the interpreter agrees with `reference.measure_bucket`, the float64 definition."""
 
 import itertools
 import math
@@ -24,7 +24,7 @@ def bucket_of(grads, segments=None, n_segments=1):
 
 
 def check(grads, norm_type=2.0, segments=None, n_segments=1, inv_scale=None):
-    """Counts must be equal, and norms within the promised error."""
+    """Checks that counts are equal and that norms have at most the documented error."""
     bucket = bucket_of(grads, segments, n_segments)
     arguments = (bucket, n_segments, len(grads), norm_type, inv_scale)
     summary, counts = triton_stages.measure_bucket(*arguments)
@@ -68,7 +68,7 @@ PLACES = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("norm_type", [2.0, math.inf, 0.5], ids=short)
 def test_each_bad_value_at_each_position(dtype, norm_type):
-    """The full product at one size: one tensor per case, all cases in one call."""
+    """Tests all combinations at one size, with one tensor per case and all cases in one call."""
     cases = list(itertools.product(PLACES.values(), BAD.values()))
     grads = []
     for place, value in cases:
@@ -105,7 +105,7 @@ def norm_error(grads):
 
 @pytest.fixture(params=[False, True], ids=["any-card", "slow-fp64"])
 def bound(request, dtype, monkeypatch):
-    """Bound of the error of a norm, for both kinds of cards."""
+    """Returns the bound of the error of a norm, for GPUs with fast and slow fp64."""
     if not request.param:
         return MEASURED_RTOL
     sum_whole_vectors(monkeypatch, dtype)
@@ -131,7 +131,7 @@ def test_constant_arrays_round_the_same_way_everywhere(dtype, bound):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=short)
 def test_repeated_patterns_that_lose_the_small_squares(dtype, bound):
-    """Large next to small in every group: float32 loses the small square."""
+    """Every group has a large value next to a small one, whose square float32 loses."""
     for exponent in (-11.0, -11.9, -12.1, -12.4, -13.0):
         for width in (2, 4, 8):
             pattern = torch.full((width,), 2.0**exponent)
@@ -141,7 +141,7 @@ def test_repeated_patterns_that_lose_the_small_squares(dtype, bound):
 
 
 @pytest.mark.parametrize("dtype", BAD_PATTERNS, ids=short)
-@pytest.mark.parametrize("repeats", [1, 7, 1000, 100_000])  # 100,000: many blocks per chunk
+@pytest.mark.parametrize("repeats", [1, 7, 1000, 100_000])  # 100,000 gives many blocks per chunk
 def test_patterns_that_always_round_the_same_way(dtype, repeats, bound):
     assert norm_error([torch.tensor(BAD_PATTERNS[dtype]).to(dtype).repeat(repeats)]) <= bound
 
@@ -210,7 +210,8 @@ def test_strided_gradients_are_copied_and_counted():
     x = torch.randn(40, 30)
     before = triton_stages.diagnostics()["copied_gradients"]
     check([x.t(), x.clone().to(memory_format=torch.contiguous_format)])
-    assert triton_stages.diagnostics()["copied_gradients"] == before  # it is one block of memory
+    # The tensor is one block of memory.
+    assert triton_stages.diagnostics()["copied_gradients"] == before
     check([x[:, ::2], torch.ones(1).expand(4, 5)])
     assert triton_stages.diagnostics()["copied_gradients"] == before + 2
     assert environment()["diagnostics"] == triton_stages.diagnostics()

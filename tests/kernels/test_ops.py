@@ -13,8 +13,8 @@ from fastguard.stages import triton as triton_stages
 
 
 @pytest.fixture(autouse=True)
-def served_by_the_kernels(monkeypatch):
-    """Uses the kernels on the CPU, also for `decide`, which has a shortcut there."""
+def use_the_kernels(monkeypatch):
+    """Uses the kernels on the CPU, also for `decide`, which otherwise has a shortcut."""
     monkeypatch.setattr(backend, "stages", lambda device, kind=Kind.PLAIN: triton_stages)
     monkeypatch.setattr(ops, "decide_stage", triton_stages.decide)
     monkeypatch.setattr(clip, "decide", triton_stages.decide)

@@ -17,7 +17,7 @@ RULES = {"grad_norm": SpikeRule(window=4, warmup=2), "loss 1": Threshold(max=0.5
 
 
 def outcome_of(counts, n_segments=1, n_losses=0, rules=None, max_norm=1.0, lr=None):
-    """A step decided by the reference, after a good one."""
+    """A step that the reference decides, after a good step."""
     summary = torch.rand(4, n_segments, dtype=torch.float64)
     summary[1:] = 0.0
     summary[1:, -1] = counts.sum(1).double()

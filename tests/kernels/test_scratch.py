@@ -1,4 +1,4 @@
-"""The scratch of `measure`: one per stream, zero between launches, dropped after a failure."""
+"""The scratch of `measure` is zero between launches and dropped after a failure."""
 
 import math
 
@@ -61,7 +61,7 @@ def test_a_longer_list_gets_a_larger_scratch():
 
 
 def test_after_a_failure_between_two_launches_the_scratch_is_not_kept(monkeypatch):
-    """The first launch has counted, and the second would have reset the counts."""
+    """The first launch has written counts, which the second launch would have reset."""
     bad = [torch.full((9,), math.nan), torch.randn(4)]
     reduce = measure.reduce_segments
 

@@ -29,7 +29,7 @@ def test_rows_have_the_format_of_a_lab_table():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
-def test_without_a_card_it_reports_that(monkeypatch, capsys):
+def test_without_a_gpu_the_script_says_so(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["tune"])
     assert tune.main() == 2
     assert "needs a CUDA device" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Adaptive gradient clipping in the interpreter, against a float64 oracle and the reference."""
+"""Adaptive gradient clipping in the interpreter agrees with float64 and with the reference."""
 
 import math
 from dataclasses import replace
@@ -23,7 +23,7 @@ def units_of(ps, norm_type=2.0):
 
 
 def both(ps, norm_type=2.0, propagates=True, inv_scale=None, limits=LIMITS):
-    """Returns the coefficients of the kernel, which scales the gradients, and of the reference."""
+    """Returns the coefficients of kernel and reference; the kernel scales the gradients."""
     for units in units_of(ps, norm_type):
         with torch.no_grad():
             given = (units, limits, norm_type, propagates, inv_scale)

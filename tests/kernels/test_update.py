@@ -14,7 +14,8 @@ from fastguard.optim.contract import STATES, Update
 from fastguard.optim.options import SPIKE_GRACE
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-SHAPES = [(7,), (13, 37), (4500,), (1,), (0,), (29, 11)]  # alternately aligned and not; two chunks
+# Every second tensor is unaligned; 4500 elements are two chunks.
+SHAPES = [(7,), (13, 37), (4500,), (1,), (0,), (29, 11)]
 GROUPS = [0, 1, 0, 1, 0, 1]
 SEGMENTS = [0, 1, 2, 1, 0, 2]
 # lr, beta1, beta2, eps, weight_decay, momentum, dampening, sign, seed; threshold, reset, warm-up
@@ -25,8 +26,8 @@ HYPER = [
 MULTIPLIERS = [0.37, 1.0, 2.0**-16]
 
 
-def lying(x, odd):
-    """Returns a tensor as it is, or as a view that is not 16-byte aligned."""
+def placed(x, odd):
+    """Returns a tensor, or a copy of it that is not 16-byte aligned."""
     if not odd:
         return x
     flat = torch.empty(x.numel() + 1, dtype=x.dtype)
@@ -45,10 +46,10 @@ def made(
     exact = [torch.randn(s, dtype=F64 if weight is F64 else F32) for s in shapes]
     masters = []
     if master == "float32":
-        masters = [lying(x.clone(), o) for x, o in zip(exact, each, strict=True)]
+        masters = [placed(x.clone(), o) for x, o in zip(exact, each, strict=True)]
     elif master == "remainder":
         parts = [bits.split(x) for x in exact]
-        masters = [lying(low, o) for (_, low), o in zip(parts, each, strict=True)]
+        masters = [placed(low, o) for (_, low), o in zip(parts, each, strict=True)]
         exact = [high for high, _ in parts]
     names = [n for n in STATES[algorithm] if amsgrad or n != "max_exp_avg_sq"]
     if options.pop("stateless", False):
@@ -56,11 +57,11 @@ def made(
     n = len(shapes)
     return Update(
         algorithm=algorithm,
-        parameters=[lying(x.to(weight), o) for x, o in zip(exact, each, strict=True)],
-        grads=[lying(torch.randn(s).to(gradient), o) for s, o in zip(shapes, each, strict=True)],
+        parameters=[placed(x.to(weight), o) for x, o in zip(exact, each, strict=True)],
+        grads=[placed(torch.randn(s).to(gradient), o) for s, o in zip(shapes, each, strict=True)],
         states={
             name: [
-                lying((torch.rand(s) * 1e-2).to(state), o)
+                placed((torch.rand(s) * 1e-2).to(state), o)
                 for s, o in zip(shapes, each, strict=True)
             ]
             for name in names
@@ -159,7 +160,7 @@ SPIKES = {
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["adamw", "amsgrad"])
 @pytest.mark.parametrize("options", SPIKES.values(), ids=SPIKES)
 def test_spikes_resets_and_update_clipping(options, amsgrad, dtypes):
-    """Tensors have taken 0 to 45 steps: some have a reset, some a warm-up, and some clip spikes."""
+    """Tensors have taken 0 to 45 steps, so that some reset, some warm up and some clip spikes."""
     options = options | {"dtypes": dtypes, "amsgrad": amsgrad, "n_steps": 9}
     ours = check(**options, odd=True, reproducible=True)
     plain = made(**options | {"spike_aware": False, "update_clipping": False}, odd=True)
@@ -204,14 +205,14 @@ def test_update_clipping_does_not_depend_on_chunks(monkeypatch):
 @pytest.mark.parametrize("master", ["float32", "remainder"])
 @pytest.mark.parametrize("state", [F32, BF16], ids=str)
 @pytest.mark.parametrize("algorithm", ["adamw", "lion"])
-def test_exact_weights_behind_bfloat16(algorithm, state, master, reproducible, odd):
+def test_master_weights_of_bfloat16(algorithm, state, master, reproducible, odd):
     check(
         algorithm=algorithm, dtypes=(BF16, BF16, state), master=master, odd=odd,
         reproducible=reproducible,
     )  # fmt: skip
 
 
-def test_a_float32_master_behind_float16():
+def test_a_float32_master_of_float16():
     check(dtypes=(F16, F16, F32), master="float32")
 
 
@@ -226,14 +227,14 @@ def test_a_remainder_is_exactly_the_float32_weight():
 @pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
 @pytest.mark.parametrize("master", [None, "float32", "remainder"], ids=str)
 def test_stochastic_rounding(algorithm, master):
-    """Weights without a master, and states, use the noise of the reference."""
+    """Weights without a master, and states, are rounded with the noise of the reference."""
     check(**algorithm, dtypes=(BF16, BF16, BF16), rounding="stochastic", master=master, odd=True)
 
 
 @pytest.mark.parametrize("state", [F16, F32], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 1e-5, 4e4], ids=["normal", "subnormal", "largest"])
 def test_stochastic_rounding_of_float16(scale, state):
-    """Weights overflow at the largest scale, and move by subnormal numbers at the smallest."""
+    """Weights overflow at the largest scale and change by subnormal numbers at the smallest."""
     check(
         algorithm="sgd", dtypes=(F16, F16, state), rounding="stochastic", odd=True,
         grads=lambda g: g.mul_(scale), multiplier=[30.0, 1.0, 1e-3],
@@ -320,7 +321,7 @@ def test_without_steps():
 
 
 def test_arrays_with_other_strides():
-    """Channels last, transposed, with holes; all but gradients are copied back."""
+    """Strides of channels last, transposed and with holes; all but gradients are copied back."""
 
     def strided(one):
         lists = [one.parameters, one.grads, *one.states.values()]
@@ -368,7 +369,7 @@ def test_the_table_is_cached_until_an_address_changes(monkeypatch):
     assert len(uploads) == 2
     one.grads[2] = one.grads[2].clone()
     triton_optim.update(one)
-    assert uploads[2:] == [8 * len(SHAPES)]  # only addresses
+    assert uploads[2:] == [8 * len(SHAPES)]  # only addresses are uploaded
     one.segment_ids[0] = 1
     triton_optim.update(one)
     assert len(uploads) == 5

@@ -16,7 +16,7 @@ from fastguard.optim import triton as triton_optim
 from guardtest.updates import STORED, copied, random_update, same_bits, with_unit_limits, written
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
-# Whole vectors and rests, several blocks, unaligned rows, a scalar, an empty tensor.
+# Whole vectors and remainders, several blocks, unaligned rows, a scalar, an empty tensor.
 SHAPES = [(6, 16), (5, 13), (), (0, 3), (70,), (3, 1100), (9000,)]
 CASES: dict[str, dict[str, Any]] = {
     **{name: dict(algorithm="adamw", **options) for name, options in STORED.items()},
@@ -47,14 +47,14 @@ def check(update, rtol=1e-13):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_they_equal_those_of_the_reference(case):
+def test_statistics_equal_those_of_the_reference(case):
     # float64 bias corrections differ between NumPy and PyTorch
     found = check(made(case), rtol=1e-9 if case == "fp64" else 1e-13)
     assert (found[[1, 5, 6], :2] > 0).all()
 
 
 @pytest.mark.parametrize("chunk", [48, 4096])
-def test_any_cut_into_chunks_gives_the_same_sums(chunk, monkeypatch):
+def test_sums_do_not_depend_on_chunks(chunk, monkeypatch):
     monkeypatch.setattr(update_table, "chunk_size", lambda *_: chunk)
     monkeypatch.setattr(update_table, "_layouts", {})
     monkeypatch.setattr(update_table, "_tables", {})
@@ -63,10 +63,10 @@ def test_any_cut_into_chunks_gives_the_same_sums(chunk, monkeypatch):
 
 @pytest.mark.parametrize("longest", [12, 2**16])
 def test_limits_of_units(longest, monkeypatch):
-    """Long units are parts of chunks, short ones are processed one by one in a chunk."""
+    """Long units are split over chunks; short units are processed one by one in a chunk."""
     monkeypatch.setattr(triton_optim, "LONGEST_ROW", longest)
     update = with_unit_limits(made("fp32"), -1)
-    check(update, rtol=1e-6)  # a coefficient may be off by one rounding
+    check(update, rtol=1e-6)  # a coefficient may differ by one rounding
 
 
 @pytest.mark.parametrize("found_inf", [1.0, math.nan])

@@ -23,7 +23,7 @@ from guardtest.updates import (
 )
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
-# Aligned rows, unaligned ones, one row per program and more, vectors, scalars, an empty tensor.
+# Aligned and unaligned rows, one or more rows per program, vectors, scalars, an empty tensor.
 SHAPES = [(6, 16), (5, 13), (), (0, 3), (70,), (3, 1100), (9, 1)]
 CASES: dict[str, dict[str, Any]] = STORED | {
     "spikes": dict(spike_aware=True, hyper={"spike_threshold": 0.3}, first_step=20),
@@ -42,21 +42,22 @@ def check(update):
     expected, before = copied(update), [g.clone() for g in update.grads]
     ours, theirs = triton_optim.update(update), reference.update(expected)
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-8, atol=0, equal_nan=True)
-    named = 4 if ours[0] > 0 else 2  # several units may have NaN, or 0 for Inf: any is named
+    # Any of several units with NaN, or with 0 for Inf, may be named.
+    named = 4 if ours[0] > 0 else 2
     assert clipped_units(update, ours)[:named] == clipped_units(update, theirs)[:named]
     others = written(expected)
     for name, t in written(update).items():
-        if t.dtype in (torch.int16, BF16):  # at the border between two numbers
+        if t.dtype in (torch.int16, BF16):  # a rounding boundary between two numbers
             assert (t.view(torch.int16) != others[name].view(torch.int16)).sum() <= 2, name
             continue
-        eps = 4 * torch.finfo(t.dtype).eps  # the coefficient may be off by one rounding
+        eps = 4 * torch.finfo(t.dtype).eps  # the coefficient may differ by one rounding
         torch.testing.assert_close(t, others[name], rtol=eps, atol=eps, equal_nan=True)
     assert all(map(same_bits, update.grads, before))
     return ours[0]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_it_follows_the_reference(case):
+def test_the_update_kernel_follows_the_reference(case):
     assert 0 < check(unit_update(case)).item() < 0.9
 
 

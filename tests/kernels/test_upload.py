@@ -1,4 +1,4 @@
-"""Uploads to a simulated GPU: pinned memory, waits of streams, kept memory."""
+"""Uploads to a simulated GPU use pinned memory, which is kept until streams have read it."""
 
 import numpy as np
 import pytest
@@ -91,7 +91,7 @@ def test_a_graph_uploads_from_memory_that_was_pinned_before(gpu):
         assert one.source.tolist() == [i, i + 1.0, i + 2.0] and not one.is_lasting
         one.await_on_stream()
     assert all(any(s is m.source for s in upload._sources.values()) for m in made)
-    upload.upload(numbers() + 99, CUDA)  # the spare is used up: a new allocation
+    upload.upload(numbers() + 99, CUDA)  # the spare buffer is in use, so this allocates a new one
     assert len(gpu.pinned) == before + 1
 
 

@@ -1,4 +1,4 @@
-"""The watching stage in the interpreter, bit by bit against the reference."""
+"""The watching stage in the interpreter equals the reference, bit for bit."""
 
 import itertools
 

@@ -67,7 +67,7 @@ def test_rounding_with_noise_is_unbiased(value, number):
     ],
 )
 def test_rounding_to_float16_with_noise_is_unbiased(value):
-    """Normal and subnormal numbers, and those between; the noise has 2^-16 of a unit."""
+    """Tests normal and subnormal numbers and their border; the noise has a resolution of 2^-16."""
     n = 10**6
     x = torch.full((n,), value)
     key = bits.noise_key(torch.tensor(7), torch.tensor(3))

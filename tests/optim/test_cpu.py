@@ -27,7 +27,7 @@ CASES: dict[str, dict[str, Any]] = STORED | {
     "maximize": dict(hyper={"sign": -1.0}),
     "dampening": dict(hyper={"dampening": 0.3}),
 }
-# Every tensor of an update has taken another number of steps, so some reset and some do not.
+# The tensors of an update have taken different numbers of steps, so only some of them reset.
 SPIKES = dict(spike_aware=True, hyper={"spike_threshold": 0.3, "momentum_reset": 3.0})
 ADAMW_CASES: dict[str, dict[str, Any]] = {
     "clipped": dict(update_clipping=True),
@@ -60,7 +60,7 @@ def the_update(kind: str, case: str, **options: Any):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_gives_the_bits_of_the_reference(kind, case):
+def test_the_backend_gives_the_bits_of_the_reference(kind, case):
     assert_the_bits_of_the_reference(the_update(kind, case, reproducible=True))
 
 
@@ -85,7 +85,8 @@ def test_spikes_and_clipping_give_the_bits_of_the_reference(case, setting, kind)
     plain = the_update(kind, setting, reproducible=True, **ADAMW_CASES[case] | OFF)
     cpu.update(plain)
     after, theirs = written(update), written(plain)
-    assert any(not same_bits(after[name], theirs[name]) for name in before)  # it had an effect
+    # The settings had an effect.
+    assert any(not same_bits(after[name], theirs[name]) for name in before)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if "stochastic" not in c])
@@ -98,7 +99,7 @@ def test_torchs_fused_kernels_stay_close_to_the_reference(kind, case):
     theirs = written(expected)
     for name, t in written(update).items():
         if name.startswith("master") and t.dtype is torch.int16:
-            continue  # meaningless without its weight
+            continue  # a remainder has no meaning without its weight
         # Four roundings of the stored dtype; in 16 bits, one of them may cross a rounding boundary.
         eps = 8 * torch.finfo(t.dtype).eps
         torch.testing.assert_close(t, theirs[name], rtol=eps, atol=eps, msg=lambda m, n=name: n + m)
@@ -142,7 +143,7 @@ def test_the_default_device_changes_nothing(kind, case):
 @pytest.mark.parametrize("reproducible", [False, True])
 def test_a_nan_gradient_makes_the_weight_nan(reproducible):
     update = the_update("adamw", "remainder", reproducible=reproducible)
-    # The NaN of a GPU, which rounding half up would carry into the sign bit.
+    # A NaN with the bits that a GPU produces. Rounding half up would carry into its sign bit.
     update.grads[1].view(torch.int16).fill_(0x7FFF)
     cpu.update(update)
     assert update.parameters[1].isnan().all()

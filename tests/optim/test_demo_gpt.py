@@ -1,4 +1,4 @@
-"""The GPT of the demo in bfloat16 with a master trains as with float32 weights, bit for bit."""
+"""The demo's GPT in bfloat16 with a master trains bitwise like one with float32 weights."""
 
 from __future__ import annotations
 
@@ -69,9 +69,10 @@ def train_exact(weights: dict[str, Tensor], master: str, records: list[Any]) -> 
     """Trains float32 weights with the verdicts of another run, and returns the losses.
 
     Gradients are those of the weights rounded to bfloat16. The norms of bfloat16 gradients and of
-    their float32 copies are summed in another order, so the verdicts are not computed again.
+    their float32 copies are summed in another order, so the run uses the given verdicts instead of
+    computing new ones.
     """
-    twin = gpt()  # only its structure is used
+    twin = gpt()  # only its structure is used, not its weights
     optimizer, schedule = adamw(list(weights.values()))
     losses = []
     for record, (inputs, targets) in zip(records, batches(), strict=True):

@@ -1,4 +1,4 @@
-"""The fused optimizers without a guard, compared with torch's; scalers, masters, rounding."""
+"""The fused optimizers without a guard agree with torch's, also with scalers and masters."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def give(seed: int, *lists: list[Tensor], scale: float = 1.0) -> None:
 
 
 def pair(kind: str, dtype: torch.dtype = torch.float32, **options: Any):
-    """Returns our optimizer, torch's, and the parameters of each."""
+    """Returns our optimizer and torch's, and the parameters of each."""
     name, settings = KINDS[kind]
     ours, theirs = parameters_of(dtype), parameters_of(dtype)
     return (
@@ -65,7 +65,7 @@ def assert_trains_alike(a, b, ours, theirs, steps):
 
 @pytest.mark.parametrize("reproducible", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_trains_like_torch(kind, reproducible):
+def test_each_optimizer_trains_like_torch(kind, reproducible):
     a, b, ours, theirs = pair(kind, reproducible=reproducible)
     assert_trains_alike(a, b, ours, theirs, steps=10)
     for p, q in zip(ours, theirs, strict=True):
@@ -73,7 +73,7 @@ def test_it_trains_like_torch(kind, reproducible):
 
 
 @pytest.mark.parametrize("reproducible", [False, True])
-def test_after_100_steps_it_is_as_exact_as_torchs_fused_optimizer(reproducible):
+def test_after_100_steps_the_error_is_that_of_torchs_fused_optimizer(reproducible):
     def error(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> float:
         exact = [p.detach().double().requires_grad_() for p in parameters]
         truth = torch.optim.AdamW(exact, lr=1e-2)
@@ -89,7 +89,7 @@ def test_after_100_steps_it_is_as_exact_as_torchs_fused_optimizer(reproducible):
     ours, theirs = parameters_of(), parameters_of()
     mine = error(guarded.AdamW(ours, lr=1e-2, reproducible=reproducible), ours)
     torchs = error(torch.optim.AdamW(theirs, lr=1e-2, fused=True), theirs)
-    # The same kernel, or one more and two fewer roundings: equal within the rounding noise.
+    # The kernel is the same, or has one more or two fewer roundings, so errors are about equal.
     assert mine <= 1.2 * torchs
 
 

@@ -1,4 +1,4 @@
-"""The reference against torch's optimizers in float64; skipping and cleaning."""
+"""The reference agrees with torch's optimizers in float64, and can skip and clean."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def torch_optimizer(algorithm: str, parameters: list[Tensor], **options: Any) ->
     ("algorithm", "option"),
     [("adamw", None), ("adamw", "amsgrad"), ("adam", None), ("adam", "amsgrad"), ("sgd", None)],
 )
-def test_it_takes_the_same_steps_as_torch(algorithm, option, maximize):
+def test_the_reference_takes_the_same_steps_as_torch(algorithm, option, maximize):
     options = {option: True} if option else {}
     sign = -1.0 if maximize else 1.0
     update = an_update(

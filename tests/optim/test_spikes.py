@@ -20,7 +20,7 @@ F64 = torch.float64
 SHAPES = [(7,), (6, 5), (3, 2, 2), (1,)]
 STABLE = dict(update_clipping=True)
 SPAM = dict(spike_threshold=5000, momentum_reset=60, reset_warmup=15)
-# Thresholds and intervals at which something happens in a short test.
+# Thresholds and intervals that have an effect in a short test.
 TIGHT = dict(spike_threshold=4.0, momentum_reset=30, reset_warmup=9)
 KINDS = {"stable": STABLE, "spam": TIGHT, "both": STABLE | TIGHT}
 
@@ -48,9 +48,10 @@ class StableAdamW:
 class Spam:
     """Algorithm 1 of Huang et al. 2025, arXiv 2501.06842, dense, for one tensor in float64.
 
-    Where the paper is silent, as its authors' code: no clipping in the first 20 steps and in the 20
-    after a reset, warm-up from 0.01, and bias corrections that do not restart. An element whose
-    second moment is 0 is not clipped; the authors' code would keep it at 0.
+    Details that the paper does not specify follow the code of its authors: there is no clipping in
+    the first 20 steps and in the 20 steps after a reset, the warm-up starts at 0.01, and bias
+    corrections do not restart. An element whose second moment is 0 is not clipped; the authors'
+    code would keep it at 0.
     """
 
     betas, eps = (0.9, 0.999), 1e-8
@@ -118,11 +119,11 @@ def test_update_clipping_equals_the_algorithm_of_the_paper(shared_group):
             continue  # the comparison takes longer than the step
         for p, oracle in zip(ours, exact, strict=True):
             torch.testing.assert_close(p.detach(), oracle.weight, rtol=1e-7, atol=1e-9)
-    assert n_steps / 3 < clipped < 3.5 * n_steps  # it is not always on, and not always off
+    assert n_steps / 3 < clipped < 3.5 * n_steps  # some steps are clipped and some are not
 
 
 def test_spam_equals_the_algorithm_of_the_paper_over_thousands_of_steps():
-    """Steps with NaN in the first, a middle and the last element are skipped, and count nowhere."""
+    """Steps with NaN in the first, a middle or the last element are skipped and not counted."""
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(9, dtype=F64))
     optimizer = guarded.AdamW([p], lr=1e-2, weight_decay=0.1, **SPAM)
@@ -152,7 +153,7 @@ def test_a_reset_clears_moments_and_lowers_the_learning_rate():
     for step in range(8):
         p.grad = torch.ones(3)
         if step == 2:
-            p.grad[0] = math.nan  # reaches the moments; the reset removes it
+            p.grad[0] = math.nan  # makes a moment NaN, which the reset removes
         before = p.detach().clone()
         optimizer.step()
         moves.append((before - p.detach())[1].item())
@@ -168,7 +169,7 @@ def test_a_reset_clears_moments_and_lowers_the_learning_rate():
 
 
 def test_an_element_that_never_had_a_gradient_can_begin_to_learn():
-    """A row of an embedding whose second moment is 0 would be clipped to 0 for ever."""
+    """Otherwise a row of an embedding with a second moment of 0 would always be clipped to 0."""
     weight = torch.nn.Parameter(torch.zeros(2, 3))
     optimizer = guarded.AdamW([weight], lr=1e-2, weight_decay=0.0, spike_threshold=5000)
     for step in range(40):
@@ -179,7 +180,7 @@ def test_an_element_that_never_had_a_gradient_can_begin_to_learn():
 
 
 def test_one_nonfinite_element_does_not_reach_the_others():
-    """Update clipping leaves it out of the mean; the others move as without it."""
+    """Update clipping leaves the element out of the mean, so the others change as without it."""
     moved = []
     for value in (0.0, math.nan, math.inf):
         torch.manual_seed(0)
@@ -219,7 +220,7 @@ def test_bfloat16_with_a_master_trains_like_float32_to_the_last_bit(kind, master
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reproducible", [False, True])
 def test_a_clip_coefficient_is_applied_first(kind, reproducible):
-    """Clipping in the update gives what clipping the gradient before it gives."""
+    """Clipping in the update gives the same result as clipping the gradient before the update."""
     folded, written = parameters_of(torch.float32), parameters_of(torch.float32)
     options = KINDS[kind] | dict(reproducible=reproducible)
     guard = fastguard.GuardedOptimizer(guarded.AdamW(folded, lr=1e-2, **options), max_norm=1.0)
@@ -250,8 +251,8 @@ def test_a_resumed_run_continues_bit_for_bit(kind):
     assert all(map(same_bits, [p.detach() for p in whole], [p.detach() for p in parts]))
 
 
-def test_state_dicts_go_to_torch_and_come_from_torch():
-    """The state is torch's; the settings are kept, and torch ignores them."""
+def test_state_dicts_are_exchangeable_with_torch():
+    """The state has torch's format; the settings are kept, and torch ignores them."""
     parameters, theirs = parameters_of(torch.float32), parameters_of(torch.float32)
     ours = guarded.AdamW(parameters, lr=1e-2, **(STABLE | TIGHT))
     train(ours, parameters, range(20))
@@ -261,7 +262,8 @@ def test_state_dicts_go_to_torch_and_come_from_torch():
     train(torchs, theirs, range(3))
     ours.load_state_dict(torchs.state_dict())
     assert ours.param_groups[0]["update_clipping"] is True
-    fresh = guarded.AdamW([{"params": theirs, **TIGHT}])  # not defaults of the optimizer
+    # The settings are not defaults of the optimizer.
+    fresh = guarded.AdamW([{"params": theirs, **TIGHT}])
     plain = torch.optim.AdamW(parameters_of(torch.float32))
     fresh.load_state_dict(plain.state_dict())
     assert {key: fresh.param_groups[0][key] for key in TIGHT} == TIGHT

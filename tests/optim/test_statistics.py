@@ -33,7 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
 PAIRS = [("adamw", case) for case in CASES]
 PAIRS += [(kind, case) for kind in list(KINDS)[1:] for case in ("fp32", "bf16", "remainder")]
 BACKENDS = pytest.mark.parametrize("backend", [cpu, reference])
-RTOL = 1e-6  # of sums of float32 squares, which the CPU partly adds in float32
+RTOL = 1e-6  # for sums of squares, which the CPU partly adds in float32
 
 
 def asked(update: Update) -> Update:
@@ -70,7 +70,7 @@ def check(backend: Any, update: Update, rtol: float = RTOL) -> Tensor:
 
 @pytest.mark.parametrize(("kind", "case"), PAIRS)
 @BACKENDS
-def test_they_are_those_of_the_exact_weights(backend, kind, case):
+def test_statistics_refer_to_the_exact_weights(backend, kind, case):
     found = check(backend, random_update(**KINDS[kind], **CASES[case]))
     assert (found[[1, 5, 6], :2] > 0).all() and not found[:, 2].any()
 
@@ -113,8 +113,8 @@ def test_a_skipped_step_leaves_zeros(backend, case, found_inf):
 
 @pytest.mark.parametrize("scale", [1e25, 1e-25])
 @BACKENDS
-def test_squares_that_leave_the_range_of_float32(backend, scale):
-    """In a long tensor, and in short ones that are joined to one piece."""
+def test_squares_out_of_the_range_of_float32(backend, scale):
+    """The squares are in a long tensor, and in short tensors that are joined."""
     update = random_update("sgd", multiplier=torch.full((2,), scale, dtype=F64))
     for p, m in zip(update.parameters, update.states["momentum_buffer"], strict=True):
         p.mul_(scale)
@@ -132,10 +132,10 @@ def test_weights_that_do_not_change(backend):
 @BACKENDS
 def test_nonfinite_weights_are_counted_and_not_summed(backend, case):
     update = random_update("sgd", **CASES[case])
-    for bad, i in ((math.nan, 1), (math.inf, 6)):  # a short tensor and a long one
+    for bad, i in ((math.nan, 1), (math.inf, 6)):  # one in a short tensor, one in a long tensor
         update.grads[i].view(-1)[2:5] = bad
     weights = update.masters if update.master == "float32" else update.parameters
-    weights[1].view(-1)[0] = math.inf  # before the step already
+    weights[1].view(-1)[0] = math.inf  # non-finite before the step
     found = check(backend, update)
     assert found[:, 2].tolist() == [0, 4, 0, 0, 0, 0, 3]
 
@@ -155,7 +155,7 @@ def optimizer_of(*parameters: Tensor, lr: float = 0.5, **options: Any) -> fused.
     return fused.SGD(parameters, lr=lr, **options)
 
 
-def test_an_optimizer_collects_them_within_a_block():
+def test_an_optimizer_collects_statistics_within_a_block():
     a, b = torch.nn.Parameter(torch.tensor([3.0, 4.0])), torch.nn.Parameter(torch.ones(1).double())
     unused = torch.nn.Parameter(torch.ones(1))
     optimizer = optimizer_of(a, b)
@@ -172,7 +172,7 @@ def test_an_optimizer_collects_them_within_a_block():
     assert statistics.weight_norms.tolist() == [5.0, 1.0]  # the block has ended
 
 
-def test_they_are_those_of_the_latest_step():
+def test_statistics_refer_to_the_latest_step():
     p = torch.nn.Parameter(torch.tensor(4.0))
     optimizer = optimizer_of(p)
     with optimizer.collecting_statistics() as outer:
@@ -184,7 +184,7 @@ def test_they_are_those_of_the_latest_step():
     assert (inner.weight_norms.tolist(), outer.weight_norms.tolist()) == ([3.5], [3.0])
 
 
-def test_a_step_that_a_scaler_skips_has_none():
+def test_a_step_that_a_scaler_skips_has_no_statistics():
     p = torch.nn.Parameter(torch.tensor(4.0))
     optimizer = optimizer_of(p)
     with optimizer.collecting_statistics() as statistics:

@@ -1,4 +1,4 @@
-"""An update that clips units gives the results of gradients that were clipped before."""
+"""An update that clips units gives the same results as clipping the gradients before it."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def assert_close(ours: Update, theirs: Update, roundings: int = 8) -> None:
     expected = written(theirs)
     for name, t in written(ours).items():
         if t.dtype is torch.int16:
-            continue  # a remainder is meaningless without its weight
+            continue  # a remainder has no meaning without its weight
         eps = roundings * torch.finfo(t.dtype).eps
         torch.testing.assert_close(t, expected[name], rtol=eps, atol=eps)
 
@@ -76,7 +76,7 @@ def assert_close(ours: Update, theirs: Update, roundings: int = 8) -> None:
     [("sgd", "fp32"), ("adamw", "fp64"), ("adamw", "strided"), ("adamw", "spikes")],
 )
 @pytest.mark.parametrize("backend", [reference, cpu])
-def test_it_equals_an_update_of_clipped_gradients(backend, kind, case):
+def test_clipping_in_the_update_equals_clipping_before_it(backend, kind, case):
     update = unit_update(kind, case)
     expected, least = clipped_before(copied(update))
     grads = [g.clone() for g in update.grads]
@@ -89,13 +89,13 @@ def test_it_equals_an_update_of_clipped_gradients(backend, kind, case):
     assert 0 < least < 0.9 and smallest.item() == pytest.approx(least, rel=1e-6)
     untouched = unit_update(kind, case)
     reference.update(replace(untouched, units=None, unit_counts=()))
-    assert not same_bits(update.parameters[1], untouched.parameters[1])  # it had an effect
-    assert torch.equal(update.parameters[-2], untouched.parameters[-2])  # not limited
+    assert not same_bits(update.parameters[1], untouched.parameters[1])  # clipping had an effect
+    assert torch.equal(update.parameters[-2], untouched.parameters[-2])  # this tensor has no limit
 
 
 @pytest.mark.parametrize(("kind", "case"), PAIRS)
 def test_the_cpu_follows_the_reference(kind, case):
-    """Up to roundings: the CPU adds the squares of a unit in float32."""
+    """They agree up to rounding, because the CPU adds the squares of a unit in float32."""
     update = unit_update(kind, case)
     expected = copied(update)
     ours, theirs = cpu.update(update), reference.update(expected)
@@ -106,7 +106,7 @@ def test_the_cpu_follows_the_reference(kind, case):
 
 @pytest.mark.parametrize("case", ["fp32", "remainder", "stochastic", "strided"])
 def test_the_size_of_pieces_does_not_change_the_result(case, monkeypatch):
-    """The smallest pieces are shorter than a row, so rows are cut too."""
+    """The smallest pieces are shorter than a row, so rows are split too."""
     results = []
     for size in (50, 4096, 2**20):
         monkeypatch.setattr("fastguard.optim.pieces.PIECE", size)
@@ -169,7 +169,7 @@ def test_limits_apply_to_unscaled_gradients(backend):
 
 
 @pytest.mark.parametrize("backend", [reference, cpu])
-def test_nothing_above_its_limit_changes_nothing(backend):
+def test_without_units_above_their_limit_nothing_changes(backend):
     update = unit_update("adamw", "fp32", clip_factor=1e9)
     other = replace(copied(update), units=None, unit_counts=())
     assert backend.update(update).tolist() == [1.0, 0.0, 0.0, 0.0]

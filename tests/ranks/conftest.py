@@ -1,4 +1,4 @@
-"""Ranks that most tests of a module share."""
+"""Ranks that most tests of a module use."""
 
 from collections.abc import Iterator
 

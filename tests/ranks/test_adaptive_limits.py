@@ -1,4 +1,4 @@
-"""Adaptive limits on one, two and four ranks are equal for any distribution of tensors."""
+"""Adaptive limits are equal on one, two and four ranks, for any distribution of tensors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def gradients(step: int) -> list[torch.Tensor]:
 
 
 def train(rule: str, first: int, last: int, group: object = None) -> list[StepRecord]:
-    """A run over the tensors from `first` to `last`."""
+    """Runs a guard on the tensors from `first` to `last`."""
     parameters = [torch.nn.Parameter(torch.zeros(5)) for _ in range(first, last)]
     inner = torch.optim.SGD(parameters, lr=0.1)
     opt = GuardedOptimizer(inner, max_norm=RULES[rule], group=group)
@@ -80,7 +80,7 @@ def test_all_ranks_set_the_same_limits_as_one_process(spread, n_ranks, rule, req
 
 
 def train_by_tensor(spread: str) -> tuple[list[StepRecord], torch.Tensor, torch.Tensor]:
-    """AdaGC: records, the numbers of the rule, and the weights; each tensor has its own average.
+    """Returns records, the state of AdaGC with one average per tensor, and the weights.
 
     Args:
         spread: `"alone"`; `"copies"` on all ranks; or `"shards"` of DTensors.

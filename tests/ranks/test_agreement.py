@@ -108,8 +108,7 @@ def test_replicas_hold_the_same_tensors(two: Ranks, case: str) -> None:
 
 
 def partial() -> str:
-    """Partial gradients, which must be summed over the ranks; their number differs between
-    ranks."""
+    """Passes partial gradients, which must be summed over the ranks, in different numbers."""
     mesh = init_device_mesh("cpu", (2,))
     made = [
         nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Replicate()]))
@@ -134,7 +133,8 @@ def stages() -> tuple[list[Any], float]:
     spike = SPIKE if rank else dict(reversed(SPIKE.items()))
     counts = ((1, 2), (4,))[rank]
     opt = guard_over("plain", counts, clip_value=(None, 9.0)[rank], max_norm=1 + rank, spike=spike)
-    opt.max_norm = 1.0  # what holds at the first step is compared, as a trainer may set it
+    # Arguments are compared at the first step, because a trainer may set them before.
+    opt.max_norm = 1.0
     seen = []
     for _ in range(2):
         with collectives() as calls:
@@ -160,4 +160,4 @@ def test_many_ranks_are_counted() -> None:
     assert said.endswith(" and 2 more")
 
 
-# Parameters in another order.
+# Parameters have another order on one rank.

@@ -84,7 +84,7 @@ def save_and_resume(folder: Path, sharded: bool) -> tuple[list[Any], list[Any]]:
 def test_every_rank_resumes_bit_for_bit(two: Ranks, tmp_path: Path, sharded: bool) -> None:
     (first, first_expected), (second, second_expected) = two.run(save_and_resume, tmp_path, sharded)
     assert first == first_expected and second == second_expected
-    assert first != second  # shards, batch statistics and random streams of their own
+    assert first != second  # each rank has its own shards, batch statistics and random stream
     assert len(list(tmp_path.glob("*/rest*.pt"))) == 2
     with CheckpointStore(tmp_path, read_only=True) as store:  # one process can read it
         (check,) = store.verify()
@@ -152,7 +152,7 @@ def test_values_of_each_rank_need_as_many_ranks(two: Ranks, tmp_path: Path) -> N
 def said_differently(folder: Path) -> list[Any]:
     rank = dist.get_rank()
     with store_of(folder) as store:
-        time.sleep(0.05 * rank)  # their clocks differ too
+        time.sleep(0.05 * rank)  # the ranks save at different times
         said = {"epoch": rank, "metric": float(rank), "tag": f"rank {rank}", "incidents": rank}
         saved = store.save(w={"w": torch.ones(1)}, step=3, **said)
     dist.barrier()
@@ -243,7 +243,7 @@ def failing_behind_the_manifest(folder: Path) -> list[Any]:
         return [*found, store.save(w={"w": torch.ones(3)}, step=2).step]
 
 
-def test_ranks_agree_on_a_save_whose_manifest_alone_reached_the_disk(
+def test_ranks_agree_on_a_save_that_fails_after_the_manifest_is_written(
     two: Ranks, tmp_path: Path
 ) -> None:
     assert two.run(failing_behind_the_manifest, tmp_path) == [[None, [1], 1, 2]] * 2
@@ -310,7 +310,7 @@ def wrong_use(folder: Path) -> str:
         torch.nn.init.zeros_(model.weight)
         with pytest.raises(CheckpointError, match="no state for 'other'"):
             store.load("last", {"model": model, **({"other": model} if rank else {})})
-        assert not model.weight.any()  # what one rank cannot load, no rank loads
+        assert not model.weight.any()  # if one rank cannot load, no rank loads
         store.load("last", model=model)
         return str(torch.equal(model.weight, weight))
 
@@ -323,7 +323,7 @@ def without_group(folder: Path) -> None:
     if dist.get_rank() == 0:
         model = torch.nn.Linear(4, 4)
         with CheckpointStore(folder) as store:
-            store.save(model=model, step=0)  # asks no other rank
+            store.save(model=model, step=0)  # does not communicate
             store.load("last", model=model)
     dist.barrier()
     sharded = torch.nn.Linear(4, 4)

@@ -37,7 +37,7 @@ def net() -> nn.Sequential:
 
 
 def groups_of(model: nn.Module) -> list[dict[str, Any]]:
-    """Matrices with weight decay; vectors without it, with another learning rate and limit."""
+    """Groups for matrices, with weight decay, and for vectors, with another rate and limit."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() != 2]
     return [
@@ -47,7 +47,7 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def guarded(optimizer: Optimizer, group: Any, compiled: bool) -> GuardedOptimizer:
-    compiled_step.BACKEND = "eager"  # in this rank; inductor takes seconds
+    compiled_step.BACKEND = "eager"  # only in this process, because inductor takes seconds
     return GuardedOptimizer(optimizer, clip_scope="group", group=group, compile_step=compiled)
 
 
@@ -60,10 +60,10 @@ def ddp_run(name: str, fault: str, compiled: bool) -> tuple[list[Tensor], list[s
     """Returns the weights, the actions, and the number of compiled graphs.
 
     Args:
-        name: Of the optimizer.
+        name: The name of the optimizer.
         fault: What is bad on `BAD_RANK`: its `"batch"`, which DDP spreads over the ranks; its
             `"loss"`; or its `"gradient"` after DDP has averaged it, as by a fault of the device.
-        compiled: Whether the update is.
+        compiled: Whether the update is compiled.
     """
     torch._dynamo.utils.counters.clear()
     model = net()
@@ -143,7 +143,8 @@ def test_a_nan_on_one_rank_skips_the_step_of_the_other(two: Ranks) -> None:
     ):
         assert actions == theirs
         assert tuple(i for i, a in enumerate(actions) if a == "skipped") == BAD_STEPS
-        # One vector a step; the first step compares arguments, a bad one exchanges its counts.
+        # Each step sums one vector. The first step also compares arguments, and a bad step
+        # exchanges its counts.
         assert seen == seen_there == [1 + (i == 0) + (i in BAD_STEPS) for i in range(STEPS)]
         for ours, other in zip(weights, expected, strict=True):
             torch.testing.assert_close(ours, other, rtol=COMPILED_RTOL, atol=1e-6)

@@ -26,7 +26,7 @@ def plain(values: torch.Tensor) -> tuple[list[nn.Parameter], Any]:
 
 
 def beside_shards(values: torch.Tensor) -> tuple[list[nn.Parameter], Any]:
-    """Plain tensors count as replicated beside DTensors."""
+    """Plain tensors in a model with DTensors count as replicated."""
     shard = parameter(DTensor.from_local(torch.ones(2), init_device_mesh("cpu", (4,)), [Shard(0)]))
     return [parameter(values), shard], None
 
@@ -90,7 +90,7 @@ def test_records_count_the_worst_copy(four: Ranks, case: str, kind: str) -> None
             assert nan <= record.nan and posinf <= record.posinf and neginf <= record.neginf
         assert len(record.culprits) == bool(mine)
         assert good.action == "applied" and (good.nan, good.posinf, good.neginf) == (0, 0, 0)
-        assert seen == ["allreduce_"]  # the second one is for bad steps alone
+        assert seen == ["allreduce_"]  # only bad steps need a second collective
 
 
 def raised(bad: Sequence[Sequence[float]]) -> tuple[str, str, list[float]]:
@@ -133,7 +133,7 @@ def test_each_segment_has_its_own_count(four: Ranks) -> None:
 
 
 def where_the_host_may_not_look(bad: Sequence[Sequence[float]]) -> list[float]:
-    """As on a GPU: no second collective, and each rank reports at least its own counts."""
+    """On a GPU there is no second collective, and each rank reports at least its own counts."""
     from fastguard.ranks.team import Team
 
     Team.meets_on_host = property(lambda self: False)
@@ -145,6 +145,6 @@ def where_the_host_may_not_look(bad: Sequence[Sequence[float]]) -> list[float]:
 
 
 def test_without_host_communication_each_rank_counts_its_own() -> None:
-    with Ranks(4) as ranks:  # new ranks, since their code is changed permanently
+    with Ranks(4) as ranks:  # new processes, because the function changes their code permanently
         found = ranks.run(where_the_host_may_not_look, BAD["of different numbers"])
-    assert found == [[12, 0, 0], [5, 0, 0], [5, 0, 0], [5, 0, 0]]  # a mean of 17/4
+    assert found == [[12, 0, 0], [5, 0, 0], [5, 0, 0], [5, 0, 0]]  # the mean would be 17/4

@@ -89,7 +89,7 @@ def test_a_sharded_run_with_a_guard_resumes_exactly(
 def set_on_another(
     kind: str, spike: SpikeRule | None, trained: bool, options: dict[str, Any]
 ) -> Any:
-    """Loads the result of `get_` by `set_` into a guard that never returned a state dict."""
+    """Loads a result of `get_...` with `set_...` into a guard that never saved."""
     model, opt = build(kind, spike)
     train(model, opt, range(5))
     get_options = {k: v for k, v in options.items() if k != "broadcast_from_rank0"}
@@ -98,7 +98,7 @@ def set_on_another(
     if options.get("full_state_dict") and dist.get_rank() != 0:
         saved = {}
     if options.get("full_state_dict") and not options.get("broadcast_from_rank0"):
-        box = [saved]  # with cpu_offload, rank 0 alone has it
+        box = [saved]  # with cpu_offload, only rank 0 has the state
         dist.broadcast_object_list(box, src=0)
         (saved,) = box
     other, fresh = build(kind, spike)

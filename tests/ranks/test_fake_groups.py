@@ -1,4 +1,4 @@
-"""Fake process groups and placeholders: memory of a step is estimated in one process."""
+"""With fake process groups and placeholders, one process estimates the memory of a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flat parameters under DDP, on two ranks; FSDP keeps its own flat memory."""
+"""Flat parameters work under DDP on two ranks; under FSDP they are refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def net() -> nn.Sequential:
 
 
 def trained(flat: bool, views: bool, guard_first: bool) -> tuple[list[Tensor], int]:
-    """Returns the weights after steps of which one has a NaN on rank 1, and the number skipped."""
+    """Returns weights and skip count after steps, one of them with a NaN on rank 1."""
     model = net()
 
     def guarded() -> GuardedOptimizer:

@@ -35,7 +35,7 @@ def whole(t: Tensor | None) -> Tensor | None:
 
 
 def measured(name: str) -> dict[float, tuple[bytes, tuple[float, ...]]]:
-    """Returns, by p, the bits of the norm, and the values of the segment."""
+    """Returns the bits of the norm and the values of the segment, by p."""
     found = {}
     for p in NORMS:
         parts, group = SPREADS[name](model_gradients())
@@ -79,7 +79,7 @@ def test_clipping_equals_that_of_one_process(four: Ranks, name: str, p: float) -
 
 
 def bad_on_one_rank(name: str, rank: int) -> tuple[list[int], list[str], float]:
-    """With a NaN and two Infs on this rank, returns the counts, the local culprits and the norm."""
+    """Puts a NaN and two Infs on one rank; returns counts, local culprits and norm."""
     parts, group = SPREADS[name](model_gradients())
     named = [(f"tensor {i}", p) for i, p in parts]
     if dist.get_rank() == rank:
@@ -95,7 +95,7 @@ def bad_on_one_rank(name: str, rank: int) -> tuple[list[int], list[str], float]:
 @pytest.mark.parametrize("name", [n for n in SPREADS if n not in ("partial", "frozen_elsewhere")])
 def test_tensors_of_one_rank_count_on_all_ranks(four: Ranks, name: str) -> None:
     results = four.run(bad_on_one_rank, name, 1)
-    assert [counts for counts, _, _ in results] == [[1, 1, 1]] * 4  # a quarter of a copy is one
+    assert [counts for counts, _, _ in results] == [[1, 1, 1]] * 4  # four replicas count as one
     assert [bool(culprits) for _, culprits, _ in results] == [False, True, False, False]
     assert len({norm for *_, norm in results}) == 1
 
@@ -124,7 +124,7 @@ def test_all_ranks_raise_and_one_names_the_parameter(four: Ranks) -> None:
 def exchanged(name: str, p: float) -> list[tuple[str, int]]:
     parts, group = SPREADS[name](model_gradients())
     params = [q for _, q in parts]
-    fastguard.clip_grad_norm_(params, 1.0, p, group=group)  # makes groups, once
+    fastguard.clip_grad_norm_(params, 1.0, p, group=group)  # creates the process groups once
     with collectives() as seen:
         fastguard.clip_grad_norm_(params, 1.0, p, group=group)
     return seen
@@ -177,7 +177,7 @@ def test_norms_of_each_tensor_across_shards(four: Ranks) -> None:
         assert "hold different tensors" in error
 
 
-# Where torch raises, is slow, or is wrong.
+# Models on which torch raises an error, is slow, or is wrong.
 
 
 def torch_and_ours(name: str) -> tuple[str, float]:
@@ -217,7 +217,7 @@ def bf16_over_stages() -> tuple[float, float]:
     p = parameter(torch.ones(4096, dtype=torch.bfloat16) * (1 + dist.get_rank() / 64))
     group = dist.group.WORLD
     square = torch.nn.utils.get_total_norm([p.grad]).square()
-    dist.all_reduce(square)  # the recipe of pipeline trainers
+    dist.all_reduce(square)  # as pipeline trainers do
     return square.sqrt().item(), fastguard.clip_grad_norm_([p], math.inf, group=group).item()
 
 
@@ -242,13 +242,13 @@ def many_adapters(n: int) -> tuple[float, float, float]:
     return theirs_s, time.perf_counter() - start, norm.item() / (theirs.item() * 5)
 
 
-def test_thousands_of_adapters_cost_a_fraction_of_torchs_norm(four: Ranks) -> None:
+def test_thousands_of_adapters_take_a_fraction_of_the_time_of_torchs_norm(four: Ranks) -> None:
     for theirs, ours, ratio in four.run(many_adapters, 4_000):
         assert ours < theirs / 3
         assert ratio == pytest.approx(1.0, rel=1e-6)
 
 
-# What is refused.
+# Arguments that are refused.
 
 
 def refused() -> list[str]:

@@ -1,4 +1,4 @@
-"""All ranks react alike to faults on one rank: scalers, budgets, deaths."""
+"""All ranks react in the same way to faults on one rank."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_scales_stay_equal_and_nothing_is_corrupted(
 
 
 def scaler_without_gradients() -> tuple[float, list[str]]:
-    """On a rank without gradients, the scaler has nothing to check."""
+    """Steps on two ranks, one of them without gradients for the scaler to check."""
     p = nn.Parameter(torch.zeros(2))
     opt = sgd(p)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
@@ -137,7 +137,7 @@ def test_all_ranks_agree_on_steps_that_only_lower_a_loss_scale(two: Ranks, case:
         assert seen == ["nonfinite_grad", True, 1, 0]
 
 
-# Errors, budgets, deaths.
+# Errors, skip budgets and dead ranks.
 
 
 def raise_mode(clip_value: float | None) -> str:
@@ -215,7 +215,7 @@ def test_the_skip_budget_ends_on_every_rank_at_the_same_step(two: Ranks) -> None
 
 
 def bad_gradient_before_all_reduce() -> list[Any]:
-    """DDP spreads a NaN to every rank, so no single rank is named; their number is."""
+    """DDP spreads a NaN to every rank, so the record has the number of ranks but names none."""
     model = nn.parallel.DistributedDataParallel(nn.Linear(2, 1))
     opt = GuardedOptimizer(
         torch.optim.SGD(model.parameters(), lr=1.0), group=fastguard.Replicated(dist.group.WORLD)
@@ -248,12 +248,10 @@ def test_if_a_rank_dies_torch_raises_on_the_others(two: Ranks) -> None:
     assert time.monotonic() - start < 30
     assert dead.exitcode == -signal.SIGKILL
     assert survivor.error is not None and "gloo" in survivor.error.lower()
-    assert (
-        "fastguard/stages/reduce.py" in survivor.error
-    )  # in the collective, not before or after it
+    assert "fastguard/stages/reduce.py" in survivor.error  # the rank dies within the collective
 
 
-# One rank of several, alone.
+# A single rank of several.
 
 
 def meshes_of_one() -> tuple[list[Any], float]:

@@ -1,4 +1,4 @@
-"""Losses over ranks: by name, on all ranks or one, too many, and without a group."""
+"""Losses over ranks have names, may be on all ranks or one, and need a group."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_rule_applies_on_ranks_without_its_loss(two: Ranks) -> None:
 
 @pytest.fixture
 def fresh(two: Ranks) -> Iterator[Ranks]:
-    """Loss names belong to a group, so these ranks form a new one before and after."""
+    """Loss names belong to a group, so the ranks form a new group before and after a test."""
     two.kill()
     yield two
     two.kill()
@@ -86,7 +86,7 @@ OWN_NAMES = [f"part {i}" for i in range(11)]
 
 
 def a_loss_too_many() -> list[Any]:
-    """Rank 1 has eleven losses and two more, one of which is NaN at the third step."""
+    """Rank 1 has thirteen losses, two too many; one of these is NaN in the third step."""
     p = weight(1.0)
     opt = sgd(p)
     for late in (2.0, 4.0, NAN, 6.0):
@@ -113,7 +113,7 @@ def test_losses_beyond_the_positions_share_one_and_no_rank_waits(fresh: Ranks) -
 
 
 def late_losses_of_both() -> tuple[list[dict[str, float]], list[str]]:
-    """Each rank has a late loss of its own; one has the name of the shared position."""
+    """Each rank has its own late loss; one has the name of the shared position."""
     warnings: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]

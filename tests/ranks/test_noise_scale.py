@@ -16,8 +16,7 @@ from guardtest.ranks import Ranks
 
 
 def noisy(scaled: bool) -> list[float | None]:
-    """Returns a gradient of squared norm 4 with 64 elements, plus noise of variance 1 on each
-    rank."""
+    """Returns 64 gradient elements of squared norm 4, plus noise of variance 1 on each rank."""
     p = nn.Linear(64, 1, bias=False)
     nn.init.zeros_(p.weight)
     model = DistributedDataParallel(p)
@@ -49,8 +48,7 @@ def test_the_noise_scale_estimates_the_useful_batch_size(four: Ranks, scaled: bo
 
 
 def noisy_in_two_runs(break_at: int | None) -> list[float | None]:
-    """Returns the noise scale of 40 steps; from `break_at` on, by a new guard with the loaded
-    state."""
+    """Returns the noise scale of 40 steps; a new guard resumes at `break_at`."""
     p = nn.Linear(64, 1, bias=False)
     nn.init.zeros_(p.weight)
     generator = torch.Generator().manual_seed(dist.get_rank())

@@ -36,7 +36,7 @@ def measured(name: str, magnitude: float, p: float, mixed: bool) -> tuple[bytes,
 def test_every_rank_gets_the_norm(four: Ranks, name: str, p: float) -> None:
     for magnitude in FAR:
         if name == "partial" and magnitude == 1e-310:
-            continue  # a share is made whole by additions of subnormal numbers
+            continue  # the norm is then a sum of subnormal numbers
         params = [parameter(g) for g in far_gradients(magnitude, False)]
         truth = fastguard.measure_grads(params, norm_type=p).total_norm64.item()
         assert 0.0 < truth < math.inf

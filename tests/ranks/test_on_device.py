@@ -1,4 +1,4 @@
-"""Code for ranks with GPUs, which cannot read values, compared with that for CPUs."""
+"""The code for GPUs, which does not read values, gives the same results as that for CPUs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def names_of(*names: str) -> LossNames:
 def joined(
     names: LossNames, bad_ranks: tuple[float, float], **losses: tuple[float, int]
 ) -> Signals:
-    """Returns signals after the collective: by name, the sum and the number of ranks."""
+    """Maps each name to its sum and its number of ranks after the collective."""
     sums = torch.zeros(2, PLACES, dtype=torch.float64)
     for name, (total, n_ranks) in losses.items():
         sums[:, names.places([name])[0]] = torch.tensor([total, n_ranks]).double()
@@ -80,6 +80,6 @@ def test_names_that_another_rank_added_are_found_when_a_record_is_read() -> None
     assert mine.places(["a"]) == [0]
     assert other.places(["b", "a"]) == [1, 0]
     assert list(mine) == ["a"] + [""] * (OWN - 1) + [OTHERS]
-    assert mine[1] == "b"  # asks the store
+    assert mine[1] == "b"  # reads the name from the store
     assert list(mine)[:2] == ["a", "b"]
     assert mine.places(["c"]) == [2] and len(mine) == PLACES

@@ -9,8 +9,7 @@ from guardtest.rank_guards import a_model
 
 
 def trained(sharded: bool, master: str | None) -> list[list[float]]:
-    """Returns the weights after three clipped steps and a skipped one; all ranks have the same
-    batch."""
+    """Returns the weights after three clipped steps and a skipped one, with equal batches."""
     import fastguard.optim
     from fastguard import GuardedOptimizer
 
@@ -51,7 +50,7 @@ def test_sharded_training_equals_training_of_the_whole_model(two, master):
 
 
 def watched_shards() -> dict[str, list[float]]:
-    """Returns what a rank records of its shard, and what is true of it."""
+    """Returns the recorded and the true statistics of a shard."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 

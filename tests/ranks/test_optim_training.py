@@ -25,8 +25,8 @@ import fastguard.optim
 from guardtest.rank_guards import a_model
 
 BF16 = torch.bfloat16
-# For this dtype `fully_shard` divides by itself; old versions of torch leave the mean to gloo,
-# which takes the sum.
+# For this dtype, `fully_shard` divides the gradients itself. For other dtypes, old versions of
+# torch leave the mean to gloo, which computes the sum.
 MEANS = MixedPrecisionPolicy(reduce_dtype=torch.float64)
 KINDS: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -81,8 +81,7 @@ def trained(wrap: str, settings: dict[str, Any], own_batches: bool = False) -> l
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "stochastic"])
 @pytest.mark.parametrize("wrap", ["fsdp", "ddp"])
 def test_ranks_with_the_same_batch_train_as_one_process_does_bit_for_bit(two, wrap, kind):
-    """The mean of two equal gradients is exact. Rounding noise is indexed from the start of a
-    shard."""
+    """The mean of two equal gradients is exact, and rounding noise is indexed by shard."""
     alone = trained("", KINDS[kind])
     for whole in two.run(trained, wrap, KINDS[kind]):
         assert all(map(torch.equal, whole, alone))

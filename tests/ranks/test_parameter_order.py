@@ -24,11 +24,11 @@ SHAPES = {"a": (2,), "b": (3,), "c": (2,), "d": (2, 1)}
 def ordered(
     by_rank: Sequence[str], named: Sequence[bool], scope: str, spread: str
 ) -> tuple[str, list[float]]:
-    """What the first step says, else the coefficients by parameter.
+    """Returns the error of the first step, or the coefficients by parameter.
 
     Args:
-        by_rank: The parameters of each rank by their letters, param groups parted by blanks.
-        named: Whether each rank gives names.
+        by_rank: The letters of each rank's parameters, with blanks between param groups.
+        named: Whether each rank passes names.
         scope: `clip_scope`.
         spread: `"replicated"` plain tensors, or `"sharded"` DTensors.
     """
@@ -97,7 +97,7 @@ def unnamed(
     drift: int = 0,
     size: int = 2,
 ) -> tuple[str, list[float]]:
-    """What the first step says of replicas of one shape without names, else the coefficients.
+    """Returns the error of the first step of equal shapes without names, or the coefficients.
 
     Args:
         by_rank: The order of the parameters of each rank.
@@ -133,7 +133,7 @@ def unnamed(
 @pytest.mark.parametrize(
     "options", [{}, {"bad": True}, {"drift": 2}, {"size": 8192}], ids=["", "bad", "drift", "large"]
 )
-def test_replicas_of_one_shape_without_names_are_told_apart(two: Ranks, options: dict) -> None:
+def test_replicas_of_one_shape_without_names_are_distinguished(two: Ranks, options: dict) -> None:
     if options.get("bad"):  # the gradients differ, and "a" and "c" have the same weights
         by_rank = ("abc", "bac")
     else:
@@ -142,7 +142,7 @@ def test_replicas_of_one_shape_without_names_are_told_apart(two: Ranks, options:
         assert f"parameter 0 is of shape ({options.get('size', 2)},) (checksum of" in message
 
 
-def test_groups_of_replicas_without_names_are_told_apart(two: Ranks) -> None:
+def test_groups_of_replicas_without_names_are_distinguished(two: Ranks) -> None:
     for message, _ in two.run(unnamed, ("abc", "cab"), [1, 2], "group"):
         assert "a parameter of param group 0 is of shape (2,) (checksum of" in message
     for order in ("abc", "acb"):
@@ -152,7 +152,7 @@ def test_groups_of_replicas_without_names_are_told_apart(two: Ranks) -> None:
 @pytest.mark.parametrize(
     "options", [{}, {"bad": True}, {"drift": 3}, {"bad": True, "drift": 1}], ids=str
 )
-def test_replicas_that_differ_are_in_order(two: Ranks, options: dict) -> None:
+def test_replicas_with_different_values_have_the_same_order(two: Ranks, options: dict) -> None:
     """Drift and bad gradients are not reported as a different order."""
     for message, coefficients in two.run(unnamed, ("abc", "abc"), [3], "tensor", **options):
         assert message == "" and len(coefficients) == 3

@@ -22,7 +22,7 @@ from guardtest.spreads import SPREADS, model_gradients, on, parameter
 def clip_of_a_pipeline(
     params: list[nn.Parameter], max_norm: float, pp: DeviceMesh | None
 ) -> Tensor:
-    """Clips as trainers do over stages: they combine the norms of the stages themselves."""
+    """Clips over stages like trainers that combine the norms of the stages themselves."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in params], 2.0, False, None)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
@@ -54,7 +54,7 @@ def test_a_trainer_that_combines_the_stages_itself(four: Ranks) -> None:
     for (norm, grad, said), (expected, its_grad, _) in zip(ours, theirs, strict=True):
         assert norm == pytest.approx(expected, rel=1e-6) == 10.0
         torch.testing.assert_close(grad, its_grad)
-        assert said == []  # a trainer has no group= to answer with
+        assert said == []  # there is no warning, because a trainer cannot pass group=
 
 
 def clamped_on_a_stage(partial: bool) -> tuple[list[float], list[str]]:
@@ -74,7 +74,7 @@ def clamped_on_a_stage(partial: bool) -> tuple[list[float], list[str]]:
 
 def test_clamping_needs_no_communication_and_no_group(four: Ranks) -> None:
     assert four.run(clamped_on_a_stage, False) == [([1.0, -1.0], [])] * 4
-    for clamped, said in four.run(clamped_on_a_stage, True):  # of the sum, and not of summands
+    for clamped, said in four.run(clamped_on_a_stage, True):  # the sum is clamped, not its summands
         assert clamped == pytest.approx([1.0, -0.2]) and said == []
 
 
@@ -97,8 +97,7 @@ def test_a_trainer_that_clips_experts_separately(four: Ranks) -> None:
 
 
 def returned(name: str) -> list[tuple[bool, float, float]]:
-    """For each way to compute a norm, returns whether it is a DTensor, its value and
-    `full_tensor`."""
+    """Returns each function's norm, its `full_tensor`, and whether it is a DTensor."""
     parts, _ = SPREADS[name](model_gradients())
     params = [p for _, p in parts]
     found = []
@@ -116,7 +115,7 @@ def returned(name: str) -> list[tuple[bool, float, float]]:
 
 
 @pytest.mark.parametrize("name", ["fsdp", "hsdp", "both_dimensions", "with_plain_tensors", "ddp"])
-def test_the_norm_is_a_dtensor_where_torchs_is(four: Ranks, name: str) -> None:
+def test_the_norm_is_a_dtensor_if_torchs_norm_is_one(four: Ranks, name: str) -> None:
     truth = torch.cat([g.flatten() for g in model_gradients()]).double().norm().item()
     for found in four.run(returned, name):
         for is_dtensor, held, whole in found:
@@ -125,7 +124,7 @@ def test_the_norm_is_a_dtensor_where_torchs_is(four: Ranks, name: str) -> None:
 
 
 def used_as_torchs(patched: bool) -> list[float]:
-    """Uses a norm as callers do: logs it, compares it, computes with it."""
+    """Logs, compares and computes with a norm, like callers of torch."""
     torch.manual_seed(0)
     model = fully_shard(nn.Linear(4, 6))
     model(torch.ones(2, 4)).square().sum().backward()

@@ -20,7 +20,7 @@ from guardtest.ranks import Ranks
 
 
 class Net(nn.Module):
-    """One layer has only 1-D parameters, so small that one of two ranks gets no part of it."""
+    """One layer has only small 1-D parameters, of which one of two ranks gets no part."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def test_shards_without_a_group_are_an_error(
     two: Ranks, strategy: str, use_orig_params: bool, nested: bool
 ) -> None:
     for *refusals, replicated in two.run(without_a_group, strategy, use_orig_params, nested):
-        if strategy == "NO_SHARD":  # replicas, flattened
+        if strategy == "NO_SHARD":  # flattened replicas
             assert [*refusals, replicated] == [""] * 7
             continue
         for said in refusals:
@@ -123,7 +123,7 @@ def test_shards_where_no_group_can_be_passed(two: Ranks, use_orig_params: bool) 
 
 
 def guarded_step(use_orig_params: bool, bad: bool) -> tuple[float, int, float]:
-    """With the group, returns our norm, the number of skipped steps, and FSDP's own norm."""
+    """Returns our norm with the group, the number of skipped steps, and FSDP's own norm."""
     model = fsdp("FULL_SHARD", use_orig_params)
     opt = GuardedOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1), max_norm=1e3, group=dist.group.WORLD
@@ -247,13 +247,13 @@ def zero_redundancy(group: str | None) -> str | tuple[float, list[float], int]:
         p.grad = torch.ones(4)
     opt.step()
     norm = opt.records()[0].total_norm
-    if dist.get_rank() == 0:  # what an all-reduce cannot leave on one rank alone
+    if dist.get_rank() == 0:  # a fault on one rank after the all-reduce
         params[2].grad[0] = math.nan
     opt.step()
     return norm, torch.cat([p.detach() for p in params]).tolist(), opt.skipped_steps
 
 
-def test_zero_redundancy_takes_a_step_on_all_ranks_or_on_none(two: Ranks) -> None:
+def test_with_zero_redundancy_all_ranks_step_or_none(two: Ranks) -> None:
     for group in (None, "plain"):
         for said in two.run(zero_redundancy, group):
             assert "pass group=fastguard.Replicated(torch.distributed.group.WORLD)" in said
@@ -313,7 +313,8 @@ def deepspeed(n_ranks: int, marked: bool) -> list[str]:
 def test_partitions_of_deepspeed(two: Ranks) -> None:
     for said in [*two.run(deepspeed, 2, False), *two.run(deepspeed, 2, True)]:
         assert all("shards of DeepSpeed ZeRO in plain tensors" in s for s in said)
-    assert two.run(deepspeed, 1, False) == [["", ""]] * 2  # all of it, in another dtype
+    # A whole tensor in another dtype is accepted.
+    assert two.run(deepspeed, 1, False) == [["", ""]] * 2
 
 
 def looked_through() -> tuple[int, int]:

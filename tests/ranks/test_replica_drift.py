@@ -1,4 +1,4 @@
-"""`watch="replica_drift"` over ranks: a flipped bit is found, and the rank that holds it."""
+"""`watch="replica_drift"` over ranks detects a flipped bit and names its rank."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ def flip_one_bit(t: Tensor, bit: int = 0) -> None:
 def drifting(
     place: str, every: int = 1, bit: int = 0, **options: Any
 ) -> list[tuple[str | None, str, Any]]:
-    """Returns reason, action and suspects of each step; before step `AT` a bit flips on one
-    rank."""
+    """Returns reason, action and suspects of each step; a bit flips before step `AT`."""
     model = DistributedDataParallel(net())
     inner = torch.optim.AdamW(model.parameters(), lr=0.01)
     opt = GuardedOptimizer(inner, **replicated(watch_every=every, **options))
@@ -82,7 +81,7 @@ def test_one_flipped_bit_in_a_flat_buffer(four: Ranks, place: str, flat: str) ->
     assert steps[AT - 1 + later] == ("replica_drift", "applied", suspects)
 
 
-def test_optimizer_state_that_differs_is_seen_once_it_has_moved_a_weight(four: Ranks) -> None:
+def test_different_optimizer_state_is_detected_after_it_has_changed_a_weight(four: Ranks) -> None:
     steps = same_on_all(four.run(drifting, "state"))
     assert steps[:AT] == [FINE] * AT
     suspects = {"gradients": [], "weights": [CULPRIT]}
@@ -90,7 +89,7 @@ def test_optimizer_state_that_differs_is_seen_once_it_has_moved_a_weight(four: R
 
 
 def test_drift_persists_so_that_a_later_check_finds_it(four: Ranks) -> None:
-    """Steps 1 and 5 are watched, the bit flips in a gradient of step 3."""
+    """Steps 1 and 5 are watched, and the bit flips in a gradient of step 3."""
     steps = same_on_all(four.run(drifting, "gradient", 4, 22))
     assert [suspects for _, _, suspects in steps] == [
         {"gradients": [], "weights": []},

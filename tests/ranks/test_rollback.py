@@ -111,7 +111,7 @@ def _flat(value: Any) -> list[float]:
 def test_a_snapshot_that_one_rank_finds_bad_is_restored_on_none(
     two: Ranks, tmp_path: Path, way: str, on_disk: bool
 ) -> None:
-    known = 4 if on_disk else 2  # the last one checked during the copy
+    known = 4 if on_disk else 2  # the last snapshot that was checked during the copy
     for snapshots, step, finite in two.run(poisoned, way, tmp_path if on_disk else None):
         assert snapshots[-1] == known and step == known and finite
 

@@ -21,7 +21,7 @@ from guardtest.ranks import Ranks, collectives
 from guardtest.spreads import on, parameter
 from guardtest.versions import has_torch, needs_torch
 
-# On paper.
+# Without processes.
 
 SIZES = {"pp": 2, "replicate": 2, "shard": 3, "tp": 2}
 
@@ -34,7 +34,7 @@ def root_ranks(permuted: bool = False) -> torch.Tensor:
 
 
 def slice_of(root: torch.Tensor, rank: int, dims: tuple[str, ...]) -> list[int]:
-    """Returns the ranks that differ from a rank only in these dimensions."""
+    """Returns the ranks that differ from one rank only in these dimensions."""
     at = (root == rank).nonzero()[0].tolist()
     index = tuple(slice(None) if name in dims else at[i] for i, name in enumerate(SIZES))
     return root[index].flatten().tolist()
@@ -55,9 +55,9 @@ def test_two_kinds_of_slices_span_what_their_dimensions_span(
         assert _connected(slices) == set(slice_of(root, rank, a + b))
 
 
-def test_irregular_ranks_form_a_slice_of_their_own() -> None:
+def test_irregular_ranks_form_a_separate_slice() -> None:
     assert _connected([Slices([0, 1, 3], range(6))]) == {0, 1, 3}
-    assert _connected([Slices([1, 2], range(6))]) == {1, 2}  # no mesh of 6 is cut so
+    assert _connected([Slices([1, 2], range(6))]) == {1, 2}  # no mesh of 6 ranks has such a slice
     assert _connected([Slices([0, 1, 3], range(6)), Slices([0, 3], range(6))]) == {0, 1, 3, 4}
 
 
@@ -119,16 +119,16 @@ def test_the_norm_covers_the_stage_only(four: Ranks, name: str) -> None:
     results = four.run(norms_of_stages, name)
     assert sorted(ours for _, ours, *_ in results) == [2.0, 2.0, 20.0, 20.0]
     for theirs, ours, everything, said in results:
-        assert ours == pytest.approx(theirs, rel=1e-6)  # torch's root may be one ulp off
+        # Torch's square root may have an error of one ulp.
+        assert ours == pytest.approx(theirs, rel=1e-6)
         assert everything == pytest.approx(math.hypot(2.0, 20.0), rel=1e-6)
-        (warning,) = said  # one for all calls, none where the group is given
+        (warning,) = said  # one warning for all calls, and none for calls with a group
         assert "2 of the 4 ranks of their root mesh" in warning
         assert "pass a group that includes these ranks" in warning
 
 
 def one_stage_alone(name: str) -> list[float]:
-    """Each stage makes different calls, as in an interleaved schedule, without waiting for
-    others."""
+    """Each stage makes other calls, as in an interleaved schedule, without waiting."""
     _, mesh, stage = stage_and_shards(name)
     found = []
     if stage == 0:
@@ -151,9 +151,9 @@ def test_a_call_on_one_stage_alone_does_not_hang(four: Ranks, name: str) -> None
 
 
 def experts_on_one_stage(joined: bool) -> tuple[float, int]:
-    """Stage 1 has experts, on another view of the ranks, and a plain tensor; stage 0 has neither.
+    """Only stage 1 has experts, on another view of the ranks, and a plain tensor.
 
-    The norm, and how many ranks the collectives of a step have.
+    Returns the norm, and the number of ranks in each collective of a step.
     """
     dense = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "fsdp"))
     sparse = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("pp", "efsdp", "ep"))
@@ -203,7 +203,7 @@ def test_existing_groups_are_used(four: Ranks) -> None:
 
 
 def new_groups(world_is_bound: bool) -> list[tuple[bool, float, list[int]]]:
-    """Groups that no mesh has are created once, by their members only."""
+    """Creates groups that no mesh has; only their members take part, and only once."""
     rank, world = dist.get_rank(), dist.group.WORLD
     device = torch.device("cuda", 0) if world_is_bound else None
     make, bound_while_made, found = dist.new_group, [], []
@@ -221,13 +221,14 @@ def new_groups(world_is_bound: bool) -> list[tuple[bool, float, list[int]]]:
         dist.all_reduce(total, group=group)
         found.append((is_kept, total.item(), dist.get_process_group_ranks(group)))
     dist.new_group = make
-    assert bound_while_made == [None] * len(found)  # else NCCL splits, which the world must join
+    # Otherwise NCCL would split the world group, and all ranks would have to join.
+    assert bound_while_made == [None] * len(found)
     return found
 
 
 @pytest.mark.parametrize("world_is_bound", [False, True], ids=["", "bound-to-a-device"])
 def test_a_new_group_needs_only_its_members(world_is_bound: bool) -> None:
-    with Ranks(4) as ranks:  # new ranks, since groups are cached
+    with Ranks(4) as ranks:  # new processes, because groups are cached
         results = ranks.run(new_groups, world_is_bound, timeout=30.0)
     first, second, third = (True, 8.0, [0, 2, 3]), (True, 3.0, [0, 1]), (True, 6.0, [1, 3])
     fourth = (True, 7.0, [0, 1, 3])
@@ -268,8 +269,7 @@ def mesh_without_groups() -> list[float]:
 
 
 def test_a_mesh_without_groups_gets_a_new_group(four: Ranks) -> None:
-    """Over one dimension, the norm of its two ranks; over both, the mean of replicas that differ
-    here."""
+    """Over one dimension, the norm is that of two ranks; over both, that of unequal replicas."""
     both = 2 * (1 + 4 + 9 + 16) / 2
     expected = [[2 * (1 + 4), both]] * 2 + [[2 * (9 + 16), both]] * 2
     assert four.run(mesh_without_groups, timeout=15.0) == expected

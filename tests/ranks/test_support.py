@@ -57,7 +57,7 @@ def die(rank: int) -> None:
     dist.barrier()
 
 
-def test_a_death_is_an_outcome(two: Ranks) -> None:
+def test_the_death_of_a_rank_is_reported(two: Ranks) -> None:
     survivor, dead = two.outcomes(die, 1)
     assert dead.exitcode == -signal.SIGKILL
     assert survivor.error is not None and "RuntimeError" in survivor.error

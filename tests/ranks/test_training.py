@@ -26,8 +26,9 @@ from fastguard import GuardedOptimizer, SpikeRule, StepRecord
 from fastguard.ranks.groups import Group
 from guardtest.ranks import Ranks, collectives
 
-# `fully_shard` leaves the mean to gloo, which takes the sum in old versions of torch (see
-# `fastguard.errors.versions.FSDP_MEANS_ON_CPU`); for this dtype it divides by itself.
+# For this dtype, `fully_shard` divides the gradients itself. For other dtypes, it leaves the mean
+# to gloo, which computes the sum in old versions of torch (see
+# `fastguard.errors.versions.FSDP_MEANS_ON_CPU`).
 MEANS = MixedPrecisionPolicy(reduce_dtype=torch.float64)
 STEPS, BATCH, BAD_STEP, BAD_RANK, SPIKE_STEP = 9, 8, 4, 1, 7
 
@@ -47,7 +48,7 @@ class Net(nn.Module):
 
 
 def batch_of(step: int) -> tuple[Tensor, Tensor]:
-    """Returns inputs `(BATCH, 6)` and targets; those of one step are far off and cause a spike."""
+    """Returns inputs `(BATCH, 6)` and targets; in one step, far targets cause a spike."""
     generator = torch.Generator().manual_seed(step)
     x, y = torch.randn(BATCH, 6, generator=generator), torch.randn(BATCH, 4, generator=generator)
     return x, y * (1e4 if step == SPIKE_STEP else 1.0)
@@ -100,7 +101,8 @@ def train(
     return opt.records()
 
 
-# Ways to spread the model: the model of this rank, its part of the batch, and the group.
+# Ways to distribute the model. Each returns the model of this rank, its part of the batch, and the
+# group.
 
 Spread = Callable[[], tuple[nn.Module, slice, Group]]
 
@@ -150,11 +152,11 @@ OWNERS = {"up": 0, "down": 1, "scale": 2}  # the fourth rank has no parameters
 
 
 class Stage(nn.Module):
-    """Has only the parameters of its own layer; recomputes what a pipeline would send."""
+    """Has only the parameters of its own layer, and computes its inputs itself."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
-        self.net = [Net()]  # in a list: these are not its parameters
+        self.net = [Net()]  # in a list, so that these are not its parameters
         for name, owner in OWNERS.items():
             if owner == rank:
                 setattr(self, name, getattr(self.net[0], name))
@@ -229,14 +231,15 @@ def test_the_steps_equal_those_of_one_process(four: Ranks, name: str, fused: boo
             )
             assert ours.losses["loss"] == pytest.approx(theirs.losses["loss"], rel=1e-5)
             assert ours.lr == theirs.lr
-            if ours.reason != "nonfinite_grad":  # there the norm is of what remains
+            # For a bad step, the norm is that of the finite elements.
+            if ours.reason != "nonfinite_grad":
                 assert ours.total_norm == pytest.approx(theirs.total_norm, rel=1e-5)
                 assert ours.clip_coef == pytest.approx(theirs.clip_coef, rel=1e-5)
         for key, weight in mine.items():
             torch.testing.assert_close(weight, weights[key], rtol=1e-4, atol=1e-6)
     for column in zip(*(records for _, records, _ in results), strict=True):
         numbers = {(r.total_norm, r.clip_coef, tuple(r.thresholds.items())) for r in column}
-        assert len(numbers) == 1  # bit for bit
+        assert len(numbers) == 1  # bitwise equal on all ranks
         assert (
             len({(r.nan, r.culprit_rank, r.culprit_ranks, *r.losses.values()) for r in column}) == 1
         )
@@ -276,7 +279,7 @@ def test_a_step_is_one_collective_of_248_bytes(four: Ranks, name: str) -> None:
 
 
 def group_scope() -> tuple[list[float], dict[str, Tensor]]:
-    """Two segments, each with a sharded and a replicated tensor, which have different weights."""
+    """Two segments, each with a sharded and a replicated tensor, which count differently."""
     mesh = init_device_mesh("cpu", (4,))
     model = parallelize_module(Net(), mesh, PLAN)
     groups = [

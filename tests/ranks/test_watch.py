@@ -23,7 +23,7 @@ NAN, INF = math.nan, math.inf
 
 
 class Poison(torch.autograd.Function):
-    """The identity, with a given gradient."""
+    """The identity function with a given gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: float) -> Tensor:
@@ -72,7 +72,7 @@ def build(way: str, watched: bool = True, **kwargs: Any) -> tuple[nn.Module, Gua
 def step(
     model: nn.Module, opt: GuardedOptimizer, bad: dict[int, float], seed: int = 0
 ) -> StepRecord:
-    """Takes a step in which some ranks are poisoned; returns its record."""
+    """Takes a step with bad gradients on some ranks, and returns its record."""
     x = torch.randn(3, 4, generator=torch.Generator().manual_seed(10 * seed + dist.get_rank()))
     opt.zero_grad()
     model(x, bad.get(dist.get_rank(), 0.0)).square().mean().backward()
@@ -105,7 +105,8 @@ def test_the_rank_is_named_on_all_ranks_and_the_parameter_on_it(
             ("skipped", 1, 0),
             ("skipped", 2, None),
         ]
-    whole = (("up.weight", 32, 0, 0), ("up.bias", 8, 0, 0))  # what no shard holds
+    # Counts of whole tensors, which no shard contains.
+    whole = (("up.weight", 32, 0, 0), ("up.bias", 8, 0, 0))
     assert answers[last][1][3] == whole and answers[last][4][3] == whole == answers[0][4][3]
     names = {name for name, *_ in answers[0][3][3]}
     assert names == {"up.weight", "up.bias"}
@@ -137,7 +138,7 @@ def same_training(way: str) -> bool:
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_it_changes_no_bit_of_the_training(two: Ranks, way: str) -> None:
+def test_a_watch_changes_no_bit_of_the_training(two: Ranks, way: str) -> None:
     assert two.run(same_training, way) == [True, True]
 
 
@@ -150,7 +151,7 @@ def traffic(way: str, watched: bool) -> list[tuple[str, int]]:
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_it_exchanges_nothing(two: Ranks, way: str) -> None:
+def test_a_watch_exchanges_nothing(two: Ranks, way: str) -> None:
     assert two.run(traffic, way, True) == two.run(traffic, way, False)
 
 
@@ -249,7 +250,7 @@ def after_removal() -> tuple[list[int], int, int, list[bool]]:
 
 def test_an_ended_watch_holds_no_references_and_receives_nothing(two: Ranks) -> None:
     for handles, left, waiting, dead in two.run(after_removal):
-        assert handles[0] > 0 and handles == handles[:1] * 3  # no hook is put on twice
+        assert handles[0] > 0 and handles == handles[:1] * 3  # no hook is registered twice
         assert (left, waiting, dead) == (0, 0, [True] * 4)
 
 
@@ -323,7 +324,8 @@ def test_a_communication_hook_for_shards_is_an_error_and_changes_nothing(two: Ra
 
 def overflowing() -> Any:
     model, opt, _ = build("ddp", comm_hook=a_sum)
-    record = step(model, opt, {0: 6e37, 1: 6e37})  # of `up.bias` 1.8e38 on each rank
+    # The gradient of `up.bias` is 1.8e38 on each rank.
+    record = step(model, opt, {0: 6e37, 1: 6e37})
     return record.action, record.culprit_ranks, ("up.bias", 0, 8, 0) in record.culprits
 
 

@@ -1,4 +1,4 @@
-"""`GuardedOptimizer(watch=...)` over ranks: what is read and sent, and norms of shards."""
+"""`GuardedOptimizer(watch=...)` over ranks: reads, collectives, and norms of shards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from guardtest.ranks import Ranks, collectives
 
 
 def watched_by_default() -> list[set[str]]:
-    """Returns what each step has read without `watch_every`."""
+    """Returns the quantities that each step reads without `watch_every`."""
     model = DistributedDataParallel(net())
     options = replicated(watch=("replica_drift", "tensor_norms"), watch_every=None)
     opt = GuardedOptimizer(torch.optim.AdamW(model.parameters(), lr=0.01), **options)
@@ -54,7 +54,7 @@ def bytes_of_steps() -> list[list[tuple[str, int]]]:
 
 
 def test_a_watched_step_sends_more_numbers_in_the_same_collective(four: Ranks) -> None:
-    """12 numbers for drift, one for the noise scale, none for norms of plain tensors."""
+    """Drift needs 12 numbers, the noise scale one, and norms of plain tensors none."""
     watched, other = [("allreduce_", 248 + 8 * 13)], [("allreduce_", 248)]
     for steps in four.run(bytes_of_steps):
         assert steps == [[("allreduce_", 208), *watched], other, watched, other]
@@ -103,7 +103,7 @@ def reads() -> list[int]:
 
 
 def test_norms_and_drift_read_the_gradients_once(four: Ranks) -> None:
-    """The other read is that of the weights."""
+    """The second read is for the weights."""
     assert same_on_all(four.run(reads)) == [2, 2]
 
 

@@ -31,7 +31,7 @@ def stepped(parameters: list[torch.nn.Parameter], opt: Any, steps: range) -> Non
 def resumed(guarded: bool) -> list[list[float]]:
     parameters, opt = made(guarded)
     stepped(parameters, opt, range(3))
-    opt.consolidate_state_dict(0)  # a method of its own
+    opt.consolidate_state_dict(0)  # a method of ZeroRedundancyOptimizer
     box = [opt.state_dict() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(box, 0)
     others, fresh = made(guarded)
@@ -57,7 +57,7 @@ def refused_by_rollback() -> str:
     return ""
 
 
-def test_it_resumes_like_the_unguarded_optimizer(two: Ranks) -> None:
+def test_a_guard_resumes_like_the_unguarded_optimizer(two: Ranks) -> None:
     assert two.run(resumed, True) == two.run(resumed, False)
 
 

@@ -1,4 +1,4 @@
-"""Faults of a training loop that show only over many records; each is reported once."""
+"""Faults of a training loop that are visible only in many records are reported once."""
 
 import itertools
 import logging
@@ -26,7 +26,7 @@ def told(log):
 
 
 def train(steps, *, before=None, dtype=torch.float32, batches="new", sink=None, **options):
-    """A loop that may clip by itself before the guard steps; norms of about 0.7 to 7."""
+    """Runs a loop that may clip before the guard steps, with norms of about 0.7 to 7."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 4)).to(dtype)
     opt = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=1e-4), **options)
@@ -88,7 +88,7 @@ def test_gradients_clipped_beforehand_to_another_limit_are_reported_once(limit, 
 
 
 def test_gradients_clipped_beforehand_to_a_limit_that_changes_are_reported_once(log):
-    """Although the records are read only at the end."""
+    """The records are read only at the end."""
     model = nn.Linear(16, 4)
     opt = GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=1e-4))
     for step in range(2 * AT_LIMIT):
@@ -126,7 +126,7 @@ def test_a_loop_that_leaves_clipping_to_the_guard_is_not_reported(limit, batches
 
 
 @pytest.mark.parametrize("limit", [None, 5.0])
-def test_an_optimizer_that_the_guard_cannot_clip_is_told_nothing(limit, log):
+def test_no_advice_for_an_optimizer_that_the_guard_cannot_clip(limit, log):
     """For LBFGS, a warning of the guard says to clip in the closure."""
     torch.manual_seed(0)
     model = nn.Linear(4, 2)
@@ -163,7 +163,7 @@ def seen(norms, limit=1.0):
         advice.check(StepRecord(step, norm, 1.0, "applied"), limit)
 
 
-def test_how_many_steps_it_takes(log):
+def test_the_number_of_steps_before_the_advice(log):
     seen([1.0 - 1e-6] * (AT_LIMIT - 1))
     seen([0.995] * (NEAR_LIMIT - 1))
     assert told(log) == []
@@ -182,9 +182,9 @@ def test_a_loop_that_clips_most_of_its_steps_is_found(log):
     "norms",
     [
         lambda n: np.random.default_rng(0).normal(1.0, 0.05, n),
-        lambda n: np.random.default_rng(1).normal(1.0, 0.01, n),  # steadier than a real one
+        lambda n: np.random.default_rng(1).normal(1.0, 0.01, n),  # steadier than a real run
         lambda n: np.linspace(2.0, 0.5, n),
-        lambda n: 1.2345 + 1e-6 * np.arange(n),  # one batch, and a tiny learning rate
+        lambda n: 1.2345 + 1e-6 * np.arange(n),  # training on one batch with a tiny learning rate
         lambda n: np.full(n, INF),
         lambda n: np.zeros(n),
     ],
@@ -204,7 +204,7 @@ def test_incidents_do_not_count_as_clipping(log):
 
 
 def test_a_scale_that_does_not_fall_is_reported(log):
-    """As in a loop that passes its own scale to `scaler.update`."""
+    """This happens in a loop that passes its own scale to `scaler.update`."""
     p = nn.Parameter(torch.zeros(2))
     opt = GuardedOptimizer(torch.optim.SGD([p], lr=0.1))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)

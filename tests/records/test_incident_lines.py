@@ -69,7 +69,7 @@ def test_the_held_back_count_is_logged_after_a_good_step(lines, clock, caplog):
     for step in range(1, 6):
         lines.add(bad(step))
     lines.add(good(6))
-    assert len(caplog.messages) == BURST  # it may go on
+    assert len(caplog.messages) == BURST  # the series may continue
     clock.now += INTERVAL
     lines.add(good(7))
     lines.add(good(8))

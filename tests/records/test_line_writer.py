@@ -1,5 +1,4 @@
-"""One writer per file: threads share it, other processes get an error, other files are not
-changed."""
+"""A file has one writer, which threads share; other processes get an error."""
 
 from __future__ import annotations
 
@@ -126,7 +125,7 @@ def test_a_descriptor_closed_by_other_code_is_not_used(path: Path, tmp_path: Pat
     sink = JsonLinesSink(path)
     sink(record(1))
     os.close(sink._writer._file)
-    with open(tmp_path / "weights", "wb", buffering=0) as other:  # gets its number
+    with open(tmp_path / "weights", "wb", buffering=0) as other:  # gets the same descriptor
         sink(record(2))
         assert other.tell() == 0
         sink.close()
@@ -142,7 +141,7 @@ def test_a_file_deleted_or_truncated_by_hand_is_restarted(path: Path) -> None:
     sink(record(3))
     assert steps(path) == [3]
     os.truncate(path, 0)
-    for step in (4, 5, 6):  # the size of the open file counts, so it is not rotated
+    for step in (4, 5, 6):  # the new file is small, so it is not rotated
         sink(record(step))
     assert steps(path) == [4, 5, 6] and rotated_files(path)[:1] == []
     sink.close()

@@ -1,4 +1,4 @@
-"""Other processes: a file of records is written by one process, and passes to another one whole."""
+"""Only one process at a time writes to a file of records, and the next one continues it."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def test_a_second_process_gets_an_error_with_the_pid_until_the_first_ends(path: 
     with pytest.raises(BlockingIOError, match=f"open for writing in process {other.process.pid}"):
         JsonLinesSink(path)
     other.kill()
-    with JsonLinesSink(path) as sink:  # the next run goes on
+    with JsonLinesSink(path) as sink:  # the next run continues the file
         sink(record(2))
     assert steps(path) == [1, 2]
 
 
 def test_an_unclosed_sink_does_not_block_others(path: Path) -> None:
-    """As in a notebook when a cell is run again."""
+    """This happens in a notebook if a cell is run again."""
     for step in (1, 2, 3):
         sink = JsonLinesSink(path)
         sink(record(step))
@@ -99,7 +99,7 @@ def test_a_forked_child_counts_its_lost_records(path: Path) -> None:
 
 
 def test_a_child_can_write_once_its_parent_has_closed_the_file(path: Path) -> None:
-    """As in a program that becomes a daemon."""
+    """A program that becomes a daemon does so."""
     read, write = os.pipe()
     sink = JsonLinesSink(path)
     sink(record(1))
@@ -107,7 +107,7 @@ def test_a_child_can_write_once_its_parent_has_closed_the_file(path: Path) -> No
     if pid == 0:
         try:
             os.read(read, 1)
-            os.closerange(3, 200)  # what a daemon does first
+            os.closerange(3, 200)  # a daemon first closes its descriptors
             sink(record(2))
             sink.close()
         finally:
@@ -134,7 +134,7 @@ def test_workers_of_a_data_loader_keep_no_file_locked(path: Path) -> None:
     for _ in loader:
         opt.step()
     sink.close()
-    Other(path).kill()  # the workers still live
+    Other(path).kill()  # the workers are still running
     assert len(steps(path)) == 5
 
 

@@ -68,7 +68,7 @@ def test_each_named_loss_is_checked_alone_and_may_be_missing():
     ],
     ids=["nothing", "all-bad", "no-weight"],
 )
-def test_without_a_valid_batch_there_is_no_mean_and_it_says_so(meter, says):
+def test_without_a_valid_batch_there_is_no_mean_and_the_text_says_so(meter, says):
     assert meter.compute().mean is None
     assert str(meter).startswith(says)
 
@@ -135,7 +135,7 @@ def test_no_graph_is_kept():
 
 @pytest.mark.parametrize("n", [5, 23])
 def test_losses_on_a_device_wait_in_rows_and_count_the_same(monkeypatch, n):
-    """Simulates a GPU on the host: rows, several transfers, a new name later."""
+    """Simulates a GPU on the host, with rows, several transfers, and a name that appears later."""
     rows = LossMeter()
     direct = LossMeter()
     for i in range(n):
@@ -179,5 +179,5 @@ def test_all_ranks_get_the_means_of_all(tmp_path: Path):
     assert "rank=1" in bad and "tag=2" in bad
 
 
-def test_it_is_public():
+def test_the_meter_is_public():
     assert fastguard.LossMeter is LossMeter

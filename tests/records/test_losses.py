@@ -111,7 +111,7 @@ def test_the_caller_may_reuse_its_buffer(dtype, losses_by_name):
     assert observed.take()["loss"] == 1.0
 
 
-def test_a_loss_of_an_evaluation_without_gradients_can_be_added_to():
+def test_a_loss_from_inference_mode_can_be_added_to():
     observed = ObservedLosses()
     with torch.inference_mode():
         observed.observe(named_losses(torch.tensor(1.0)))

@@ -37,7 +37,7 @@ def test_every_reason_is_an_incident_except_a_search_for_a_loss_scale(action):
     assert StepRecord(1, 2.0, 1.0, action).is_incident == (action == "skipped")
 
 
-def test_a_quiet_step():
+def test_a_step_without_an_incident():
     _, opt = guard(max_norm=10.0)
     opt.step(loss={"ce": torch.tensor(1.5)}, tag=("epoch", 3))
     assert opt.records() == [
@@ -285,8 +285,8 @@ def test_a_record_sent_through_the_ring_equals_that_of_a_cpu(n_tensors, mode, ba
         assert repr(recorder.wait()) == repr(Settled.of(outcome).record())
 
 
-def test_what_units_were_clipped_goes_through_the_ring():
-    """Two buckets; the kernels name a unit by its tensor, other backends count from the first."""
+def test_the_most_clipped_unit_goes_through_the_ring():
+    """Kernels number units per tensor, and other backends over all tensors."""
     f64 = torch.float64
     summaries = (
         UnitSummary(torch.tensor([0.5, 3.0, 0.0, 4.0], dtype=f64), [0, 3], [3, 4]),
@@ -363,7 +363,7 @@ def test_records_stay_in_order_when_a_model_moves_back_from_a_device():
     assert [r.step for r in seen] == [3, 4] and recorder.last.step == 4
 
 
-def test_a_step_with_more_losses_than_the_ring_was_made_for():
+def test_a_step_with_more_losses_than_the_ring_has_space_for():
     recorder = Recorder()
     first, second, third = outcomes(torch.zeros(3, 1, dtype=torch.int64), steps=3)
     losses = torch.arange(5, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Reading while a writer rotates: in order and without gaps, for any timing."""
+"""Reading while a writer rotates gives all records in order, for any timing."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def test_a_file_begins_with_what_wrote_it(tmp_path: Path) -> None:
+def test_a_file_begins_with_a_header(tmp_path: Path) -> None:
     opt = guarded(max_norm=2.5)
     before = time.time()
     opt.add_sink(JsonLinesSink(tmp_path / "r.jsonl", name="run 7"))
@@ -73,7 +73,7 @@ def test_arguments_of_another_type_are_refused(tmp_path: Path, wrong, message) -
     assert not (tmp_path / "r.jsonl").exists()
 
 
-def test_each_rotated_file_begins_with_it(tmp_path: Path) -> None:
+def test_each_rotated_file_begins_with_a_header(tmp_path: Path) -> None:
     with JsonLinesSink(tmp_path / "r.jsonl", max_bytes=2048, name="long") as sink:
         for step in range(1, 31):
             sink(record(step))
@@ -101,7 +101,7 @@ def test_a_rotation_that_fails_repeats_no_header(tmp_path: Path, monkeypatch) ->
     assert [is_header(line) for line in lines_of(sink.path)] == [True] + 8 * [False]
 
 
-def test_a_resumed_run_has_a_second_one_with_its_own_settings(tmp_path: Path) -> None:
+def test_a_resumed_run_has_a_second_header_with_its_own_settings(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     for limit in (1.0, 2.0):
         opt = guarded(max_norm=limit)
@@ -125,7 +125,7 @@ def test_a_sink_of_two_optimizers_names_both(tmp_path: Path) -> None:
     assert [is_header(line) for line in lines_of(sink.path)] == [True, False, False]
 
 
-def test_a_file_deleted_during_a_run_begins_anew_with_it(tmp_path: Path) -> None:
+def test_a_file_deleted_during_a_run_begins_with_a_header_again(tmp_path: Path) -> None:
     with JsonLinesSink(tmp_path / "r.jsonl") as sink:
         sink(record(1))
         sink.path.unlink()
@@ -159,7 +159,7 @@ def test_other_lines_are_no_headers(line: bytes) -> None:
     assert parse_header(line) is None
 
 
-def test_a_header_from_elsewhere_is_bounded_and_printable() -> None:
+def test_an_untrusted_header_is_bounded_and_printable() -> None:
     found = header_of(
         {
             "kind": "header",
@@ -212,7 +212,7 @@ def test_a_pickled_sink_keeps_its_name(tmp_path: Path) -> None:
 
 
 def test_a_header_needs_no_free_descriptor(tmp_path: Path) -> None:
-    """The version of triton is read from a file."""
+    """The header contains the version of triton, which is read from a file."""
     sink = JsonLinesSink(tmp_path / "r.jsonl")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = os.dup(0)

@@ -148,7 +148,7 @@ def test_a_killed_writer_leaves_complete_records_and_the_next_run_continues(tmp_
     steps = [r.step for r in read_records(path)]
     assert len(steps) >= 200 and steps == list(range(1, len(steps) + 1))
     with path.open("ab") as file:
-        file.write(b'{"step": 999, "total_no')  # what a power cut may leave
+        file.write(b'{"step": 999, "total_no')  # as after a power cut
     with JsonLinesSink(path) as sink:
         sink(StepRecord(1, 1.0, 1.0, "applied"))
     assert [r.step for r in read_records(path)] == [*steps, 1]
@@ -251,7 +251,7 @@ def test_any_logger_of_dicts_gets_the_scalars_under_its_prefix() -> None:
         2,
     )
     values, step = seen[1]
-    assert math.isnan(values.pop("critic/grad_norm"))  # NaN as in torch, not a dip
+    assert math.isnan(values.pop("critic/grad_norm"))  # NaN as in torch, instead of a low value
     assert (values, step) == ({"critic/lr": 1e-3, "critic/skipped": 1.0}, 7)  # else finite ones
 
 
@@ -304,7 +304,7 @@ def test_a_full_file_deleted_while_reading_is_still_read(tmp_path: Path) -> None
                 sink(record)
     reading = read_records(path)
     next(reading)
-    (tmp_path / "r.2.jsonl").unlink()  # the run goes on and keeps one full file
+    (tmp_path / "r.2.jsonl").unlink()  # the run continues and keeps one full file
     assert [r.step for r in reading] == [2, 1, 2, 1, 2]
 
 
@@ -318,7 +318,7 @@ def test_files_deleted_before_they_could_be_read_are_reported(
     reading = read_records(path)
     seen = [next(reading).step]
     for full in rotated_files(path)[:-1]:
-        full.unlink()  # the run goes on and keeps one full file
+        full.unlink()  # the run continues and keeps one full file
     seen += [r.step for r in reading]
     assert seen[0] == 1 and seen[-1] == 400 and len(seen) < 400
     assert "rotated files were deleted before being read" in caplog.text

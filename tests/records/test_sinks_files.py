@@ -31,7 +31,7 @@ def test_a_file_is_filled_to_its_last_byte_and_never_empty(tmp_path: Path) -> No
         sink(record(1))
     header, line = map(len, sink.path.read_bytes().splitlines(keepends=True))
     sink.path.unlink()
-    size = header + 20 * line + 8  # a header's time may have some digits more
+    size = header + 20 * line + 8  # the time in a header may have more digits
     with JsonLinesSink(sink.path, max_bytes=size) as sink:
         for _ in range(40):
             sink(record(1))
@@ -47,7 +47,7 @@ def test_a_file_is_filled_to_its_last_byte_and_never_empty(tmp_path: Path) -> No
 
 def test_rotated_files_are_distinguished_from_other_files(tmp_path: Path) -> None:
     (tmp_path / "records.notes").write_text("not mine")
-    (tmp_path / "records.7").write_text("")  # numbers go on behind the last one there is
+    (tmp_path / "records.7").write_text("")  # numbers continue after the last existing one
     with JsonLinesSink(tmp_path / "records", max_bytes=1024) as sink:
         for step in range(1, 12):
             sink(record(step))
@@ -70,7 +70,8 @@ def test_a_closed_sink_writes_to_no_other_file(tmp_path: Path) -> None:
     for step in range(7):
         sink(record(step))
     sink.close()
-    with open(tmp_path / "other", "wb", buffering=0) as other:  # gets the number that is free now
+    # Gets the descriptor that was closed.
+    with open(tmp_path / "other", "wb", buffering=0) as other:
         for step in range(7):
             sink(record(step))
         sink.close()

@@ -121,7 +121,7 @@ class NoItems(dict):
 )
 def test_any_value_gives_a_line_that_readers_accept(value):
     line = encode(shortened(value))
-    assert len(line.encode()) < 400_000  # of 512 KiB
+    assert len(line.encode()) < 400_000  # bytes; readers accept 512 KiB
     assert line.isprintable()
     json.loads(line, parse_constant=no_constants)
 

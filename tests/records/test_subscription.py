@@ -92,7 +92,7 @@ def test_an_interrupted_sink_is_called_once_more():
     assert [r.step for r in after] == [r.step for r in opt.records()] == [1, 2]
 
 
-def test_a_deleted_subscriber_costs_nothing():
+def test_a_deleted_subscriber_is_freed_and_not_called():
     _, opt = guard()
     inbox = opt.subscribe()
     opt.step()

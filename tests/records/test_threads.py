@@ -1,4 +1,4 @@
-"""Threads that read the records of a run while another thread trains, such as a dashboard's."""
+"""Threads, such as those of a dashboard, may read records while another thread trains."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ def switching_often():
     sys.setswitchinterval(before)
 
 
-def train_beside(read, sink=None):
+def train_while_read(read, sink=None):
     """Takes `STEPS` steps, every seventh of them bad, while two threads call `read(optimizer)`."""
     p = torch.nn.Parameter(torch.zeros(3))
     opt = fastguard.GuardedOptimizer(torch.optim.SGD([p], lr=0.1), max_norm=1.0)
@@ -59,13 +59,13 @@ def test_a_history_read_meanwhile_has_each_step_once_in_order():
         steps = [record.step for record in opt.history]
         assert steps == list(range(1, len(steps) + 1))
 
-    assert len(train_beside(read).history) == STEPS
+    assert len(train_while_read(read).history) == STEPS
 
 
 @pytest.mark.parametrize("fetch", ["records", "flush"])
 def test_records_fetched_meanwhile_come_once_each(fetch):
     seen = []
-    opt = train_beside(lambda opt: seen.extend(getattr(opt, fetch)()))
+    opt = train_while_read(lambda opt: seen.extend(getattr(opt, fetch)()))
     seen += opt.records()
     assert sorted(record.step for record in seen) == list(range(1, STEPS + 1))
 
@@ -73,7 +73,7 @@ def test_records_fetched_meanwhile_come_once_each(fetch):
 def test_sinks_and_the_log_get_each_record_once(caplog):
     told = []
     with caplog.at_level(logging.WARNING, "fastguard"):
-        train_beside(lambda opt: opt.history, sink=told.append)
+        train_while_read(lambda opt: opt.history, sink=told.append)
     assert [record.step for record in told] == list(range(1, STEPS + 1))
     named = [m for m in caplog.messages if "step 1 skipped" in m]
     assert len(named) == 1

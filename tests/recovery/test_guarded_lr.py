@@ -1,4 +1,4 @@
-"""`GuardedLR`: schedules that take skipped steps into account, as scripts with known numbers."""
+"""`GuardedLR` takes skipped steps into account; the tests play scripts with known numbers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_recovery_is_logged_like_a_backoff(caplog: pytest.LogCaptureFixture) -> 
     ]
 
 
-@pytest.mark.filterwarnings("ignore:Detected call")  # nothing steps here
+@pytest.mark.filterwarnings("ignore:Detected call")  # the optimizer never steps
 def test_a_search_for_a_loss_scale_is_not_an_incident() -> None:
     opt = guarded()
     lr = GuardedLR(ExponentialLR(opt, gamma=0.5), backoff=0.1, recovery=2)
@@ -80,13 +80,13 @@ def test_without_recovery_a_backoff_lasts() -> None:
 def test_clamping_to_the_floor_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     opt = guarded(lr=1e-3)
     lr = GuardedLR(ExponentialLR(opt, gamma=0.1), floor=1e-6)
-    assert play(opt, lr, [GOOD] * 30)[-1] == 1e-6  # where plain torch arrives at 1e-33
+    assert play(opt, lr, [GOOD] * 30)[-1] == 1e-6  # plain torch reaches 1e-33
     assert lr.held_at_floor == 27
     assert sum("clamped lr" in message for message in caplog.messages) == 1
 
 
 def test_the_schedule_never_sees_our_values() -> None:
-    """A recursive schedule would compound the back-off, so it must find its own values."""
+    """A recursive schedule would compound the back-off, so it must see its own values."""
     plain = guarded()
     guard = guarded()
     alone = CosineAnnealingLR(plain, T_max=10, eta_min=0.1)
@@ -126,7 +126,7 @@ def test_each_group_is_clamped_to_its_own_floor() -> None:
     lr = GuardedLR(ExponentialLR(opt, gamma=0.5), floor=(0.25, 0.0))
     play(opt, lr, [GOOD, GOOD])
     assert [g["lr"] for g in opt.param_groups] == [0.25, 0.25]
-    assert lr.held_at_floor == 0  # what it wanted was the floor itself
+    assert lr.held_at_floor == 0  # the schedule's value was the floor itself
     play(opt, lr, [GOOD])
     assert [g["lr"] for g in opt.param_groups] == [0.25, 0.125]
     assert lr.held_at_floor == 1
@@ -145,7 +145,7 @@ def test_a_metric_between_steps_does_not_undo_a_backoff() -> None:
     lr = GuardedLR(ReduceLROnPlateau(opt, patience=0, factor=0.1), backoff=0.5)
     opt.step(loss=BAD)
     lr.step(1.0)
-    lr.step(0.5)  # a better one, and no step was taken
+    lr.step(0.5)  # a better metric, without a step
     assert opt.param_groups[0]["lr"] == 0.5
 
 
@@ -170,7 +170,7 @@ def test_groups_warm_up_from_above_and_from_below_and_momentum_too() -> None:
     assert biases == pytest.approx([0.1, 0.0775, 0.055, 0.055, 0.0325])
     assert weights == pytest.approx([0.0, 0.0025, 0.005, 0.005, 0.0075])
     assert momenta == pytest.approx([0.8, 0.83425, 0.8685, 0.8685, 0.90275])
-    for _ in range(2):  # and stay
+    for _ in range(2):  # the values do not change any more
         assert [g["lr"] for g in opt.param_groups] == pytest.approx([0.01, 0.01])
         assert opt.param_groups[0]["momentum"] == pytest.approx(0.937)
         play(opt, lr, [GOOD])
@@ -183,7 +183,7 @@ def test_a_warm_up_from_below_the_floor_is_clamped(caplog: pytest.LogCaptureFixt
     assert seen == pytest.approx([4e-4, 4e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
     assert (
         lr.held_at_floor == 0 and "GuardedLR" not in caplog.text
-    )  # it is the schedule that must not want below
+    )  # only values of the schedule below the floor are logged
 
 
 def test_a_warm_up_leads_to_the_momentum_of_the_schedule_and_resumes_there() -> None:
@@ -202,7 +202,7 @@ def test_a_warm_up_leads_to_the_momentum_of_the_schedule_and_resumes_there() -> 
         assert now == pytest.approx(0.5 + (wanted - 0.5) * min(1.0, n / 4))
         resumed = GuardedLR(cycle(other), warmup=warmup)
         resumed.load_state_dict(copy.deepcopy(lr.state_dict()))
-        assert other.param_groups[0]["momentum"] == now  # in force before the next step
+        assert other.param_groups[0]["momentum"] == now  # applied before the next step
         assert resumed.get_last_lr() == lr.get_last_lr()
 
 
@@ -318,7 +318,7 @@ def test_the_error_names_a_later_group_whose_learning_rate_is_not_a_number(lr: o
 @pytest.mark.parametrize(
     "setting", [{"betas": None}, {"momentum": None}, {"betas": "auto"}], ids=str
 )
-def test_a_momentum_that_is_not_a_number_is_left_alone(setting: dict) -> None:
+def test_a_momentum_that_is_not_a_number_is_not_changed(setting: dict) -> None:
     parameter = torch.nn.Parameter(torch.ones(1))
     inner = torch.optim.SGD([parameter], lr=1.0)
     inner.param_groups[0].update(setting)
@@ -348,11 +348,11 @@ def test_the_wrapped_optimizer_may_be_false_as_a_condition() -> None:
     assert not opt and GuardedLR(schedule, optimizer=opt).get_last_lr() == [0.5]
 
 
-def test_other_code_can_use_it_as_a_scheduler() -> None:
+def test_other_code_can_use_guarded_lr_as_a_scheduler() -> None:
     assert issubclass(fastguard.GuardedLR, torch.optim.lr_scheduler.LRScheduler)
 
 
-def test_around_the_steps_of_a_trainer_that_sets_the_lr_itself() -> None:
+def test_in_force_with_a_trainer_that_sets_the_lr_itself() -> None:
     """The trainer's values are restored after each step."""
     opt = guarded()
     lr = GuardedLR(opt, floor=0.3, backoff=0.5, recovery=2)
@@ -364,6 +364,6 @@ def test_around_the_steps_of_a_trainer_that_sets_the_lr_itself() -> None:
         assert opt.param_groups[0]["lr"] == theirs
     opt.param_groups[0]["lr"] = 0.2
     with pytest.raises(KeyError), lr.in_force():
-        assert opt.param_groups[0]["lr"] == 0.3  # two good steps took the backoff back
+        assert opt.param_groups[0]["lr"] == 0.3  # two good steps ended the back-off
         raise KeyError
     assert opt.param_groups[0]["lr"] == 0.2

@@ -47,7 +47,7 @@ def test_an_added_group_uses_the_last_entry_of_per_group_arguments(
     lr = GuardedLR(opt, floor=[0.0, 0.05], warmup=warmup)
     play(opt, lr, [GOOD])
     opt.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 0.1})
-    opt.step()  # in force before the next call of lr.step
+    opt.step()  # applied before the next call of lr.step
     assert opt.param_groups[2]["lr"] == 0.05
     assert opt.param_groups[2]["momentum"] == pytest.approx(0.1 + 0.8 / 4)
     play(opt, lr, [GOOD, GOOD, GOOD])
@@ -127,13 +127,13 @@ def test_a_removed_param_group_is_an_error_although_another_one_has_its_place() 
 def test_param_groups_may_be_copied_or_get_other_parameters() -> None:
     opt = guarded(n_groups=2)
     lr = GuardedLR(opt, backoff=0.5)
-    opt.load_state_dict(opt.state_dict())  # other dicts
+    opt.load_state_dict(opt.state_dict())  # replaces the dicts of the param groups
     play(opt, lr, [GOOD])
     opt.param_groups[0]["params"][0] = torch.nn.Parameter(torch.zeros(1))
     before = [g["lr"] for g in opt.param_groups]
     play(opt, lr, [BAD])
     assert [g["lr"] for g in opt.param_groups] == [rate / 2 for rate in before]
-    opt.load_state_dict(opt.state_dict())  # one after the other
+    opt.load_state_dict(opt.state_dict())  # replaces the dicts a second time
     play(opt, lr, [BAD])
     assert [g["lr"] for g in opt.param_groups] == [rate / 4 for rate in before]
 

@@ -44,7 +44,7 @@ def test_a_loaded_state_is_complete_and_ignores_earlier_steps() -> None:
     other = guarded(lr=1.0)
     resumed = GuardedLR(ExponentialLR(other, gamma=0.1), floor=0.05, backoff=0.5)
     for _ in range(3):
-        other.step(loss=BAD)  # not seen by the schedule before the load
+        other.step(loss=BAD)  # the schedule does not see this step before the load
     resumed.load_state_dict(saved)
     resumed.step()
     assert resumed.state_dict() == saved
@@ -53,7 +53,7 @@ def test_a_loaded_state_is_complete_and_ignores_earlier_steps() -> None:
 
 @pytest.fixture
 def delayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU without synchronization: the record of step k arrives before step k + 1."""
+    """Delays records as on a GPU: the record of step k arrives before step k + 1."""
     longrun.delay_records(monkeypatch)
 
 
@@ -73,7 +73,7 @@ def test_a_pending_verdict_is_part_of_the_state(script, optimizer_first: bool) -
     saved = copy.deepcopy((first.state_dict(), first_lr.state_dict()))
     assert head + play(first, first_lr, script[3:]) == whole  # saving changed nothing
     second, second_lr = fresh()
-    second.step(loss=BAD)  # of no concern to what is loaded
+    second.step(loss=BAD)  # has no effect on the loaded state
     if optimizer_first:
         second.load_state_dict(saved[0])
     second_lr.load_state_dict(saved[1])

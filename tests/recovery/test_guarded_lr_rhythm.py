@@ -104,7 +104,7 @@ def every_batch(opt: GuardedOptimizer, lr: GuardedLR) -> None:
         (way, name)
         for way in ("by itself", "every batch", "in force")
         for name, (_, arguments) in SCHEDULES.items()
-        if arguments or way != "every batch"  # a schedule that wants no metric counts every call
+        if arguments or way != "every batch"  # a schedule without a metric counts every call
     ],
 )
 def test_a_warm_up_by_step_and_a_schedule_by_epoch(way: str, name: str) -> None:
@@ -134,7 +134,8 @@ def test_a_tensor_learning_rate_warms_up_in_place() -> None:
     lr = GuardedLR(plateau(opt), warmup=WARMUP)
     for epoch in range(EPOCHS):
         for _ in range(BATCHES):
-            with lr.in_force() if epoch == 1 else torch.no_grad():  # also one after the other
+            # The context can be entered repeatedly.
+            with lr.in_force() if epoch == 1 else torch.no_grad():
                 opt.step()
         lr.step(1.0)
     assert opt.param_groups[0]["lr"] is rate
@@ -277,7 +278,7 @@ def test_a_rate_written_under_a_backoff_does_not_raise_the_schedule_beyond_it() 
     assert lr.get_last_lr() == [3.0]
 
 
-def test_a_trainer_that_writes_momentum_finds_it_again() -> None:
+def test_a_trainer_that_sets_momentum_finds_its_value_again() -> None:
     opt = guarded(momentum=0.9)
     lr = GuardedLR(opt, warmup=Warmup(steps=2, lr=0.0, momentum=0.5))
     seen = []

@@ -72,7 +72,7 @@ def test_too_many_skips_restore_the_last_snapshot_bit_for_bit() -> None:
     assert rewind.attempt == 1 and "3 steps in a row were skipped" in rewind.reason
     assert same(run.state(), at_five)
     assert run.opt.param_groups[0]["lr"] == pytest.approx(0.005)
-    assert run.opt.skipped_steps == 0  # the guard's own state went back as well
+    assert run.opt.skipped_steps == 0  # the state of the guard was restored too
 
 
 def test_the_run_after_a_rollback_equals_one_without_the_bad_batches() -> None:
@@ -110,7 +110,7 @@ def test_spikes_are_counted_from_zero_after_a_rollback() -> None:
     assert run.batch(9, 1e12) is not None
 
 
-def test_one_spike_may_be_enough() -> None:
+def test_one_spike_can_trigger_a_rollback() -> None:
     run = Run(every=5, after_skips=None, after_spikes=1)
     for i in range(6):
         run.batch(i)
@@ -124,7 +124,7 @@ def test_only_bad_steps_after_the_snapshot_are_skipped() -> None:
     assert run.rollback.snapshots == [2, 5]
     assert run.rollback.trigger().skip == ()
     run.batch(5, math.nan)
-    run.rollback.snapshot()  # of the very step that was bad
+    run.rollback.snapshot()  # after the step that was bad
     run.batch(6, math.nan)
     assert run.rollback.trigger().skip == (6,)
 
@@ -143,7 +143,7 @@ def test_bad_steps_before_a_poisoned_snapshot_are_skipped_too() -> None:
 
 
 def test_the_caller_can_trigger_a_rollback_before_calling_step() -> None:
-    """The record of that step is used with its position, or not at all."""
+    """The record of the step is used with its position, or not at all."""
     run = Run(every=2, after_skips=2)
     for i in range(2):
         run.batch(i)
@@ -161,13 +161,13 @@ def test_the_caller_can_trigger_a_rollback() -> None:
     assert run.rollback.trigger("validation collapsed").step == 2
 
 
-def test_spikes_must_come_in_a_row() -> None:
+def test_only_consecutive_spikes_trigger_a_rollback() -> None:
     run = Run(every=100, after_skips=None, after_spikes=2)
     for i in range(12):
         assert run.batch(i, 1e6 if i in (6, 9) else 1.0) is None
 
 
-def test_old_incidents_are_forgotten() -> None:
+def test_old_incidents_are_discarded() -> None:
     run = Run(every=2, after_skips=5)
     for i in range(40):
         assert run.batch(i, math.nan if i % 4 == 3 else 1.0) is None
@@ -224,7 +224,7 @@ def test_every_second_snapshot_is_checked_during_the_copy(
         run.batch(i)
     assert checks == [True, True, False, True, False, True, False]
     checks.clear()
-    single = Run(every=1, keep=1)  # it could protect no other one
+    single = Run(every=1, keep=1)  # with keep=1 there is no other snapshot to protect
     single.batch(0)
     assert checks == [False, False]
 
@@ -260,9 +260,9 @@ def test_a_deleted_rollback_leaves_nothing_behind() -> None:
     run.batch(0)
     assert len(run.opt._optimizer_step_pre_hooks) == 2
     del run.rollback
-    assert len(run.opt._optimizer_step_pre_hooks) == 1  # of the schedule
+    assert len(run.opt._optimizer_step_pre_hooks) == 1  # the hook of the schedule
     assert not run.opt._optimizer_load_state_dict_post_hooks
-    assert len(run.opt._recorder._inboxes) == 1  # of the schedule
+    assert len(run.opt._recorder._inboxes) == 1  # the inbox of the schedule
     run.opt.step()
 
 

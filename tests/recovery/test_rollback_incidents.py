@@ -1,4 +1,4 @@
-"""`Rollback` in runs where incidents are applied: cleaned, recorded, or propagated."""
+"""`Rollback` in runs that apply incidents, whose NaN is cleaned, recorded or propagated."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_skips_without_a_rollback_are_logged_too(caplog: pytest.LogCaptureFixtur
     assert loop.rollback.snapshots == [0]
 
 
-def test_the_memory_of_bad_steps_is_bounded(
+def test_the_list_of_bad_steps_is_bounded(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastguard.recovery.incident_log.POSITIONS", 5)
@@ -107,7 +107,7 @@ def test_a_search_for_a_loss_scale_is_not_a_bad_step() -> None:
     bad = StepRecord(1, 1.0, 1.0, "skipped", "nonfinite_grad", nan=3)
     for _ in range(20):
         assert stretch.learn(overflow, "overflow") is None
-    assert not stretch.is_due  # nor has it moved the weights
+    assert not stretch.is_due  # it has not changed the weights either
     assert stretch.learn(bad, "bad") is None
     assert stretch.learn(overflow, "overflow") is None
     assert stretch.learn(bad, "bad") == "2 steps in a row were skipped"

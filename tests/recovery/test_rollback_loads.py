@@ -50,7 +50,8 @@ def test_a_state_loaded_between_a_step_and_its_rollback_step(n_before: int) -> N
     run.opt.load_state_dict(start)
     assert run.rollback.step("loaded") is None
     run.step(math.nan)
-    assert run.rollback.step("bad 1") is None  # not the second: a load came between
+    # Not the second consecutive skip, because of the load.
+    assert run.rollback.step("bad 1") is None
     rewind = None
     for i in (2, 3, 4):
         run.step(math.nan)
@@ -130,7 +131,7 @@ def test_any_order_of_steps_loads_and_rollbacks(seed: int) -> None:
         every=choose.choice([1, 2, 5]), after_skips=choose.choice([1, 2, 3]), max_attempts=99
     )
     saved = [copy.deepcopy((run.model.state_dict(), run.opt.state_dict(), run.lr.state_dict()))]
-    bad, is_untold = set(), False  # positions that stand for a bad step
+    bad, is_untold = set(), False  # positions of bad steps
     for i in range(80):
         act = choose.choice(["step"] * 6 + ["save", "model", "opt", "lr", "all", "observe", "back"])
         state = choose.choice(saved)
@@ -162,11 +163,11 @@ def test_any_order_of_steps_loads_and_rollbacks(seed: int) -> None:
     assert run.rollback.rollbacks > 0
 
 
-def test_it_still_gives_up_after_loads() -> None:
+def test_rollback_still_gives_up_after_loads() -> None:
     run = Run(every=2, after_skips=1, max_attempts=1)
     run.batch(0, math.nan)
     run.opt.load_state_dict(run.opt.state_dict())
-    with pytest.raises(TrainingDivergedError, match="1 rollbacks did not solve it"):
+    with pytest.raises(TrainingDivergedError, match="1 rollbacks did not solve the problem"):
         run.batch(1, math.nan)
 
 

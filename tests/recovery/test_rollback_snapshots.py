@@ -21,15 +21,16 @@ def test_a_poisoned_snapshot_is_never_restored(caplog: pytest.LogCaptureFixture)
     for i in range(4):
         run.batch(i)
     with torch.no_grad():
-        run.model[0].weight[1, 2] = math.nan  # behind the guard's back
+        run.model[0].weight[1, 2] = math.nan  # the guard does not see this change
     run.rollback.snapshot(position=3)
-    assert run.rollback.trigger("suspicion").step == 2  # the last that is known to be finite
+    # The last snapshot that is known to be finite.
+    assert run.rollback.trigger("suspicion").step == 2
     said = [message for message in caplog.messages if "is not finite" in message]
     assert len(said) == 1 and "step 4" in said[0] and "model.0.weight" in said[0]
     assert all(p.isfinite().all() for p in run.model.parameters())
 
 
-def test_without_a_finite_snapshot_it_says_which_tensors_are_bad() -> None:
+def test_without_a_finite_snapshot_the_error_names_the_bad_tensors() -> None:
     run = Run(every=100, keep=1)
     with torch.no_grad():
         run.model[0].weight[1, 2] = math.inf
@@ -68,7 +69,7 @@ def test_further_training_does_not_change_a_snapshot() -> None:
         run.batch(i)
     run.rollback.trigger()
     assert same(run.state(), at_three)
-    for i in range(3, 5):  # what was loaded is a copy: it must survive a second return
+    for i in range(3, 5):  # the loaded values are copies, which a second rollback needs unchanged
         run.batch(i)
     run.rollback.trigger()
     assert same(run.state(), at_three)

@@ -72,7 +72,7 @@ def test_a_restarted_process_resumes_from_the_store_and_rolls_back_to_it(
     store: CheckpointStore,
 ) -> None:
     expected = snapshot(Run(None).advance(8).opt)
-    Run(store).advance(5)  # dies here; the last snapshot is of step 3
+    Run(store).advance(5)  # the process ends here; its last snapshot is of step 3
     files = [entry.file for entry in store.list()]
     run = Run(store, resume=True)
     assert run.position == 2 and run.opt.steps_taken == 3
@@ -104,7 +104,7 @@ def test_an_old_run_in_the_directory_is_not_restored(store: CheckpointStore) -> 
     assert torch.equal(new.model[0].bias, bias)
 
 
-def test_nor_is_one_that_never_took_a_step(store: CheckpointStore) -> None:
+def test_an_old_run_that_never_took_a_step_is_not_restored(store: CheckpointStore) -> None:
     Run(store)
     new = Run(None)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_attempts_restart_only_with_a_snapshot_after_the_problem(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run(store, after_skips=1, every=1).advance(2)
-    assert run.batch(2, math.nan).attempt == 1  # the trouble reached step 3
+    assert run.batch(2, math.nan).attempt == 1  # the problem lasted until step 3
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -177,7 +177,7 @@ def test_rollback_works_from_a_disk_that_became_read_only(
     assert "[Errno 30] Read-only file system" in caplog.text
 
 
-def test_without_a_usable_snapshot_it_says_so(store: CheckpointStore) -> None:
+def test_without_a_usable_snapshot_the_error_says_so(store: CheckpointStore) -> None:
     run = Run(store)
     for entry in store.list():
         (store.directory / entry.file).unlink()
@@ -205,4 +205,5 @@ def test_wrong_use_is_an_error(store: CheckpointStore) -> None:
     for name in ("position", "optimizer", "lr"):
         with pytest.raises(ValueError, match=rf"objects\['{name}'\] has a name that Rollback uses"):
             Rollback(run.opt, {name: run.model}, lr=run.lr)
-    Rollback(run.opt, {"optimizer": run.opt, "lr": run.lr}, lr=run.lr)  # the same ones are fine
+    # The same objects are accepted.
+    Rollback(run.opt, {"optimizer": run.opt, "lr": run.lr}, lr=run.lr)

@@ -120,7 +120,7 @@ def test_a_milestone_schedule_keeps_its_closed_form() -> None:
     slot.take({"lr": schedule}, 1, None)
     slot.restore({"lr": schedule})
     with pytest.warns(UserWarning):
-        schedule.step(3)  # asks the Counter of milestones for its elements
+        schedule.step(3)  # uses the elements of the Counter of milestones
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
 
 
@@ -132,7 +132,7 @@ def test_module_versions_survive() -> None:
 
     class Looking(torch.nn.BatchNorm1d):
         def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
-            seen.append(metadata.pop("version"))  # what it is given is its own
+            seen.append(metadata.pop("version"))  # the object may change its copy
             super()._load_from_state_dict(state, prefix, metadata, *rest)
 
     for _ in range(2):
@@ -144,7 +144,7 @@ def test_later_changes_of_values_do_not_reach_a_snapshot() -> None:
     value = [torch.ones(2), {"seen": {1}}, collections.Counter("a")]
     before = copy.deepcopy(value)
     slot = taken(value)
-    for _ in range(2):  # nor what it does to those that it was given back
+    for _ in range(2):  # changes of restored values do not reach the snapshot either
         value[0] += 1
         value[1]["seen"].add(2)
         value[2]["b"] += 1
@@ -158,7 +158,7 @@ def test_a_tensor_whose_shape_or_dtype_changed_is_copied_anew() -> None:
     for step, value in enumerate(values):
         slot.take({"x": Holder(value)}, step, None)
         assert repr(restored(slot)) == repr(value)
-    for n in (2.0, 3.0):  # elements, in a state of one shape
+    for n in (2.0, 3.0):  # changes the elements, but not the shape
         slot.take({"x": Holder(torch.diag(torch.arange(3) < n).float().to_sparse())}, 5, None)
         assert restored(slot).to_dense().sum() == n
 
@@ -178,7 +178,7 @@ def test_a_copy_holds_no_graph() -> None:
 
 
 class Fails:
-    """Cannot be copied at the moment, for a reason that is not its own."""
+    """Cannot be copied because of an unrelated error."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -188,13 +188,13 @@ class Fails:
 
 
 @pytest.mark.parametrize("error", [MemoryError(), TimeoutError("limit"), torch.OutOfMemoryError()])
-def test_errors_that_do_not_concern_the_value_are_raised_unchanged(error: Exception) -> None:
+def test_unrelated_errors_of_a_copy_are_raised_unchanged(error: Exception) -> None:
     with pytest.raises(type(error)) as raised:
         taken([1.0, Fails(error)])
     assert raised.value is error
 
 
-def test_a_tensor_for_which_there_is_no_memory_is_not_said_to_refuse_a_copy() -> None:
+def test_out_of_memory_is_not_reported_as_a_tensor_that_cannot_be_copied() -> None:
     with pytest.raises(RuntimeError, match="allocate memory"):
         taken(torch.ones(1).expand(1 << 50))
 
@@ -284,7 +284,7 @@ def test_a_copy_in_pieces_is_complete(size: int, monkeypatch: pytest.MonkeyPatch
 
 
 def test_tensors_on_a_gpu_are_checked_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The memory of a GPU is ten times as fast, and the host stays free."""
+    """The memory of a GPU is ten times as fast, and the host has no work."""
     monkeypatch.setattr("fastguard.recovery.snapshot._on_gpu", lambda tensor: tensor.ndim == 2)
     values = {"gpu": torch.ones(2, 2), "host": torch.tensor([1.0, NAN]), "n": NAN}
     slot = taken(values)

@@ -86,7 +86,7 @@ def test_cleaning_replaces_and_never_multiplies_nan(dtype, multiplier):
 def test_after_measuring_only_the_bad_tensors_are_cleaned():
     buckets = bucketize([torch.ones(3) for _ in range(3)], segments=[0, 1, 0], n_segments=2)
     grads = buckets.buckets[0].grads
-    for bad in (0, 1):  # the same buckets in each step
+    for bad in (0, 1):  # uses the same buckets in each step
         before = [g._version for g in grads]
         grads[bad][2] = NAN
         measure(buckets)

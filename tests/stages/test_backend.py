@@ -1,4 +1,4 @@
-"""The backend of each device; choosing it starts no GPU and hides no problem."""
+"""The backend of each device; its selection starts no GPU and hides no problem."""
 
 import importlib
 import subprocess
@@ -54,12 +54,12 @@ def test_a_gpu_uses_triton(monkeypatch):
     for _ in range(2):
         assert backend.stages(CUDA) is kernels
         assert backend.backend_of(CUDA) == "triton"
-    assert kernels.tried == [CUDA]  # once
+    assert kernels.tried == [CUDA]  # the trial runs only once
 
 
 @pytest.mark.filterwarnings("always")
 def test_a_triton_that_cannot_launch_gives_one_warning_and_pytorch(monkeypatch):
-    """A missing C compiler or a wrong driver is not found by importing triton."""
+    """Importing triton does not detect a missing C compiler or a wrong driver."""
     error = RuntimeError("Failed to find C compiler.\nPlease specify via CC")
     kernels = Kernels(monkeypatch, error)
     reason = "RuntimeError: Failed to find C compiler. Please specify via CC"

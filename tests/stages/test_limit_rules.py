@@ -66,7 +66,7 @@ def test_floats_and_tensors_give_the_same_bits(rule, nonfinite):
 
 @pytest.mark.parametrize("tensors", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_an_undone_step_leaves_no_trace(rule, tensors):
+def test_an_undone_step_changes_no_state(rule, tensors):
     guard = Limited(rule, tensors=tensors)
     for (norm,), bad in norms_with_faults(300):
         before, guard.state.undo = guard.state.limits.clone(), []
@@ -104,8 +104,7 @@ def test_constant_norms_have_a_standard_deviation_of_zero(tensors):
 
 @pytest.mark.parametrize("tensors", FORMS.values(), ids=FORMS)
 def test_small_norms_are_clipped_exactly_to_the_limit(tensors):
-    """Torch's 1e-6 in the denominator would halve a norm that equals a limit of 1e-6, and so
-    lower a limit that follows the norm in every step."""
+    """Torch's 1e-6 in the denominator would halve a norm of 1e-6 and lower the limit each time."""
     guard = Limited(AdaGC(warmup=1), tensors=tensors)
     for _ in range(100):
         verdict = guard.step(1e-6)[1]
@@ -124,7 +123,7 @@ def test_the_average_of_adagc_starts_with_the_first_norm(tensors):
 
 
 @pytest.mark.parametrize("tensors", FORMS.values(), ids=FORMS)
-def test_autoclip_forgets_norms_outside_its_window(tensors):
+def test_autoclip_ignores_norms_outside_its_window(tensors):
     """A public implementation keeps all norms of a run."""
     guard = Limited(AutoClip(percentile=50, window=3), tensors=tensors)
     size = guard.state.limits.numel()
@@ -147,7 +146,7 @@ def test_a_norm_beyond_float64_is_clipped_to_zero_as_by_torch(rule):
             guard.step(norm)
         before = guard.state.limits.clone()
         _, verdict = guard.step(INF)
-        assert verdict.clip_coef.item() in (0.0, 1.0)  # 1: the rule sets no limit
+        assert verdict.clip_coef.item() in (0.0, 1.0)  # 1.0 if the rule sets no limit
         assert_same(guard.state.limits, before)
 
 

@@ -1,4 +1,4 @@
-"""Finite gradients with powers or a norm beyond float64: clipped correctly, or a bad step."""
+"""Finite gradients with powers or a norm beyond float64 are clipped correctly or skipped."""
 
 import math
 

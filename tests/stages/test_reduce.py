@@ -1,4 +1,4 @@
-"""Stage 2 in a single process; several ranks are tested in tests/ranks."""
+"""Stage 2 in a single process. tests/ranks has the tests with several ranks."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The reference implementation as it runs on other devices, tested on a CPU."""
+"""The reference implementation, which serves other devices, gives the same results on a CPU."""
 
 import math
 

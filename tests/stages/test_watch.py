@@ -1,4 +1,4 @@
-"""The watching stage: the CPU backend and the reference against definitions in numpy."""
+"""The watching stage: the CPU backend and the reference agree with definitions in NumPy."""
 
 from __future__ import annotations
 

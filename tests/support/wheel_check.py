@@ -1,7 +1,7 @@
-"""Checks an installed wheel from inside the environment that holds it: `python -I wheel_check.py`.
+"""Checks an installed wheel in its environment: `python -I wheel_check.py`.
 
-Run by tests/test_packaging.py (beside the torch that is already installed) and by `make wheel-test`
-(with nothing but the required dependencies, so that an import of an optional one fails here).
+tests/test_packaging.py runs this with the torch that is already installed. `make wheel-test` runs
+it with only the required dependencies, so that an import of an optional dependency fails.
 """
 
 import importlib
@@ -47,13 +47,13 @@ def check_metadata() -> None:
 
 
 def check_top_level_kernels_is_not_ours() -> None:
-    spec = importlib.util.find_spec("kernels")  # another project publishes a package of this name
+    spec = importlib.util.find_spec("kernels")  # another project has a package of this name
     assert spec is None or not installed_here(spec.origin), f"the wheel installs {spec.origin}"
 
 
 def check_every_module_imports() -> None:
-    """Optional packages are imported where they are used: only adapters, kernels and what draws
-    on a screen or a page need them.
+    """Only adapters, kernels and modules that draw on a screen or a page may import optional
+    packages.
     """
     names = [module.name for module in pkgutil.walk_packages(fastguard.__path__, "fastguard.")]
     for exempt in MAY_NEED_AN_EXTRA:

@@ -170,16 +170,16 @@ def _first_nonfinite(
     share = first.values.nonfinite / first.values.numel
     n = len({a.where for a in evidence.step.activations})
     seen = [
-        f"{percent(share)} of the output of {first.where} is NaN or Inf, the first of "
-        f"{len(set(_names(bad)))} affected modules out of {n}"
+        f"{percent(share)} of the output of {first.where} is NaN or Inf; "
+        f"{len(set(_names(bad)))} of {n} modules are affected, this one first"
     ]
     remedy = "call fastguard.explain_nonfinite on this batch to find the operation."
     if report is not None:
         remedy = report.remedy
         if report.origin == "forward":
-            seen.append(f"first in {report.operation}")
+            seen.append(f"the first NaN or Inf appeared in {report.operation}")
         elif report.origin is not None:
-            seen.append(f"the {report.origin} value {report.tensor} was non-finite before")
+            seen.append(f"the {report.origin} value {report.tensor} was already non-finite")
         if report.origin == "batch":
             seen.append("the check of the backward pass and all later checks used 0 instead")
         seen += [text for text in (report.evidence, report.source) if text]

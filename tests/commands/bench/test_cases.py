@@ -1,4 +1,4 @@
-"""Cases: byte models, workloads, and that the suite covers every target."""
+"""The byte models and workloads of the cases are correct, and the suite covers every target."""
 
 import pytest
 import torch
@@ -57,8 +57,8 @@ def test_the_quick_selection_uses_the_gpt2_shapes_of_the_suite(benchmarks):
 
 
 def test_the_suite_measures_every_cpu_target(benchmarks):
-    # Every case and contender gets a row. Only targets for something that the suite does not
-    # measure then remain without a number.
+    # Every case and contender gets a row, so a target without a number is a target that the suite
+    # does not measure.
     rows = []
     for case in benchmarks("suite").cases(CPU):
         for name in case.contenders:

@@ -66,7 +66,7 @@ def test_a_cold_case_evicts_the_caches_before_every_call(monkeypatch):
 
 @pytest.mark.parametrize("contender", [name for name in CONTENDERS if "compiled" in name])
 def test_compiled_contenders_compute_the_norm(contender, monkeypatch):
-    """With a backend that needs no C++ compiler."""
+    """The compiled contenders use a backend that needs no C++ compiler."""
     torch._dynamo.reset()
     compiled = functools.partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr("torch.compile", compiled)

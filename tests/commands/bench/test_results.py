@@ -91,7 +91,7 @@ def test_row_fields_are_plain_json(result):
 
 
 def drawn_texts(figure):
-    """The texts that are seen: a tick outside of its axis has a label too, which is not drawn."""
+    """The visible texts, without the labels of ticks outside of an axis."""
     yield from figure.texts
     for legend in figure.legends:
         yield from legend.get_texts()
@@ -109,7 +109,7 @@ def test_no_label_of_a_chart_covers_another(name, benchmarks):
     require("matplotlib")
     from matplotlib.text import Text
 
-    plots, source = benchmarks("plots"), benchmarks("tables").RESULT  # the one that has charts
+    plots, source = benchmarks("plots"), benchmarks("tables").RESULT  # the result with charts
     with plots.plt.rc_context(plots.STYLE):
         figure = getattr(plots, name)(load(source))
         figure.canvas.draw()

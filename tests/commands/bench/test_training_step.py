@@ -1,4 +1,4 @@
-"""`benchmarks/training_step.py`: the model is GPT-2, and all ways to step do the same work."""
+"""In `benchmarks/training_step.py` the model is GPT-2, and all compared steps do the same work."""
 
 import functools
 import json
@@ -76,7 +76,7 @@ def test_the_script_without_a_gpu_explains_what_to_do(script, monkeypatch, capsy
 
 
 def test_all_ways_clip_alike_and_guarded_ones_skip_nan(script):
-    """All compared ways do the same work."""
+    """All compared steps do the same work."""
     stepped = {}
     for name in ways_of(script):
         torch.manual_seed(0)

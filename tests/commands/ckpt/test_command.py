@@ -63,7 +63,7 @@ def test_incident_b_is_solved_by_one_command(weights, capsys):
     bad, best = (weights / "last.pt").read_bytes(), (weights / "best.pt").read_bytes()
     assert main(["ckpt", "rollback", str(weights.parent)]) == 0
     out = capsys.readouterr().out
-    assert (weights / "last.pt").read_bytes() == best  # with its own epoch number
+    assert (weights / "last.pt").read_bytes() == best  # including its epoch number
     assert (weights / "best.pt").read_bytes() == best
     assert (weights / "last.pt.replaced-1").read_bytes() == bad
     assert "passed over epoch2.pt: 1 tensor is not finite, first ema.1.weight" in out
@@ -199,7 +199,7 @@ def test_a_damaged_checkpoint_of_a_store_is_reported(store, capsys):
     os.truncate(store / entry.file, 50)
     assert main(["ckpt", "verify", str(store)]) == 1
     assert f"is truncated: 50 of {entry.size} bytes" in capsys.readouterr().out
-    assert main(["ckpt", "rollback", str(store)]) == 0  # to the clean one before it
+    assert main(["ckpt", "rollback", str(store)]) == 0  # to the previous clean checkpoint
     assert "training resumes after step-000000000" in capsys.readouterr().out
 
 

@@ -76,7 +76,7 @@ WRITTEN = {
 
 @pytest.mark.parametrize("what", WRITTEN)
 def test_a_closed_pipe_does_not_stop_the_demo(what, tmp_path):
-    """Like `fastguard demo | head -1`; unbuffered, so that every later line is a failed write."""
+    """Runs the demo like `fastguard demo | head -1`; every later write fails."""
     files, options = WRITTEN[what]
     command = [sys.executable, "-u", "-m", "fastguard", "demo", "--out", str(tmp_path), *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

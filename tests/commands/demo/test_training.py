@@ -94,7 +94,7 @@ def test_the_consecutive_skips_of_the_burst_are_counted(runs):
 
 
 def test_without_faults_and_clipping_the_guarded_run_equals_the_clipped_run(text):
-    """Here max_norm is so large that nothing is clipped."""
+    """max_norm is so large that nothing is clipped."""
     loose = dataclasses.replace(TINY, max_norm=1e3)
     clipped, guarded = (train(way, loose, text) for way in (Clipped, Guarded))
     assert all(record.clip_coef == 1.0 for record in guarded.records)
@@ -118,7 +118,7 @@ def test_runs_are_reproducible_by_seed(text):
     assert first.losses[0] != other.losses[0]
 
 
-# The parts.
+# The parts of the demo.
 
 
 @pytest.mark.parametrize("steps", [MIN_STEPS, 21, 50, 400, 1001])

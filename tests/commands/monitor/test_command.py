@@ -196,7 +196,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path) -> None:
         )
         grown[megabytes] = int(done.stdout.split("kB ")[-1])
         os.unlink(path)
-    assert grown[300] < grown[3] + 4000  # two blocks of a megabyte, and overhead of malloc
+    assert grown[300] < grown[3] + 4000  # two blocks of a megabyte, and the overhead of malloc
     assert grown[300] < 30_000
 
 
@@ -240,12 +240,13 @@ def test_headers_before_the_last_steps_are_not_counted_as_steps(tmp_path) -> Non
 def test_a_step_that_is_applied_with_nan_is_an_incident_as_in_the_report(
     tmp_path, capsys, bad, last
 ) -> None:
-    """As `nonfinite="propagate"` records it: without a reason."""
+    """`nonfinite="propagate"` records such a step without a reason."""
     path = tmp_path / "records.jsonl"
     with JsonLinesSink(path) as sink:
         sink(replace(StepRecord(1, 1.0, 1.0, "applied", losses={"a": 1.0}, limit=1.0), **bad))
         sink(StepRecord(2, 1.0, 1.0, "applied", losses={"a": 1.0}))
-    assert main(["report", str(path), "--out", str(tmp_path)]) == 0  # it is over
+    # The run survived, because a good step followed.
+    assert main(["report", str(path), "--out", str(tmp_path)]) == 0
     assert "1 incident in 2 steps" in capsys.readouterr().out
     assert main(["monitor", str(path), "--once", "--last", str(last)]) == int(last == 3)
     state = RunState(last=last)

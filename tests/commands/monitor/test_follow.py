@@ -102,7 +102,7 @@ def test_files_deleted_after_a_rotation_are_skipped(path: Path) -> None:
     write(path, 1)
     follower = Follower(path)
     write(path, 2)
-    path.unlink()  # the sink keeps one rotated file, and two newer ones were written
+    path.unlink()  # the sink keeps one rotated file and has written two newer ones
     write(path.with_name("r.3.jsonl"), 5)
     write(path, 6)
     assert read(follower) == [1, 2, 5, 6]  # the open file is still readable after its deletion

@@ -79,7 +79,8 @@ def test_all_output_is_printable(
     shown.append(capsys.readouterr().err)
     for line in "\n".join(shown).split("\n"):
         assert line.isprintable() and not line.startswith("no incident in the last 9 steps")
-    assert json.loads(shown[2])["incidents"][0]["tag"] == {text: [text]}  # JSON is not changed
+    # The JSON output has the original text.
+    assert json.loads(shown[2])["incidents"][0]["tag"] == {text: [text]}
 
 
 ODD = [
@@ -140,7 +141,7 @@ def test_memory_is_bounded_for_records_of_a_megabyte() -> None:
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert state.n_records == 11
-    assert held < 10 * 100_000  # of 10 MB
+    assert held < 10 * 100_000  # bytes; the records have 10 MB
     assert max(map(len, as_text(Path("run"), state, 1.0).split("\n"))) < 6000
 
 

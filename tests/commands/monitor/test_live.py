@@ -1,4 +1,4 @@
-"""The live screen in a pseudo-terminal: followed, resized, interrupted, terminated."""
+"""The live screen in a pseudo-terminal follows a run, resizes, and handles Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Terminal:
             return False
         try:
             data = os.read(self.master, 1 << 16)
-        except OSError:  # on Linux: the other end is closed
+        except OSError:  # raised on Linux when the other end is closed
             return False
         self.output += data.decode(errors="replace")
         return bool(data)
@@ -127,7 +127,7 @@ def test_the_screen_follows_a_run_from_before_its_start_until_ctrl_c(tmp_path: P
         terminal.see(has("step 1 ", "no incident in the last 1 step", "seg", "0.25"))
         for step in range(2, 80):
             sink(record(step, losses={"seg": 0.25}))
-            time.sleep(0.02)  # a rate to be seen, over several rotations
+            time.sleep(0.02)  # slow enough for a visible rate, over several rotations
         sink(skipped(80))
         rows = terminal.see(has("step 80 "))
         assert has("1 incident in the last 50 steps", "skipping now", "head.weight (2 NaN)")(rows)

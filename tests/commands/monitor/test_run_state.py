@@ -70,17 +70,18 @@ def test_the_verdict_is_one_sentence() -> None:
     assert verdict(state) == "no incident in the last 3 steps"
 
 
-def test_what_a_file_holds_commands_no_terminal(tmp_path) -> None:
+def test_text_in_records_cannot_control_the_terminal(tmp_path) -> None:
     state = RunState(3)
     state.feed(line(1, "skipped\x1b[2J", reason="\x1b]0;x\x07", losses={"\x1b[1m": 1.0}, tag="\n"))
     text = as_text(tmp_path, state, 1.0)
     assert "\x1b" not in text and "\x07" not in text
 
 
-def test_the_rate_is_that_of_the_last_seconds() -> None:
+def test_the_rate_covers_the_last_seconds() -> None:
     rate = Rate()
-    assert rate.sample(100.0, 1000) is None  # the tail that was there before counts for nothing
-    assert rate.sample(100.5, 1100) is None  # too short to say
+    # Lines that were written before the monitor started are not counted.
+    assert rate.sample(100.0, 1000) is None
+    assert rate.sample(100.5, 1100) is None  # the interval is too short for a rate
     assert rate.sample(102.0, 1020) == 10.0
     for second in range(3, 1000):
         latest = rate.sample(100.0 + second, 1020 + 5 * (second - 2))
@@ -123,12 +124,14 @@ BAD = [3, 77, 300, 301, 302, 555]
 
 
 @pytest.mark.parametrize("last", [1, 100, 300, 600, 1200])
-def test_of_the_steps_before_the_last_ones_the_incidents_are_known(last: int) -> None:
+def test_incidents_before_the_window_are_counted(last: int) -> None:
     lines = []
     for step in range(1, 601):
-        searches = step % 50 == 0 and step not in BAD  # for a loss scale: no incident
+        # A search for the loss scale is not an incident.
+        searches = step % 50 == 0 and step not in BAD
         reason = "loss_spike" if step in BAD else "loss_scale" if searches else None
-        tag = {"reason": "none of it"} if step % 7 == 0 else None  # looks like one, and is not
+        # Contains the key of a reason, but is a tag.
+        tag = {"reason": "none of it"} if step % 7 == 0 else None
         action = "skipped" if reason else "applied"
         lines.append(line(step, action, reason=reason, tag=tag, lr=0.1))
     whole, quick = RunState(last), RunState(last)

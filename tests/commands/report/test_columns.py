@@ -1,4 +1,4 @@
-"""Records are converted to columns, also if fields are missing or have the wrong type."""
+"""Records are converted to columns, even if fields are missing or have the wrong type."""
 
 import math
 

@@ -32,7 +32,7 @@ def test_steps_in_any_order_are_downsampled_exactly(steps, seed):
         assert curve is None
         return
     assert curve.middle.tolist() == [(key << shift) + (2**shift - 1) / 2 for key in keys]
-    seen = np.isfinite(curve.y)  # the others are gaps
+    seen = np.isfinite(curve.y)  # non-finite values are gaps
     assert set(curve.x[~seen]).isdisjoint(steps[finite].tolist())
     drawn = set(zip(curve.x[seen], curve.y[seen], strict=True))
     assert drawn <= set(zip(steps[finite], values[finite], strict=True))

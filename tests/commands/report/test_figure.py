@@ -116,7 +116,7 @@ def test_zooming_in_shows_bars_of_exact_length(figure):
     assert bars.visible is False and "bad in steps 700 to 701" in bars.text[0]
 
 
-def test_thresholds_are_drawn_with_their_signals(figure):
+def test_the_threshold_of_a_signal_is_drawn(figure):
     (norm,) = traces(figure, "threshold")
     (seg,) = traces(figure, "threshold of seg")
     assert norm.yaxis == "y2" and seg.yaxis == "y"
@@ -152,7 +152,7 @@ def test_the_heat_map_counts_bad_steps_by_layer_in_natural_order(figure):
         assert abs(heat.x[column] - step) <= width / 2 and heat.z[0][column] >= 1
 
 
-def test_a_run_without_incidents_has_no_rows_for_them():
+def test_a_run_without_incidents_has_no_rows_for_incidents():
     records = [record(step) for step in range(1, 100)]
     titles = [a.text for a in draw(summarize([Block(records, 0, 0)])).layout.annotations]
     assert len(titles) == 4
@@ -196,12 +196,12 @@ def test_the_share_of_clipped_units_is_drawn_with_the_coefficient():
     assert share.yaxis == coef.yaxis
 
 
-def test_a_run_without_a_limit_has_no_line_for_it(figure):
+def test_a_run_without_a_limit_has_no_line_for_a_limit(figure):
     assert all(not np.isfinite(trace.y).any() for trace in traces(figure, "limit"))
 
 
 def test_a_value_between_two_gaps_is_drawn_as_a_point():
-    """A line of one point is invisible: here the norm of a spike between two steps with NaN."""
+    """A line of one point would be invisible, here the norm of a spike between two NaN."""
     bad = {"action": "skipped", "reason": "nonfinite_grad", "nan": 1}
     spike = {"action": "skipped", "reason": "grad_spike", "total_norm": 70.0, "culprits": ()}
     records = [

@@ -124,7 +124,7 @@ def test_selecting_an_incident_zooms_in_and_back(size, browser, page):
     (mark,) = browser.find_elements("css selector", ".shapelayer path")
     assert mark.is_displayed()
     place = browser.find_element("id", "plot").rect["y"]
-    assert place <= browser.execute_script("return scrollY") + 1  # it was scrolled into view
+    assert place <= browser.execute_script("return scrollY") + 1  # the plot was scrolled into view
     assert link.find_element("xpath", "./ancestor::tr").get_attribute("class") == "chosen"
 
     browser.find_element("id", "whole").click()
@@ -156,7 +156,7 @@ def test_zooming_in_fits_the_values_and_shows_single_steps(browser, page):
     assert traces(browser, "detail", "visible") == [False]
     browser.find_element("css selector", "a[href='#incident-2']").click()
     wait_until(browser, "document.getElementById('plot')._fullLayout.xaxis.range[0] > 1000")
-    assert y_range(browser, "yaxis")[1] < 0.7  # the losses there: 0.5, and less than 0.002
+    assert y_range(browser, "yaxis")[1] < 0.7  # the losses in view are 0.5 and below 0.002
     assert traces(browser, "detail", "visible") == [True]
     assert set(traces(browser, "overview", "visible")) == {False}
     (cells,) = traces(browser, "detail", "x")
@@ -201,7 +201,7 @@ def chosen_axis(browser, kind):
 
 
 def seen(browser):
-    """The ends of the x axis: steps, or the local time as if in UTC, in milliseconds."""
+    """The ends of the x axis, as steps or as local time in milliseconds, read as UTC."""
     return browser.execute_script(
         "const axis = document.getElementById('plot')._fullLayout.xaxis;"
         "return axis.range.map((value) => axis.r2l(value))"
@@ -220,7 +220,7 @@ def test_the_axis_can_show_the_time(size, zone, browser, page):
     low, high = seen(browser)
     span = last - first
     assert first - 0.03 * span < low < first and last < high < last + 0.03 * span
-    # Step 1200 was taken once, step 2500 after the steps from 1801 had been repeated.
+    # Step 1200 was taken once. Step 2500 was taken after the steps from 1801 on had been repeated.
     seconds = [10 * 399, 10 * 1199, 10 * 1200, 10 * 2699]
     marks = traces(browser, "mark", "x")
     assert marks == [[1000 * (START + s) for s in seconds]] * 4
@@ -236,7 +236,8 @@ def test_the_axis_can_show_the_time(size, zone, browser, page):
         "return [title.getBoundingClientRect().top,"
         " Math.max(...ticks.map((tick) => tick.getBoundingClientRect().bottom))];"
     )
-    assert title_top >= ticks_bottom - 2  # the second line of the labels, with the day, is free
+    # The second line of the labels, with the day, is not covered.
+    assert title_top >= ticks_bottom - 2
     browser.find_element("css selector", "a[href='#incident-2']").click()
     wait_until(browser, f"document.getElementById('plot').layout.xaxis.range[0] > {low + 1}")
     low, high = seen(browser)
@@ -275,7 +276,7 @@ def test_smoothed_lines_and_hovers_follow_the_axis(browser, page):
     assert browser.get_log("browser") == []
 
 
-def test_the_page_tells_what_wrote_the_records(browser, page):
+def test_the_page_shows_the_versions_that_wrote_the_records(browser, page):
     opened(browser, page, *DESK)
     header = browser.find_element("tag name", "header").text
     assert "<i>gpt</i> · records.jsonl" in header

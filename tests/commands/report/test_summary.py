@@ -39,7 +39,7 @@ def bad(step, **more):
 
 
 def blocks_of(records, size=10):
-    """These records as blocks, as read from a file."""
+    """Writes the records to a file and reads them as blocks."""
     rows = [json.loads(json.dumps(r.as_dict())) for r in records]
     return [Block(rows[i : i + size], 0, 0) for i in range(0, len(rows), size)]
 
@@ -93,7 +93,7 @@ def test_a_large_run_keeps_its_extremes(large):
         highest, lowest = np.nanargmax(values), np.nanargmin(values)
         assert values[highest] in curve.high and highest + 1 in curve.high_at
         assert values[lowest] in curve.low and lowest + 1 in curve.x
-        seen = np.isfinite(curve.y)  # the others are gaps, at bad steps
+        seen = np.isfinite(curve.y)  # bad steps are gaps
         np.testing.assert_array_equal(values[curve.x[seen].astype(int) - 1], curve.y[seen])
         np.testing.assert_array_equal(values[curve.high_at - 1], curve.high)
 
@@ -112,8 +112,9 @@ def test_memory_is_bounded_for_long_runs(big_run, tmp_path):
 
     small, large = kept(5_000, 500), kept(20_000, 2_000)
     assert large[0] < 3e6  # memory after the summary
-    # Peak memory: 49 bytes per step for its 5 values, and 80 while one is downsampled, 131 in total
-    # (161 with NumPy 1.26). A record has 430 bytes and becomes a larger object.
+    # Peak memory per step: 49 bytes for its 5 values and 80 bytes while a value is downsampled,
+    # together 131 (161 with NumPy 1.26). In the file, a record has 430 bytes; as an object, it is
+    # larger.
     assert large[1] - small[1] < 15_000 * 240 and small[1] < 6e6
 
 

@@ -1,5 +1,4 @@
-"""The time of a scan is bounded by the size of the log, for any content; the output reports the
-lines that were not analyzed."""
+"""The time of a scan is bounded for any content, and lines that were not analyzed are reported."""
 
 from __future__ import annotations
 
@@ -74,7 +73,7 @@ def log(lines: Lines, size: int) -> bytes:
 
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The name of each method that processes a single line, row or object, once per call."""
+    """Records a name for each call of a method that processes one line, row or object."""
     seen: list[str] = []
 
     def count(owner: object, method: str) -> None:
@@ -100,7 +99,8 @@ def test_the_work_per_byte_is_bounded(kind: str, looks: list[str], monkeypatch) 
     found = scan_log(io.BytesIO(log(KINDS[kind], 2 << 20)))
     counted = found.counted
     assert counted.n_lines > 0.5 * found.n_lines > 4_000
-    assert len(looks) < 10_000  # 2 MiB earn 16,384 units, and 4096 rows are read at once
+    # The budget of 2 MiB is 16,384 units, and 4096 rows are read at once.
+    assert len(looks) < 10_000
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_counted_lines_with_the_words_give_exit_status_2(
     assert main(["scan", "--full", str(path)]) == 0
     path.write_bytes(log(text("epoch,loss,{a},{b}"), 1 << 17))
     capsys.readouterr()
-    assert main(["scan", str(path)]) == 0  # searched, and there is none
+    assert main(["scan", str(path)]) == 0  # the file was searched, and contains no NaN
     assert "none contains NaN or Inf" in capsys.readouterr().out
 
 

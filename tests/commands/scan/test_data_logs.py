@@ -1,7 +1,7 @@
 """Structured logs: values are read with their steps, and each series is judged.
 
-Two other tools, losslint 0.4 and trainspotter 0.2, were run on eight such files. The findings of
-either must be found here too, at the same step.
+Two other tools, losslint 0.4 and trainspotter 0.2, were run on eight such files. `scan` must report
+the findings of both tools, at the same steps.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def table(path: Path, head: list[str], rows: list[list[object]]) -> None:
 
 
 def trainer_state(path: Path, **series: list[float]) -> None:
-    """As the Trainer of Transformers writes it."""
+    """The file that the Trainer of Transformers writes."""
     n = len(next(iter(series.values())))
     history = [
         {"epoch": i / 10, **{name: values[i] for name, values in series.items()}, "step": i + 1}
@@ -132,13 +132,13 @@ FILES: dict[str, tuple[Callable[[Path], None], set[str], list[str]]] = {
         {"growth"},
         [r"run-1 - train/loss: climbing since step 3\d, "],
     ),
-    # losslint: "train/loss has 1 NaN/Inf value(s) (first steps: 33)"; the norm is not judged there
+    # losslint: "train/loss has 1 NaN/Inf value(s) (first steps: 33)"; it does not judge the norm
     "events.out.tfevents.1": (
         nan_and_spike_in_events,
         {"nan", "spike"},
         ["step 33)", "train/loss nan", f"train/grad_norm: {SPIKE}step 25: 90, "],
     ),
-    # both: clean
+    # both tools: clean
     "healthy.csv": (healthy, set(), ["no NaN or Inf in 301 lines"]),
 }
 
@@ -268,11 +268,11 @@ def test_time_for_a_document_is_linear_in_its_size() -> None:
     def seconds(n: int) -> float:
         text = "{" + ",".join(f'"a{i}":[{{"loss":1}}]' for i in range(n)) + "}"
         times = []
-        for _ in range(3):  # the least: a garbage collection may fall into one of them
+        for _ in range(3):  # uses the shortest time, because a garbage collection may disturb a run
             begun = time.process_time()
             assert scan_log(io.BytesIO(text.encode())).n_lines == n
             times.append(time.process_time() - begun)
         return min(times)
 
-    # If each list is looked for from the start, it is 64 times.
+    # If each list were searched for from the start, the factor would be 64.
     assert seconds(16_000) < 24 * seconds(2_000)

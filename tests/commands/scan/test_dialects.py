@@ -1,7 +1,7 @@
-"""Each dialect on what its framework really printed (tests/scan/logs), and on what others print.
+"""Each dialect reads real output of its framework and similar output of other programs.
 
-The logs are the output of Ultralytics 8.4's progress bar, Lightning 2.6 (bars of tqdm, and of rich
-as a terminal recorded it) and transformers 5.23, of runs whose losses were made NaN at a known
+The logs are real output of Ultralytics 8.4, Lightning 2.6 (progress bars of tqdm, and of rich as
+recorded by a terminal) and transformers 5.23. The losses of these runs were made NaN at a known
 batch.
 """
 
@@ -51,7 +51,7 @@ def test_lightning_drawn_by_tqdm() -> None:
     assert first.first == Place(epoch=0, batch=5, batches=6)
     assert values(found, 0) == {"aux -inf"}
     assert second.first == Place(epoch=1, batch=4, batches=6)
-    assert second.last == Place(epoch=1, batch=6, batches=6)  # though the bar is drawn again at 0
+    assert second.last == Place(epoch=1, batch=6, batches=6)  # although the bar is drawn again at 0
     assert values(found, 1) == {"train_loss nan", "aux -inf", "val_loss nan"}
     assert third.first.epoch == 2
 
@@ -167,7 +167,7 @@ def test_time_per_line_is_bounded(start: str, piece: str) -> None:
     line = start + piece * (20_000 // len(piece)) + " nan"
     begun = time.process_time()
     scan(line)
-    assert time.process_time() - begun < 1.0  # with a pattern that backtracks: 3 s to hours
+    assert time.process_time() - begun < 1.0  # a pattern that backtracks takes 3 s to hours
 
 
 def test_search_for_a_loss_scale_is_not_a_finding() -> None:

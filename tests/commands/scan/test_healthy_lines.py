@@ -1,4 +1,4 @@
-"""Lines of real logs with NaN or Inf as a bound, rate, setting or word, one per kind."""
+"""Lines of real logs in which NaN or Inf is a bound, rate, setting or word, one per kind."""
 
 from __future__ import annotations
 

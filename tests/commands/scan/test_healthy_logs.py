@@ -1,6 +1,6 @@
-"""Logs of healthy runs, as frameworks print them: none is called bad."""
+"""Logs of healthy runs, as frameworks print them, have no findings."""
 
-# ruff: noqa: E501 (a line of a log is one line here)
+# ruff: noqa: E501 (each line of a log is one line of this file)
 
 from __future__ import annotations
 
@@ -212,12 +212,12 @@ def test_healthy_logs_have_no_findings(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["deepspeed", "hf", "keras", "espnet", "detectron", "rl"])
-def test_a_bad_line_after_them_is_found(name: str) -> None:
+def test_a_bad_line_after_a_healthy_log_is_found(name: str) -> None:
     found = scan_log(io.BytesIO(f"{LOGS[name]}\nepoch 7 loss: nan\n".encode()))
     assert found.n_bad == 1 and found.stretches[0].first.epoch == 7
 
 
-def test_the_rows_of_pandas_are_bad_if_nothing_in_them_is_finite() -> None:
+def test_rows_of_pandas_are_bad_only_if_no_value_is_finite() -> None:
     rows = "0      7       NaN       NaN\n1      8       0.5       NaN\n"
     found = scan_log(io.BytesIO(f"   epoch  loss  val_loss\n{rows}".encode()))
     assert found.n_bad == 1 and found.stretches[0].first.epoch == 7

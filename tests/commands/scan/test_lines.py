@@ -23,7 +23,7 @@ LOG = b"epoch 1 loss nan\n" * 50
 
 
 def read_lines(file: BinaryIO) -> Iterator[Line]:
-    """Yields the lines of a log, also ended by carriage returns, without blank lines."""
+    """Yields the lines of a log without blank lines. Carriage returns also end a line."""
     for number, data in read_blocks(file):
         for i, line in enumerate(data.split(b"\n")):
             for drawn in line.split(b"\r"):
@@ -118,7 +118,7 @@ def test_endless_progress_bar_is_streamed() -> None:
 
     file = Endless()
     found = read_lines(file)  # type: ignore[arg-type]
-    for _ in range(100_000):  # more than one chunk holds
+    for _ in range(100_000):  # more than one chunk
         assert next(found) == (1, " 37%| 15/41 loss=nan")
     assert file.taken <= 4 * lines.CHUNK
 

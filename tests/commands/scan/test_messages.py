@@ -1,6 +1,6 @@
-"""Messages with which frameworks report NaN or Inf, one per kind."""
+"""Messages in which frameworks report NaN or Inf, one per kind."""
 
-# ruff: noqa: E501 (a line of a log is one line here)
+# ruff: noqa: E501 (each line of a log is one line of this file)
 
 from __future__ import annotations
 

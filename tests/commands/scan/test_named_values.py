@@ -1,6 +1,6 @@
 """NaN and Inf printed after a name in real logs, one line per kind."""
 
-# ruff: noqa: E501 (a line of a log is one line here)
+# ruff: noqa: E501 (each line of a log is one line of this file)
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where in a run a line says that it was written, and what says nothing of it."""
+"""The epoch, batch and step of a line are found, and other numbers are ignored."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LAUNCHERS = [
 ]
 
 
-def test_place_that_the_run_started_from_is_not_its_place() -> None:
+def test_epoch_that_a_run_was_resumed_from_is_not_a_place() -> None:
     found = scan("resumed from epoch 3, now epoch 7 loss nan")
     assert found.stretches[0].first == Place(epoch=7)
 

@@ -1,4 +1,4 @@
-"""Bad lines become stretches; what is kept does not grow with the log."""
+"""Consecutive bad lines form stretches, and memory does not grow with the log."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_empty_log() -> None:
     assert scan("").n_lines == 0 and scan("", "\r\r", " ").n_lines == 0
 
 
-def test_what_is_kept_is_bounded() -> None:
+def test_the_number_of_stretches_is_bounded() -> None:
     lines = [f"epoch {i} loss_{i}=nan" for i in range(3 * KEPT)]
     found = scan_log(io.BytesIO("\n".join(lines).encode()), full=True)
     assert found.n_stretches == 3 * KEPT and len(found.stretches) == KEPT
@@ -53,7 +53,7 @@ def test_what_is_kept_is_bounded() -> None:
 
 
 class Repeated(io.RawIOBase):
-    """A log of any size that is nowhere."""
+    """A log of any size that is not stored anywhere."""
 
     def __init__(self, line: bytes, size: int) -> None:
         self.line, self.left = line, size

@@ -1,4 +1,4 @@
-"""Losses and gradient norms as a guard would have judged them."""
+"""Losses and gradient norms are judged as a guard would have judged them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def judged(values: list[float], name: str = "loss") -> Series:
 
 
 def skipped_by_a_guard(losses: list[float]) -> list[int]:
-    """The steps that a real guard with the same rule skips when it sees these losses."""
+    """The steps that a real guard with the same rule skips for these losses."""
     parameter = torch.nn.Parameter(torch.zeros(1))
     guard = fastguard.GuardedOptimizer(torch.optim.SGD([parameter], lr=0.1), spike={"loss": RULE})
     for loss in losses:
@@ -87,14 +87,15 @@ def test_only_losses_are_checked_for_growth() -> None:
     assert judged([1.1**i for i in range(40)], "grad_norm").growth() is None
 
 
-def test_what_is_kept_is_bounded() -> None:
+def test_the_memory_of_a_series_is_bounded() -> None:
     series = judged([1000.0 if i % 50 == 49 else 1.0 + i % 3 for i in range(50 * 3 * KEPT)])
     assert series.n_spikes == 3 * KEPT and len(series.spikes) == KEPT
     assert len(series._points) < 2 * POINTS
 
 
 def test_zero_gradient_norms_do_not_enter_the_window() -> None:
-    assert judged([1.0, 0.0] * 4 + [1.5], "grad_norm").n_spikes == 0  # warm-up of 8 not over
+    # The warm-up of 8 values is not over.
+    assert judged([1.0, 0.0] * 4 + [1.5], "grad_norm").n_spikes == 0
     assert judged([1.0, 0.0] * 8 + [1.5], "grad_norm").n_spikes == 1
 
 

@@ -48,7 +48,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
 def test_each_shape_is_parsed_once(form: str, reads: list[bytes]) -> None:
     found = scan("loss 0.5\n" + "".join(form.format(e=i // 1000, i=i) for i in range(1, 2501)))
     assert found.n_bad == 2500
-    assert len(reads) <= 9  # the first line, and numbers that are padded with spaces
+    assert len(reads) <= 9  # the first line, and lines with numbers that are padded with spaces
     last = found.stretches[-1].last
     assert 2500 in (last.step, last.batch) or form.startswith("训")
 
@@ -65,7 +65,7 @@ def test_digits_in_names_and_counts_distinguish_lines() -> None:
 
 
 def test_cached_shapes_give_the_same_counts() -> None:
-    bars = [f"[{i}/50] loss nan" for i in (48, 49, 50, 10, 11)]  # drawn anew
+    bars = [f"[{i}/50] loss nan" for i in (48, 49, 50, 10, 11)]  # the bar is drawn again
     (stretch,) = scan("\n".join(["Epoch 3", *bars])).stretches
     assert (stretch.n_lines, stretch.first_line, stretch.last_line) == (5, 2, 6)
     assert stretch.first == Place(3, None, 48, 50) and stretch.last == Place(3, None, 50, 50)

@@ -1,4 +1,4 @@
-"""CSV and TSV with a head: names, epoch and step are those of the columns."""
+"""In CSV and TSV with a header, the columns give names, epoch and step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading many lines at once gives the same results as reading each one."""
+"""Reading many lines at once gives the same results as reading line by line."""
 
 from __future__ import annotations
 
@@ -150,7 +150,8 @@ def test_truncated_lines_do_not_slow_down_the_others(broken: int, monkeypatch) -
     text = "".join(f"{line}\n" for line in lines)
     found = scan_log(io.BytesIO(text.encode()))
     assert found.n_lines == 5000
-    assert sum(sizes) < 20 * len(text)  # a try of all that follow for each line: 500
+    # Trying all following lines for each line would be a factor of 500.
+    assert sum(sizes) < 20 * len(text)
 
 
 def _random_rows(seed: int) -> tuple[str, str]:
@@ -169,7 +170,7 @@ def _random_rows(seed: int) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_bad_rows_are_counted_together_as_one_by_one(seed: int, monkeypatch) -> None:
+def test_counting_bad_rows_together_or_one_by_one_agrees(seed: int, monkeypatch) -> None:
     for text in _random_rows(seed):
         found = scan_log(io.BytesIO(text.encode()))
         with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Which NaN and Inf are values, and which are words in a sentence."""
+"""NaN and Inf as values are distinguished from words in a sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lines that differ only in words without a meaning are parsed once, with the same results."""
+"""Lines that differ only in meaningless words are parsed once, with the same results."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FORMS = [
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_result_is_that_of_the_line_itself(form: str) -> None:
+def test_result_equals_that_of_parsing_the_line_itself(form: str) -> None:
     rng = random.Random(form)
     shapes = Shapes(Budget())
     for _ in range(300):

@@ -49,7 +49,7 @@ def test_the_origin_of_a_nan_gradient_is_found(case):
 
 
 def test_a_zero_norm_that_only_the_backward_pass_divides_by_is_found():
-    """As in incident C, but with eps in the wrong place, so that the forward pass is finite."""
+    """As in incident C, but the eps is in the wrong place, so the forward pass is finite."""
 
     def unit(x):
         return x / ((x * x).sum(-1, keepdim=True).sqrt() + 1e-6)
@@ -60,13 +60,14 @@ def test_a_zero_norm_that_only_the_backward_pass_divides_by_is_found():
 
 
 def test_a_discarded_bad_gradient_is_not_reported():
-    def discarded(x):  # the root's gradient is Inf, but torch.where does not pass it on to x
+    def discarded(x):  # the gradient of the root is Inf, but torch.where does not pass it on to x
         return torch.where(x > 1, x, torch.zeros_like(x)).sqrt()
 
     model = chain(Call(discarded))
     assert not explain_nonfinite(model, zeros(), mean).found
 
-    model = chain(Call(lambda x: x.abs() ** 0.5 + discarded(x)))  # the root's backward runs first
+    # The backward of the root runs first.
+    model = chain(Call(lambda x: x.abs() ** 0.5 + discarded(x)))
     assert explain_nonfinite(model, zeros(), mean).operation == "PowBackward0"
 
 

@@ -56,7 +56,7 @@ def test_a_root_of_negative_numbers_gets_its_own_remedy():
     assert "clamp_min(0)" in report.remedy and "negative" in report.evidence
 
 
-def test_an_empty_batch_is_a_mean_of_nothing():
+def test_an_empty_batch_is_explained_as_a_mean_of_no_values():
     batch = torch.zeros(0, 4), torch.zeros(0, 1)
     report = explain_nonfinite(nn.Linear(4, 1), batch, nn.functional.mse_loss)
     assert report.kind == "mean of nothing" and "is empty" in report.evidence

@@ -16,7 +16,7 @@ NAN, INF = math.nan, math.inf
 
 def test_a_division_by_a_zero_norm_is_found_in_its_module():
     model = SegNet()
-    nn.init.zeros_(model.encoder[1].weight)  # its output is 0, and so is the norm
+    nn.init.zeros_(model.encoder[1].weight)  # the output and its norm are 0
     batch = torch.randn(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.long)
     assert not F.cross_entropy(copy.deepcopy(model)(batch[0]), batch[1]).isfinite()
 
@@ -156,7 +156,7 @@ def test_the_module_of_a_loss_is_named():
     assert report.module == "loss_fn (LogLoss)"
 
 
-def test_a_loss_whose_targets_are_all_ignored_is_a_mean_of_nothing():
+def test_a_loss_with_only_ignored_targets_is_a_mean_of_no_values():
     batch = torch.randn(3, 4), torch.full((3,), -100)
     report = explain_nonfinite(nn.Linear(4, 5), batch, F.cross_entropy)
     assert report.kind == "mean of nothing"

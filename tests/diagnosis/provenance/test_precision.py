@@ -42,7 +42,7 @@ def test_precision_is_judged_under_autocast_on_a_cpu(dtype):
         assert report.operation == "aten.mm.default"
         assert report.inputs[0].dtype == low
         assert report.precision is True
-    else:  # it has the range of float32
+    else:  # bfloat16 has the range of float32
         assert report.precision is False
     assert not explain_nonfinite(nn.Sequential(Call(lambda x: x @ x.T)), batch, mean).found
 

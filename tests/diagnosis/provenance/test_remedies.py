@@ -58,7 +58,7 @@ def test_the_remedy_for_a_root_of_a_negative_number_is_a_clamp():
     assert evidence_of(kind_of(norm), [negative], norm) == ""
 
 
-def test_an_operation_on_empty_inputs_is_a_mean_of_nothing():
+def test_an_operation_on_empty_inputs_is_a_mean_of_no_values():
     empty = TensorRange("self", "float32", (0, 4), min=math.nan, max=math.nan, numel=0)
     full = TensorRange("target", "float32", (1,), min=1.0, max=1.0, numel=1)
     kind = kind_at("aten.mse_loss.default", [empty, empty])

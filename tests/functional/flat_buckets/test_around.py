@@ -20,7 +20,7 @@ NAN = float("nan")
 
 @pytest.mark.parametrize("scope", ["global", "group", "tensor"])
 @pytest.mark.parametrize("dtypes", ["same", "mixed"])
-def test_groups_and_scopes_as_without_flat_buckets(scope, dtypes):
+def test_groups_and_scopes_work_as_without_flat_buckets(scope, dtypes):
     def build(flat):
         parameters = new_parameters([(3, 4), (5,), (2, 3, 2), (), (7,), (1,)])
         if dtypes == "mixed":
@@ -134,7 +134,7 @@ for value in (1.0, 3.0):
     "n, n_segments, trusted", [(60_000, 1, True), (100_000, 2, True), (100_000, 2, False)]
 )
 def test_sharing_memory_with_other_processes_moves_the_slots(n, n_segments, trusted):
-    """The old address is unmapped: reading it would crash the process."""
+    """The old address is unmapped, so reading it would crash the process."""
     code = MOVED.format(n=n, n_segments=n_segments, trusted=trusted)
     done = run_program(code)
     assert done.returncode == 0, (done.returncode, done.stderr)

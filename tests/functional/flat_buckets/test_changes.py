@@ -37,7 +37,7 @@ def test_none_remains_none_so_that_weight_decay_changes_nothing(how):
         assert b.weight.grad is None
     assert torch.equal(b.weight, before)
     assert not torch.equal(a.weight, torch.zeros_like(a.weight))
-    opt.zero_grad()  # attaches again
+    opt.zero_grad()  # attaches the gradient to its slot again
     assert attached(opt._gradients.flat)
 
 
@@ -53,7 +53,7 @@ def test_the_old_slot_of_a_gradient_that_is_none_does_not_count():
 
 
 def test_a_parameter_unfrozen_later_is_guarded():
-    """It has no slot at first; its gradients must still be measured."""
+    """The parameter has no slot at first, but its gradients must be measured."""
     head, body = new_parameters([(2,), (3,)])
     body.requires_grad_(False)
     opt = GuardedOptimizer(

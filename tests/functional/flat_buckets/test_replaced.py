@@ -1,4 +1,4 @@
-"""A gradient that replaces the view of a buffer is the one that counts."""
+"""A gradient that replaces the view of a buffer is used instead of the view."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ REPLACEMENTS = [
 
 @pytest.mark.parametrize("replace", REPLACEMENTS)
 @pytest.mark.parametrize("max_norm", [None, 0.3])
-def test_a_replaced_gradient_is_the_one_that_counts(replace, max_norm):
+def test_the_new_gradient_is_used_after_a_replacement(replace, max_norm):
     shapes = [(2, 3), (5,), (4,)]
     ours, theirs = new_parameters(shapes), new_parameters(shapes)
     opt = GuardedOptimizer(
@@ -169,7 +169,7 @@ def test_a_gradient_with_a_graph_is_measured_in_place(take_in):
 
 @pytest.mark.filterwarnings("ignore:Using backward")  # about cycles, which zero_grad breaks
 def test_an_optimizer_may_differentiate_gradients():
-    """As AdaHessian and SophiaH do in their step."""
+    """AdaHessian and SophiaH do so in their step."""
     parameters = new_parameters()
     products = []
 

@@ -1,4 +1,4 @@
-"""A compiled step with state dicts, hooks, scalers, copies, closures and failures."""
+"""A compiled step works with state dicts, hooks, scalers, copies, closures and failures."""
 
 import copy
 import math

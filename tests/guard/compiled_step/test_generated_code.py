@@ -1,4 +1,4 @@
-"""The code for a GPU, generated without one: launches, memory, and no synchronization."""
+"""The code for a GPU, generated without a GPU, has few launches and no synchronization."""
 
 import json
 import os
@@ -34,4 +34,4 @@ def test_few_launches_no_large_buffer_and_no_synchronization():
         assert counts["waits"] == 0, name
     masked, bare = codes["AdamW"], codes["AdamW/unmasked"]
     assert masked["stores"] == bare["stores"]
-    assert masked["loads"] - bare["loads"] == 4 * 2  # found_inf, in addition to step and weight
+    assert masked["loads"] - bare["loads"] == 4 * 2  # the loads of found_inf

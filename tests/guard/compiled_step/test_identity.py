@@ -44,7 +44,8 @@ def test_a_story_of_skips(name):
             assert_same_bits(before, after)
     assert opt.skipped_steps == plain.skipped_steps == 4
     assert opt._stepper._n_compiled == 1
-    # Muon rounds its matrix products to bfloat16, generated code at other places; lr is 0.01.
+    # Muon rounds its matrix products to bfloat16, but generated code rounds at other places; lr is
+    # 0.01.
     atol = 1e-6 if name != "Muon" else 1e-3
     for p, q in zip(params, others, strict=True):
         torch.testing.assert_close(p, q, rtol=COMPILED_RTOL, atol=atol)

@@ -64,7 +64,7 @@ class CountsInTheGroup(Own):
 
 
 @pytest.mark.parametrize("kind", [Lion, CountsInTheState, CountsInTheGroup])
-def test_it_is_supported(kind):
+def test_an_optimizer_is_supported(kind):
     params, others = parameters(), parameters()
     opt = compiled(kind(params))
     plain = GuardedOptimizer(kind(others), max_norm=1.0)
@@ -147,14 +147,14 @@ def notes_of(inner):
         (NotesInItself, "its attribute notes"),
     ],
 )
-def test_values_noted_in_python_are_refused_and_stay_as_they_were(kind, where):
-    """A trace would note its placeholders once, and the compiled update would note nothing."""
+def test_optimizers_that_store_python_values_are_refused_and_not_changed(kind, where):
+    """A trace would store placeholders once, and the compiled update would store nothing."""
     params = parameters()
     inner = kind(params)
     opt = compiled(inner)
     give(params, 0)
     with pytest.raises(TypeError, match=f"step changes {where}"):
-        for _ in range(3):  # state is created first
+        for _ in range(3):  # the first steps create the state
             before = repr(notes_of(inner))
             opt.step()
     assert "Fake" not in before and repr(notes_of(inner)) == before
@@ -209,7 +209,7 @@ class HoldsATensor(Own):
 
 
 class DecaysATensor(HoldsATensor):
-    """An operation without placeholders would be run, not traced."""
+    """Uses an operation without placeholders, which a trace would run instead of recording."""
 
     def __init__(self, params):
         super().__init__(params)
@@ -233,7 +233,7 @@ class DecaysATensor(HoldsATensor):
         (HoldsATensor, r"test_other_optimizers.py:\d+, in update: self.total \+= grad"),
     ],
 )
-def test_it_is_refused_naming_the_line_that_cannot_be_traced(kind, told):
+def test_the_refusal_names_the_line_that_cannot_be_traced(kind, told):
     params = parameters(MATRICES if not issubclass(kind, HoldsATensor) else ((6, 5),))
     inner = kind(params)
     opt = compiled(inner)
@@ -267,7 +267,7 @@ def test_refused_at_construction():
 
 
 class Wraps(Own):
-    """Keeps settings and state in the optimizer that it wraps, as Lookahead and others do."""
+    """Keeps settings and state in the optimizer that it wraps, like Lookahead."""
 
     def __init__(self, inner):
         self.inner = inner
@@ -308,7 +308,7 @@ class Contains(Own):
             optimizer.step()
 
 
-def test_an_optimizer_around_others_is_refused():
+def test_an_optimizer_that_wraps_others_is_refused():
     inner = torch.optim.AdamW(parameters())
     others = torch.optim.SGD(parameters()), torch.optim.AdamW(parameters())
     for optimizer in (
@@ -331,7 +331,7 @@ class Profiled(Lion):
 
 
 def test_profiler_ranges_in_the_step_are_supported():
-    test_it_is_supported(Profiled)
+    test_an_optimizer_is_supported(Profiled)
 
 
 def test_arguments_of_the_step_are_refused():

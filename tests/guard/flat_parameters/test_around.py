@@ -1,4 +1,4 @@
-"""Flat parameters with other features: each works, or is refused by name."""
+"""Each other feature works with flat parameters, or is refused by name."""
 
 import copy
 
@@ -22,7 +22,7 @@ def adamw(parameters, flat=True, **options):
 
 
 def both(make):
-    """Returns a model with flat parameters and a copy without, with their guards."""
+    """Returns a model with flat parameters and an equal model without, with their guards."""
     twins = []
     for flat in (True, False):
         torch.manual_seed(0)
@@ -98,7 +98,7 @@ def test_two_parameters_in_the_same_memory_are_refused(named):
     before = [p.data_ptr() for p in model.parameters()]
     options = {}
     parameters = list(model.parameters())
-    if named:  # a parameter that is not in the optimizer
+    if named:  # the second parameter is not in the optimizer
         parameters = [p for p in parameters if p is not model[2].weight]
         options["named_parameters"] = model.named_parameters()
     with pytest.raises(ValueError, match=r"share memory.*assign the same Parameter"):
@@ -327,7 +327,7 @@ def test_checksums_read_all_weights_in_few_tensors():
     device = weights[0].device
     expected = checksum([p.detach().clone() for p in model.parameters()], device)
     assert checksum(weights, device) == expected
-    model[0].weight.data = model[0].weight.data + 1.0  # other memory: the block is outdated
+    model[0].weight.data = model[0].weight.data + 1.0  # in other memory, so the block is outdated
     assert opt._stepper.weights() is None
     backward(model, 0)
     opt.step()

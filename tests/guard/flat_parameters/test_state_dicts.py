@@ -21,8 +21,8 @@ def in_slots(pair):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:the state dict has no 'fastguard'")
-def test_each_loads_the_state_of_the_other(kind):
-    """Training continues equally after each has loaded the state dict of the other."""
+def test_flat_and_plain_guards_load_the_state_of_each_other(kind):
+    """Training continues equally after each guard has loaded the state dict of the other."""
     pair = pair_of(kind)
     for number in range(3):
         pair.step(number)
@@ -75,7 +75,7 @@ def test_step_counts_per_tensor_are_preserved():
     pair.assert_same()
 
 
-def test_an_emptied_state_starts_anew():
+def test_an_emptied_state_is_created_again():
     pair = pair_of("adamw")
     for number in range(3):
         pair.step(number)
@@ -155,7 +155,7 @@ def test_a_rollback_restores_weights_and_state_bit_for_bit():
 
 
 @pytest.mark.parametrize(("saves", "loads"), [(True, False), (False, True), (True, True)])
-def test_checkpoints_resume_with_and_without(tmp_path, saves, loads):
+def test_checkpoints_resume_with_and_without_flat_parameters(tmp_path, saves, loads):
     model, opt = model_and_guard(flat=saves)
     train(model, opt, range(3))
     with CheckpointStore(tmp_path) as store:

@@ -166,7 +166,7 @@ def test_a_transformer_has_the_same_losses():
 
 
 def test_memory_beyond_parameters_gradients_and_state():
-    """Below 2 % for tensors of 100 elements: padding, and a step count per parameter."""
+    """Padding and step counts take less than 2 % for tensors of 100 elements."""
     pair = pair_of("adamw", shapes=[(99,), (100,), (10, 10)] * 50)
     pair.step(0)
     own = [[p, p.grad, *pair.opt.state[p].values()] for p in pair.ours]

@@ -1,4 +1,4 @@
-"""`flat_parameters="trusted"`, `flat_buckets="trusted"`: a step checks a share of the tensors."""
+"""With `"trusted"` flat parameters or buckets, a step checks only some of the tensors."""
 
 import copy
 
@@ -42,7 +42,7 @@ def train(model, opt, numbers):
 
 
 @pytest.mark.parametrize("n", [0, 1, 15, 16, 17, 1000, 5000])
-def test_all_are_checked_in_64_turns(n):
+def test_all_tensors_are_checked_in_64_steps(n):
     seen = [i for turn in range(5, 5 + TURNS) for i in range(n)[share_of(n, turn)]]
     assert set(seen) == set(range(n))
     assert max(len(range(n)[share_of(n, turn)]) for turn in range(TURNS)) <= max(
@@ -51,7 +51,7 @@ def test_all_are_checked_in_64_turns(n):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_equals_training_without_it(kind):
+def test_training_equals_training_without_trusted(kind):
     models = [perceptron() for _ in range(3)]
     guards = [guard(models[0], kind), guard(models[1], kind, True), guard(models[2], None)]
     for model, opt in zip(models, guards, strict=True):
@@ -161,7 +161,7 @@ def test_copies_and_state_dicts():
 
 @pytest.mark.parametrize("value", [True, "trusted"])
 def test_a_graph_from_before_the_step_is_invalid(value):
-    """Autograd detects it by version counters, which flat updates must increment themselves."""
+    """Autograd detects this by version counters, which flat updates must increment."""
     model = perceptron()
     opt = guard(model, "flat_parameters", value)
     train(model, opt, range(2))
@@ -192,7 +192,7 @@ def test_other_values_are_refused(kind, value):
 
 
 def test_an_edited_parameter_list_is_detected():
-    """Different tensors with one element may be equal, so `==` of lists is not enough."""
+    """Comparing lists with `==` is not enough, because different tensors may be equal."""
     old, new = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))
     inner = torch.optim.SGD([old], lr=1.0)
     opt = GuardedOptimizer(inner, flat_buckets=True)

@@ -1,4 +1,4 @@
-"""The guard's part of a state dict. tests/guard/test_state_dict.py resumes whole runs."""
+"""The guard's part of a state dict. (tests/guard/test_state_dict.py resumes whole runs.)"""
 
 import io
 import warnings
@@ -32,7 +32,7 @@ def filled(of):
 
 
 def rings(*rows):
-    """Returns the rings of three rules; rows that are not given are empty."""
+    """Returns the ring buffers of three rules; missing rows are empty."""
     return torch.tensor([*rows, *[(0, 0, 0)] * (3 - len(rows))])
 
 
@@ -60,7 +60,7 @@ def test_saved_and_loaded_tensors_are_copies():
 
 
 def test_sigma_warmup_and_action_may_change_on_resume():
-    """They are not part of the baseline."""
+    """These settings are not part of the baseline."""
     before = policy(SpikeRule(window=5, warmup=2))
     after = policy(SpikeRule(window=5, warmup=3, sigma=9.0, action="record"))
     state = filled(before)

@@ -1,4 +1,4 @@
-"""The guard with `get_` and `set_optimizer_state_dict` of torch.distributed.checkpoint."""
+"""The guard works with `get_optimizer_state_dict` and `set_optimizer_state_dict` of torch."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_run_resumes_exactly_including_the_guard(
         "model": other.state_dict(),
         "optim": get_optimizer_state_dict(other, fresh, options=options),
     }
-    assert fresh.steps_taken == fresh.applied_steps == 0  # the step taken by torch does not count
+    assert fresh.steps_taken == fresh.applied_steps == 0  # the step that torch takes is not counted
     assert fresh.records() == []
     dcp.load(template, checkpoint_id=tmp_path, no_dist=True)
     other.load_state_dict(template["model"])
@@ -117,7 +117,7 @@ def test_a_step_with_a_shallow_stack_is_not_taken_for_a_call_of_torch() -> None:
     model, opt = build()
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    thread = threading.Thread(target=opt.step)  # like a trainer that steps in the background
+    thread = threading.Thread(target=opt.step)  # as in a trainer that steps in the background
     thread.start()
     thread.join()
     assert opt.applied_steps == 1
@@ -159,7 +159,7 @@ def test_a_guard_loads_every_form_of_state_dict(
     settings: dict[str, float],
     spike: dict[str, SpikeRule] | None,
 ) -> None:
-    """Also a guard that never saved one. torch cannot load a full and flattened one."""
+    """This includes a guard that never saved. torch cannot load a full, flattened state dict."""
     options = StateDictOptions(**form, cpu_offload=cpu_offload)
     model, opt = build("SGD", settings, spike=spike)
     train(model, opt, range(5))
@@ -227,7 +227,7 @@ def test_a_state_dict_without_state_is_refused_by_an_optimizer_with_state() -> N
 def test_a_guard_with_flat_gradients_gets_its_state_before_the_first_step(
     flat: str, kept: bool | str, options: dict[str, bool]
 ) -> None:
-    """Their gradients are always there, and torch creates no state for what has gradients."""
+    """Flat gradients always exist, and torch creates state only if there are no gradients."""
 
     def made() -> tuple[torch.nn.Module, GuardedOptimizer]:
         if flat != "own":

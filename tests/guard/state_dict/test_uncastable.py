@@ -1,4 +1,4 @@
-"""State that torch's `load_state_dict` cannot load, or loads as something else."""
+"""State that torch's `load_state_dict` cannot load or would change is restored as saved."""
 
 import copy
 from collections import deque
@@ -28,7 +28,7 @@ ENTRIES = {
 
 
 class Holds(torch.optim.Optimizer):
-    """Keeps an entry in the state of each parameter, and one in the state itself."""
+    """Keeps one entry in the state of each parameter, and one entry in the state itself."""
 
     def __init__(self, parameters: Any, entry: Any) -> None:
         super().__init__(parameters, {"lr": 0.1})
@@ -54,7 +54,7 @@ def described(value: Any) -> str:
 
 
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
-def test_it_is_restored_as_it_was_saved(entry):
+def test_state_is_restored_as_it_was_saved(entry):
     p, opt = guarded(entry)
     opt.step()
     saved = copy.deepcopy(opt.state_dict())
@@ -69,7 +69,7 @@ def test_it_is_restored_as_it_was_saved(entry):
 
 
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES)
-def test_a_rollback_restores_it(entry):
+def test_a_rollback_restores_the_state(entry):
     p, opt = guarded(entry)
     opt.step()
     rollback = Rollback(opt, {}, after_skips=1)
@@ -79,7 +79,7 @@ def test_a_rollback_restores_it(entry):
     assert described(opt.state[p]["held"]) == described(entry())
 
 
-def test_load_hooks_of_the_wrapped_optimizer_see_it():
+def test_load_hooks_of_the_wrapped_optimizer_see_the_state():
     _, opt = guarded(ENTRIES["named tuple"])
     opt.step()
     q, other = guarded(ENTRIES["named tuple"])

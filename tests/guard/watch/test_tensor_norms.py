@@ -1,4 +1,4 @@
-"""`watch=("tensor_norms",)`: layers whose gradients grow, or are zero."""
+"""`watch=("tensor_norms",)` shows layers with growing or zero gradients."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_share_of_zeros_is_recorded_for_tensors_with_zeros() -> None:
     assert opt.records()[0].watch["zero_share"] == {"dead": 1.0, "half": 0.5}
 
 
-def test_both_parts_of_a_complex_gradient_count() -> None:
+def test_the_norm_of_a_complex_gradient_includes_both_parts() -> None:
     opt, _ = guarded({"w": torch.tensor([3.0 + 0.0j, 0.0 + 4.0j])})
     opt.step()
     watched = opt.records()[0].watch

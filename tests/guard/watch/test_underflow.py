@@ -1,4 +1,4 @@
-"""`watch=("underflow",)`: the gradients that a narrower format would make subnormal."""
+"""`watch=("underflow",)` counts gradients that a narrower format would make subnormal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def watched_values(*grads: Tensor) -> dict:
 
 
 def test_gradients_that_fp16_would_lose_are_detected_while_training_in_fp32() -> None:
-    """Three of four are below 2**-14, one of these below the range of bfloat16's normal numbers."""
+    """Three of four are below 2**-14; one is also below bfloat16's normal numbers."""
     found = watched_values(torch.tensor([1.0, 2.0**-15, -(2.0**-20), 2.0**-130, 0.0]))
     assert found["float16"] == found["float8_e5m2"] == 0.75
     assert found["bfloat16"] == 0.25
@@ -50,7 +50,7 @@ def test_zeros_or_missing_gradients_give_no_entry() -> None:
 
 
 def test_a_sample_of_a_large_model_is_counted() -> None:
-    """One eighth of the rows is tiny: the share agrees within four standard errors."""
+    """One eighth of the rows is tiny; the sampled share agrees within four standard errors."""
     grad = torch.ones(4096, 512)
     grad[::8] = 1e-6
     found = watched_values(grad, torch.ones(3))

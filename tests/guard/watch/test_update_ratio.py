@@ -1,4 +1,4 @@
-"""`watch=("update_ratio",)`: layers that change too much, or not at all."""
+"""`watch=("update_ratio",)` shows layers that change too much, or not at all."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_a_layer_with_a_learning_rate_100_times_too_large_is_detected() -> None:
     model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
     groups = [
         {"params": model[0].parameters(), "lr": 1e-4},
-        {"params": model[2].parameters(), "lr": 1e-2},  # the error
+        {"params": model[2].parameters(), "lr": 1e-2},  # a hundred times too large
     ]
     opt = GuardedOptimizer(
         torch.optim.AdamW(groups),
@@ -110,7 +110,7 @@ def test_the_ratio_is_that_of_the_exact_weights(master: str) -> None:
         assert record.watch["update_ratio"]["parameter 0"] == pytest.approx(1e-4, rel=1e-2)
 
 
-# The optimizers of fastguard.optim compute the same within their update.
+# The optimizers of fastguard.optim compute the same statistics within their update.
 
 SHAPES = [(300, 40), (7,), (), (0, 3), (2, 3, 4)]
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -133,7 +133,7 @@ def exact_weight(optimizer: Any, p: Tensor) -> Tensor:
 
 
 def watched_run(kind: str, **options: Any) -> tuple[list[Any], list[Any]]:
-    """Returns the entries of three steps, the second of which is skipped, and the true ones."""
+    """Returns the recorded and the true entries of three steps; the second step is skipped."""
     make, dtype, settings = KINDS[kind]
     torch.manual_seed(0)
     named = [(f"w{i}", nn.Parameter(torch.randn(s).to(dtype))) for i, s in enumerate(SHAPES)]
@@ -178,7 +178,7 @@ def test_an_optimizer_that_measures_its_own_updates(kind, options, monkeypatch):
             assert ours[name] == pytest.approx(values, rel=1e-5)
 
 
-def test_both_ways_agree():
+def test_statistics_agree_with_and_without_a_copy_of_the_weights():
     def entries(make: Any) -> dict[str, Any]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(30, 50), nn.Linear(50, 3))
@@ -194,7 +194,7 @@ def test_both_ways_agree():
         assert ours[name] == pytest.approx(values, rel=1e-5)
 
 
-def test_only_watched_steps_collect(monkeypatch):
+def test_only_watched_steps_collect_statistics(monkeypatch):
     asked, take = [], cpu.update
 
     def update(one: Any) -> Any:

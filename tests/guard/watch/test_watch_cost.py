@@ -1,4 +1,4 @@
-"""benchmarks/watch_cost.py times steps that watch what the row says."""
+"""benchmarks/watch_cost.py times steps that watch the quantity of each row."""
 
 import math
 

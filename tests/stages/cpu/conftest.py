@@ -1,4 +1,4 @@
-"""Fixtures: the fast path for tensors of any size, and checks of it."""
+"""Fixtures that use the fast path for tensors of any size, and that check it."""
 
 import pytest
 

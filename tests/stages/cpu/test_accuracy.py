@@ -89,7 +89,7 @@ def test_constant_blocks_in_a_sparse_tensor(share):
 
 
 @pytest.mark.parametrize("where", [0, 5000, -1])
-def test_one_heavy_row_holds_everything(where):
+def test_one_row_contains_most_of_the_norm(where):
     x = torch.full((8000, l2_sums.ROW), 1e-6)
     x[where] = LONG
     assert_norm_is_true(x)
@@ -109,13 +109,14 @@ def test_random_signs_and_integers():
 
 
 def test_constants_constructed_against_the_audit(monkeypatch):
-    # The exception stated in docs/limits.md. If this norm becomes accurate, remove it there.
+    # The exception in docs/limits.md. If this norm becomes accurate, remove the exception there.
     monkeypatch.undo()
-    down, up = 1.529094116759635, 1.6936933337030498  # a block rounds by -7e-7, by +7e-7
+    # Blocks of these constants have rounding errors of -7e-7 and +7e-7.
+    down, up = 1.529094116759635, 1.6936933337030498
     near = l2_sums.BLOCK * 48
     whole = 4096 * l2_sums.BLOCK * 2.8
     grads, at = [], 0.0
-    for quantile in l2_sums._FEW:  # `up` everywhere except in the drawn blocks
+    for quantile in l2_sums._FEW:  # `up` everywhere except in the sampled blocks
         n = int((quantile - at) * whole / up**2 / l2_sums.BLOCK) - 16
         grads += [torch.full((max(n, 33) * l2_sums.BLOCK,), up), torch.full((near,), down)]
         at = sum(float(g[0]) ** 2 * g.numel() for g in grads) / whole
@@ -126,7 +127,7 @@ def test_constants_constructed_against_the_audit(monkeypatch):
 
 
 def around_the_drawn(n, size):
-    """Constant tensors: one constant, except around the drawn blocks, which hold another one."""
+    """Constant tensors in which the sampled blocks and their surroundings have another constant."""
     values = torch.full((n,), 1.6936933337030498, dtype=torch.float64)
     sums = values.square().cumsum(0)
     for i in torch.searchsorted(sums, torch.from_numpy(l2_sums._FEW) * sums[-1]).tolist():

@@ -1,4 +1,4 @@
-"""Power sums of any list of tensors agree with the definition."""
+"""The power sums of any list of tensors agree with their definition."""
 
 import math
 
@@ -36,7 +36,7 @@ def gradients(draw):
     max_examples=50,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
-def test_agrees_with_the_definition(monkeypatch, case, norm_type):
+def test_power_sums_agree_with_their_definition(monkeypatch, case, norm_type):
     tensors, segments, n_segments = case
     (bucket,) = bucketize(tensors, segments=segments, n_segments=n_segments).buckets
     plain, plain_counts = reference.measure_bucket(bucket, n_segments, len(tensors), norm_type)

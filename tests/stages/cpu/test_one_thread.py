@@ -1,4 +1,4 @@
-"""Below a few MB no stage waits for a second thread, whose core another process may use."""
+"""Below a few MB, no stage waits for a second thread, whose core may be busy."""
 
 import threading
 import time
@@ -39,8 +39,8 @@ def fast_path_for_small_tensors():
 def workers():
     """The worker threads of torch, with two threads allowed.
 
-    Threads that also run while torch is idle are left out: gloo's event loop, which tests of ranks
-    leave behind in this process, polls a hundred times a second.
+    Threads that also run while torch is idle are left out. For example, tests of ranks leave gloo's
+    event loop in this process, which polls a hundred times per second.
     """
     if not (TASKS / str(threading.get_native_id()) / "schedstat").exists():
         pytest.skip("this system does not say what its threads do")
@@ -62,14 +62,14 @@ def workers():
 
 
 def parameter(*shape: int, dtype: torch.dtype = torch.float32) -> torch.nn.Parameter:
-    """Returns a parameter with a gradient of ones, made on one thread, so workers sleep."""
+    """Returns a parameter with a gradient of ones, created on one thread so that workers sleep."""
     p = torch.nn.Parameter(torch.from_numpy(np.zeros(shape, np.float32)).to(dtype))
     p.grad = torch.from_numpy(np.ones(shape, np.float32)).to(dtype)
     return p
 
 
 def settled(tasks: Sequence[Path]) -> list[int]:
-    """Returns the run counts of threads once they sleep; after work they spin for a while."""
+    """Returns the run counts of threads once they sleep. After work, they spin for a while."""
     while not all(_sleeps(t) for t in tasks):
         time.sleep(0.005)
     return [runs(t) for t in tasks]

@@ -18,7 +18,7 @@ SIZES = [1, 7, 0, 100, cpu_measure.SMALL, cpu_measure.SMALL + 1, 3, 0, 64, 2000,
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm_type", [0.5, 1.0, 2.0, 3.0, math.inf])
-def test_one_tensor_each_of_every_size(dtype, norm_type):
+def test_segments_of_one_tensor_of_every_size(dtype, norm_type):
     grads = [torch.randn(n).mul(0.1 * (i + 1)).to(DTYPES[dtype]) for i, n in enumerate(SIZES)]
     (bucket,) = bucketize(
         grads, segments=range(len(grads)), n_segments=len(grads), norm_type=norm_type
@@ -74,4 +74,4 @@ def test_the_runs_of_flat_buckets_are_not_iterated_for_each_segment():
     runs = Counted(bucket.runs)
     sums, _ = cpu_measure.power_sums(replace(bucket, runs=runs), 100, 2.0)
     assert sums == [5.0 * i * i for i in range(100)]
-    assert runs.reads == 2  # for their addresses, and to group them by segment
+    assert runs.reads == 2  # once for their addresses, and once to group them by segment

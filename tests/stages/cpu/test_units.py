@@ -1,4 +1,4 @@
-"""Clipping of units on a CPU: all kinds of parts, compared with float64 and with the reference."""
+"""Clipping of units on a CPU agrees with float64 and with the reference."""
 
 import math
 
@@ -19,7 +19,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 
 @pytest.fixture(params=["together", "one thread", "several threads", "divided"])
 def kind(request, monkeypatch):
-    """Lets even tiny tensors take the way of large ones."""
+    """Makes even tiny tensors use the path of large tensors."""
     if request.param != "together":
         monkeypatch.setattr(units, "SMALL", 2)
         monkeypatch.setattr(units, "few", lambda sizes: request.param == "one thread")
@@ -84,7 +84,7 @@ def test_layouts(kind):
             assert_clipped([p.grad], [wanted])
 
 
-def test_the_summary_is_that_of_the_reference(kind):
+def test_the_summary_equals_that_of_the_reference(kind):
     for seed in range(5):
         ps, others = parameters(torch.float64, seed=seed), parameters(torch.float64, seed=seed)
         (mine,) = unit_buckets([p.grad for p in ps], ps, None)

@@ -59,7 +59,7 @@ def test_a_step_that_another_rule_skips_does_not_enter(story):
     assert guard.baseline == [1.0]
 
 
-def test_a_loss_that_is_not_passed_is_not_judged_and_does_not_enter(story):
+def test_a_missing_loss_is_not_judged_and_does_not_enter(story):
     guard = story({"loss": RULE})
     guard.losses(1.0, 2.0)
     verdict = guard.step(losses={"other": 99.0})
@@ -67,14 +67,14 @@ def test_a_loss_that_is_not_passed_is_not_judged_and_does_not_enter(story):
     assert guard.baseline == [1.0, 2.0]
 
 
-def test_huge_values_overflow_quietly(story):
+def test_huge_values_overflow_without_an_error(story):
     guard = story({"loss": SpikeRule(window=4, sigma=2.0, warmup=2)})
     assert guard.losses(1e200, -1e200, 1e308, 1e308, 1e308, 5.0) == ["apply"] * 6
 
 
 # A lasting level shift.
 
-STRICT = SpikeRule(window=4, sigma=0.01, warmup=4)  # its threshold hardly rises
+STRICT = SpikeRule(window=4, sigma=0.01, warmup=4)  # the threshold hardly rises
 
 
 def test_a_lasting_level_shift_becomes_the_baseline_after_window_skips(story):

@@ -52,7 +52,7 @@ def test_the_numbers_equal_the_tensors(step, n_segments, nonfinite):
         "consecutive_skips": story.counters[3],
     }
     assert set(told) == set(known._fields) - {"limit"}
-    assert known.limit is None  # the policy has the fixed one
+    assert known.limit is None  # the fixed limit is in the policy
     for name, value in told.items():
         mine = getattr(known, name)
         mine = list(mine) if name == "nonfinite_counts" else mine

@@ -33,7 +33,7 @@ def test_may_change_is_true_iff_a_step_can_change_gradients(story, max_norm, non
     steps = [{"norms": 1.5}, {"norms": 9.0}, {"norms": 0.5, "nan": 3}, {"losses": {"a": math.nan}}]
     verdicts = [guard.step(**step) for step in steps]
     changed = any(v.multiplier.item() != 1.0 or v.clean.item() for v in verdicts)
-    assert changed == may  # if it may change, one of these steps does
+    assert changed == may  # if gradients may change, one of these steps changes them
 
 
 def test_an_optimizer_without_a_limit_never_calls_apply(monkeypatch):

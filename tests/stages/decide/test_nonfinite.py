@@ -68,7 +68,7 @@ def test_zero_mode_cleans_elements_that_the_scaler_found_too(story):
 @pytest.mark.parametrize("found", [1.0, 2.0])
 @pytest.mark.parametrize("counted", [0, 3])
 def test_an_overflow_that_only_lowers_a_loss_scale(story, found, counted):
-    """Skipped in every mode, even where it would be cleaned, and not an incident."""
+    """The step is skipped in every mode, even in zero mode, and is not an incident."""
     for nonfinite in ("skip", "zero", "raise", "propagate"):
         guard = story(RULE, nonfinite=nonfinite)
         guard.steps(1.0, 2.0, 3.0, 4.0)
@@ -80,7 +80,7 @@ def test_an_overflow_that_only_lowers_a_loss_scale(story, found, counted):
 
 
 def test_an_overflow_that_a_lower_scale_does_not_fix(story):
-    """At the minimum scale, with an unknown scale, or with a non-finite loss."""
+    """The scale is at its minimum or unknown, or the loss is not finite."""
     for nonfinite in ("skip", "propagate"):
         for more in (
             {"scale_falls": False},
@@ -91,7 +91,8 @@ def test_an_overflow_that_a_lower_scale_does_not_fix(story):
             verdict = guard.step(found_inf=1.0, posinf=1, **more)
             assert (outcome(verdict), reason(verdict)) == ("skip", "nonfinite_grad")
             assert guard.counters == [1, 0, 1, 1, 0]
-    verdict = story().step(found_inf=0.0, scale_falls=True, nan=1)  # not found by the scaler
+    # The scaler has not found this NaN.
+    verdict = story().step(found_inf=0.0, scale_falls=True, nan=1)
     assert reason(verdict) == "nonfinite_grad"
     cleaned = story(nonfinite="zero").step(found_inf=1.0, posinf=1, scale_falls=False)
     assert (outcome(cleaned), cleaned.clean.item()) == ("apply", 1.0)

@@ -12,16 +12,16 @@ def in_ci() -> bool:
 
 
 def long_tests() -> bool:
-    """Whether tests run over all of their cases, as in the workflow: some fifteen minutes more."""
+    """Whether tests run all of their cases, as in the workflow, which takes 15 minutes longer."""
     return os.environ.get("FASTGUARD_LONG_TESTS") == "1"
 
 
 def require(module: str) -> ModuleType:
     """Imports an optional module, for one test or (at the top of a file) for all tests in it.
 
-    Missing on a user's machine, the tests are skipped and say why; missing in CI, they fail, so
-    that no part of the suite disappears unseen. A module that is there but breaks while it is
-    imported is an error everywhere.
+    If the module is missing, the tests are skipped with the reason on a user's machine, and fail in
+    CI, so that no part of the suite disappears unnoticed. If an installed module raises an error on
+    import, the tests fail everywhere.
     """
     try:
         return importlib.import_module(module)

@@ -13,8 +13,8 @@ SHAPES = [
     (600,),
     (3, 1),
     (1, 5),
-    (4, 700),  # 4 * 175: a divisor in place of 512
-    (3, 1031),  # a prime: what 512 leaves over is summed apart
+    (4, 700),  # 4 * 175, so a divisor is used in place of 512
+    (3, 1031),  # a prime, so the remainder after 512 is summed separately
     (5, 3, 2, 3),
     (6, 4, 3),
     (0, 3),
@@ -33,7 +33,7 @@ def expected(
     *,
     finite_only: bool = False,
 ) -> np.ndarray:
-    """The clipped gradient, in float64, by the formula of arXiv 2102.06171."""
+    """Returns the clipped gradient in float64, by the formula of arXiv 2102.06171."""
     g, w = (t.detach().double().numpy().copy() for t in (grad, weight))
     if g.ndim < 2:
         _clip_unit(g, w, clip_factor, eps, p, finite_only)
@@ -81,15 +81,15 @@ def parameters(
 
 RTOL = {
     torch.float64: 1e-12,
-    torch.float32: 5e-7,  # a norm that is true to 1e-7, and two roundings
+    torch.float32: 5e-7,  # a norm with an error of 1e-7, and two roundings
     torch.bfloat16: 2.0**-8,
     torch.float16: 2.0**-10,
 }
-"""One more rounding to the dtype than the reference."""
+"""Allows for one more rounding to the dtype than in the reference."""
 
 
 def assert_clipped(grads: list[Tensor], wanted: list[np.ndarray]) -> None:
     for grad, want in zip(grads, wanted, strict=True):
         rtol = RTOL[grad.dtype]
-        atol = 1e-7 if grad.dtype is torch.float16 else 0  # its denormals
+        atol = 1e-7 if grad.dtype is torch.float16 else 0  # the denormals of float16
         np.testing.assert_allclose(grad.double().numpy(), want, rtol=rtol, atol=atol)

@@ -27,9 +27,9 @@ FLAGS = (
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Any]:
-    """A Chromium driven by selenium; nothing is downloaded for it.
+    """Starts the installed Chromium with selenium; nothing is downloaded.
 
-    Where it is missing, the test is skipped and says why; in CI it fails.
+    If Chromium is missing, the test is skipped with the reason; in CI, it fails.
 
     Args:
         profile: An empty folder for its user data.

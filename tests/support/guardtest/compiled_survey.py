@@ -1,9 +1,10 @@
-"""Which optimizers of other libraries `compile_step=True` supports, and why not the others.
+"""Finds out which optimizers of other libraries `compile_step=True` supports.
 
     PYTHONPATH=tests/support .venv-integrations/bin/python -m guardtest.compiled_survey
 
-prints docs/compiled-optimizers.md. Each optimizer trains a small model, with NaN in the first step,
-in the middle and twice in a row, beside a guard without `compile_step`. A few seconds for each.
+prints docs/compiled-optimizers.md. Each optimizer trains a small model with NaN in the first step,
+in a later step and in two consecutive steps. The result is compared with a guard without
+`compile_step`. This takes a few seconds per optimizer.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from guardtest.third_party import LEFT_OUT, PACKAGES, Run, driven, maker_of, sam
 PAGE = Path(__file__).parents[3] / "docs" / "compiled-optimizers.md"
 STORY = "NggNNgg"  # N: a step with NaN, g: a good step
 TOLERANCE = 0.02
-"""Difference of the weights over how far they moved: Newton-Schulz iterations in bfloat16 take one
-rounding of the float32 learning rate to 1 %; the others stay below 1e-3."""
+"""The largest difference of the weights, relative to their change. Newton-Schulz iterations in
+bfloat16 amplify one rounding of the float32 learning rate to 1 %; all others stay below 1e-3."""
 
 REASONS = {
     "the step reads a value from the device in Python": "reads a value in Python",
@@ -41,12 +42,12 @@ LINE = re.compile(r"([^/\s]+\.py:\d+), in \w+: (.*) \((?:it \w+|\w+:) .*\)$", re
 
 
 class Finding(NamedTuple):
-    """What became of an optimizer.
+    """The result for an optimizer.
 
     Attributes:
         supported: Whether `compile_step=True` supports it.
         line: The line that cannot be traced, with its file; empty if there is none.
-        why: Why it is refused.
+        why: The reason for which it is refused.
     """
 
     supported: bool
@@ -59,7 +60,7 @@ class Finding(NamedTuple):
 
 @contextmanager
 def quick() -> Iterator[None]:
-    """Without inductor, which takes seconds for each and does not decide what can be traced."""
+    """Disables inductor, which takes seconds per optimizer and does not affect tracing."""
     from fastguard.guard import compiled_step
 
     before, compiled_step.BACKEND = compiled_step.BACKEND, "eager"
@@ -71,8 +72,8 @@ def quick() -> Iterator[None]:
 
 
 def finding_of(name: str) -> Finding:
-    """What becomes of an optimizer. Fails if it is neither supported nor refused cleanly."""
-    with torch.compiler.set_stance("force_eager"):  # some compile their own update
+    """Tests an optimizer. Fails if it is neither supported nor refused cleanly."""
+    with torch.compiler.set_stance("force_eager"):  # some optimizers compile their own update
         how = maker_of(name)
         plain = Run(name, True, how, max_norm=1.0)
         start = plain.weights()
@@ -114,12 +115,12 @@ def _refused(message: str) -> Finding:
 
 
 def distribution(name: str) -> str:
-    """The package of an optimizer: timm of timm.optim.Lion."""
+    """Returns the package of an optimizer, such as timm for timm.optim.Lion."""
     return name.split(".")[0]
 
 
 def findings_on(page: str) -> dict[str, Finding]:
-    """What the page says, by package and name."""
+    """Returns the results on the page, by package and name."""
     found: dict[str, Finding] = {}
     modules = {distribution(name): name for name in PACKAGES}
     for section in re.split(r"^## ", page, flags=re.M)[1:]:
@@ -136,7 +137,7 @@ def findings_on(page: str) -> dict[str, Finding]:
 
 
 def page_of(findings: dict[str, Finding]) -> str:
-    """The whole page; what stands above its first section stays."""
+    """Returns the whole page. The text above the first section is kept."""
     parts = [re.split(r"^## ", PAGE.read_text(), flags=re.M)[0].rstrip() + "\n"]
     for module in PACKAGES:
         own = {n.removeprefix(f"{module}."): f for n, f in findings.items() if n.startswith(module)}

@@ -70,11 +70,11 @@ def scaled_down(monkeypatch):
             for module in (l2_blocks, l2_sums):
                 if hasattr(module, name):
                     patch.setattr(module, name, value)
-        patch.setattr(vectors, "_local", threading.local())  # buffers of their own
+        patch.setattr(vectors, "_local", threading.local())  # uses separate buffers
         yield
 
 
 def edges() -> list[int]:
-    """Sizes around those at which the scaled-down fast path takes another branch."""
+    """Sizes around those at which the scaled-down fast path uses another branch."""
     near = {n + d for n in SMALL.values() for d in (-1, 0, 1)}
     return sorted(near | {2 * SMALL["SHARE"] + 17})

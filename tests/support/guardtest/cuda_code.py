@@ -1,8 +1,8 @@
 """The code that inductor generates for a GPU, without one: `python -m guardtest.cuda_code AdamW`.
 
-Tensors that say they are on a GPU stand for those that are; the code is made and never loaded. Run
-in a process of its own, because it tells torch that there is a device. Prints one JSON object per
-optimizer.
+Simulated tensors claim to be on a GPU. The code is generated but never loaded. Run this in a
+separate process, because it makes torch assume that there is a device. It prints one JSON object
+per optimizer.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ CARD = types.SimpleNamespace(
 
 
 class Pretended(device_interface.CudaInterface):
-    """The device properties that inductor queries."""
+    """Device properties that inductor queries."""
 
     class Worker(device_interface.CudaInterface.Worker):
         get_device_properties = staticmethod(lambda device=None: CARD)
@@ -190,7 +190,7 @@ _where = torch.where
 
 
 def _unmasked(condition, kept, new):
-    """`torch.where` without the mask over the writes of a step."""
+    """Replaces `torch.where`, so that the writes of a step are not masked."""
     if condition.dtype is torch.bool and not condition.dim() and isinstance(kept, torch.Tensor):
         return new
     return _where(condition, kept, new)
@@ -198,7 +198,8 @@ def _unmasked(condition, kept, new):
 
 if __name__ == "__main__":
     torch._inductor.config.compile_threads = 1
-    list(device_interface.get_registered_device_interfaces())  # or it would replace these two
+    # Otherwise a later call would replace these two.
+    list(device_interface.get_registered_device_interfaces())
     device_interface.register_interface_for_device("cuda", Pretended)
     device_interface.register_interface_for_device("cuda:0", Pretended)
     n = int(sys.argv[1])

@@ -15,10 +15,10 @@ SETTINGS = {
     "epochs": 1,
     "imgsz": 64,
     "batch": 2,
-    "nbs": 2,  # a step for each batch
+    "nbs": 2,  # one step per batch
     "optimizer": "SGD",
     "lr0": 0.01,
-    "box": 0.75,  # a tenth of what the trainer has: gradient norms stay below its limit of 10
+    "box": 0.75,  # a tenth of the trainer's default, so gradient norms stay below its limit of 10
     "cls": 0.05,
     "dfl": 0.15,
     "warmup_epochs": 0,
@@ -33,10 +33,10 @@ def train(folder: Path, *attached: Callable[[Any], object], n_train: int = 16, *
     """Runs `model.train(...)` and returns the trainer.
 
     Args:
-        folder: For data and results.
-        attached: Called with the model before it trains.
-        n_train: Images; two make a batch.
-        settings: For `model.train`, over `SETTINGS`.
+        folder: Folder for data and results.
+        attached: Function that is called with the model before training.
+        n_train: Number of images; a batch has two.
+        settings: Arguments of `model.train` that replace those in `SETTINGS`.
     """
     from ultralytics import YOLO
 
@@ -52,8 +52,7 @@ def train(folder: Path, *attached: Callable[[Any], object], n_train: int = 16, *
 
 
 def left_out(batches: Collection[tuple[int, int]]) -> Callable[[Any], None]:
-    """Leaves out batches given by epoch and number, both from 1. They are drawn and then dropped,
-    so that the other batches do not change."""
+    """Draws and drops the batches with these epochs and numbers, which count from 1."""
 
     def attach(model: Any) -> None:
         def on_train_start(trainer: Any) -> None:
@@ -83,7 +82,7 @@ class _Without:
 
 
 def state_of(trainer: Any) -> dict[str, Tensor]:
-    """All state that a step changes: weights, BatchNorm statistics, EMA and count, optimizer."""
+    """Returns all state that a step changes: weights, BatchNorm statistics, EMA, optimizer."""
     named = {f"model.{k}": v for k, v in trainer.model.state_dict().items()}
     named |= {f"ema.{k}": v for k, v in trainer.ema.ema.state_dict().items()}
     named["ema.updates"] = torch.tensor(trainer.ema.updates)

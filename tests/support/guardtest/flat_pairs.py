@@ -7,7 +7,7 @@ from fastguard import GuardedOptimizer
 from guardtest.training import new_parameters
 
 SHAPES = ((3, 4), (5,), (2, 3, 2), (), (0,), (7, 9), (1,))
-# Fused kernels round the last elements of a tensor, fewer than a vector, in another way.
+# Fused kernels round the last elements of a tensor differently if they do not fill a vector.
 CLOSE = {"rtol": 2e-6, "atol": 1e-7}
 
 KINDS = {
@@ -25,8 +25,8 @@ class Pair:
     """An optimizer with flat parameters and torch's own, stepped with the same gradients.
 
     Args:
-        make: Makes either of them from parameters.
-        options: For the guard.
+        make: Creates an optimizer from parameters.
+        options: Arguments of the guard.
     """
 
     def __init__(self, make, dtype=torch.float32, shapes=SHAPES, **options):

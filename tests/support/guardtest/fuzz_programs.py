@@ -104,7 +104,7 @@ def joined_archives(rng: random.Random, folder: Path) -> Path:
         raw = first + second
     elif kind == 1:
         raw = first[: rng.choice(marks)] + second[rng.choice(others) :]
-    elif kind == 2:  # records of one, the directory of the other
+    elif kind == 2:  # the records of one archive and the directory of the other
         raw = first[: first.rindex(b"PK\1\2")] + second[second.index(b"PK\1\2") :]
     elif kind == 3:
         at = rng.choice(marks)

@@ -17,10 +17,11 @@ _destroy = dist.destroy_process_group
 def end_groups() -> None:
     """Destroys all groups of this process, shortly after the last collective.
 
-    gloo's threads need the GIL to release what a finished collective held (torch 2.13). A group
-    that is destroyed at once can hang for good, because its destructor joins those threads while it
-    holds the GIL. A process that exits at once can abort, because a thread that asks an interpreter
-    in shutdown for the GIL is ended in the middle of C++. Sleeping gives them the GIL.
+    gloo's threads need the GIL to release the memory of a finished collective (torch 2.13). A group
+    that is destroyed immediately can hang, because its destructor joins these threads while it
+    holds the GIL. A process that exits immediately can abort, because Python ends a thread that
+    requests the GIL during shutdown, in the middle of C++ code. Sleeping lets the threads take the
+    GIL.
     """
     time.sleep(MOMENT)
     if dist.is_initialized():

@@ -12,12 +12,12 @@ import fastguard
 HOME = str(Path(fastguard.__file__).parent)
 UPDATES = str(
     Path(HOME, "optim")
-)  # inside the wrapped step: weights that it has begun to move stay
+)  # inside the wrapped step, which may already have changed weights
 
 
 def _guards(frame: FrameType, within: str = "") -> bool:
-    """Whether a frame belongs to a file of the package (without the updates of `fastguard.optim`)
-    whose name contains `within`.
+    """Whether a frame belongs to a file of the package, except the updates of `fastguard.optim`,
+    with a name that contains `within`.
     """
     name = frame.f_code.co_filename
     return name.startswith(HOME) and not name.startswith(UPDATES) and within in name
@@ -27,12 +27,12 @@ def _guards(frame: FrameType, within: str = "") -> bool:
 def interrupted(
     at: int, error: type[BaseException] = KeyboardInterrupt, *, within: str = ""
 ) -> Iterator[list[str]]:
-    """Raises `error` before the line number `at`, from 0, that fastguard runs inside the block.
+    """Raises `error` before the `at`-th line, counted from 0, that fastguard runs in the block.
 
     Only lines of files whose name contains `within` are counted.
 
     Yields:
-        A list with the place where it was raised, `"file:line"`; empty if the block was shorter.
+        A list with the position `"file:line"` of the error; empty if the block was shorter.
     """
     where: list[str] = []
     left = at
@@ -58,7 +58,7 @@ def interrupted(
 
 
 def lines_of(work: Callable[[], object]) -> int:
-    """The number of lines of fastguard that a call runs."""
+    """Returns the number of lines of fastguard that a call runs."""
     count = 0
 
     def trace(frame: FrameType, event: str, arg: Any) -> Callable[..., Any] | None:

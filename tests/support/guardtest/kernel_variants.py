@@ -1,4 +1,4 @@
-"""The variants of the kernels whose machine code is read: constants, and types of arguments."""
+"""The variants of the kernels whose machine code is read, with constants and argument types."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def measure_variants() -> Variants:
     for dtype, group in (("fp16", 8), ("bf16", 8), ("fp32", 4)):
         yield measured(dtype, group=group)
         yield measured(dtype, group=group, one=False)
-    # Each dtype with every other norm, and both values of the two switches with each.
+    # Each dtype with every other norm, and each norm with both values of the two switches.
     yield measured("fp16", p=math.inf)
     yield measured("bf16", p=math.inf, one=False, scale=False)
     yield measured("fp32", p=math.inf)

@@ -1,4 +1,4 @@
-"""Runs commands in a process with limits: 2 GB of additional memory, and little time.
+"""Runs commands in a process with limits of 2 GB of additional memory and a few seconds.
 
 The limits are set after the imports, because torch alone maps gigabytes of address space. An audit
 hook records every file that a command writes or removes, and every program that it runs.
@@ -56,7 +56,7 @@ def run(arguments):
 
 """
 
-# What an audit hook sees of a process that changes files, runs programs or talks to others.
+# Audit events of a process that changes files, runs programs or uses the network.
 _CHANGES = (
     "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate",
     "os.chmod", "os.chown", "shutil.rmtree", "os.system", "os.exec", "os.posix_spawn", "os.fork",
@@ -110,7 +110,7 @@ def run_limited(
 def verified(
     paths: Sequence[Path], folder: Path, *, over: Callable[[Path], int] = lambda path: 1
 ) -> dict[str, dict[str, Any]]:
-    """The effects of `ckpt verify` on each file, by its name.
+    """Returns the effects of `ckpt verify` on each file, by the name of the file.
 
     Args:
         paths: The files.

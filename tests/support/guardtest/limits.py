@@ -59,7 +59,7 @@ class ZClipOracle:
 
 @dataclass
 class AutoClipOracle:
-    """Section 3 of arXiv 2007.14469: the percentile of the history, this step's norm included."""
+    """Section 3 of arXiv 2007.14469: the percentile of the history, including this step's norm."""
 
     rule: AutoClip
     norms: list[float] = field(default_factory=list)
@@ -98,7 +98,7 @@ ORACLES = {ZClip: ZClipOracle, AutoClip: AutoClipOracle, AdaGC: AdaGCOracle}
 
 
 class Limited:
-    """A rule that takes steps of one or more segments, in one of its two forms."""
+    """Takes steps of one or more segments with a rule, in one of its two forms."""
 
     def __init__(self, rule, n_segments: int = 1, nonfinite="skip", *, tensors: bool) -> None:
         scope = "tensor" if n_segments > 1 else "global"
@@ -107,7 +107,7 @@ class Limited:
         self.tensors = tensors
 
     def step(self, norms, loss: float | None = None, **counts) -> tuple[float, Verdict]:
-        """The limit of the whole model, and the verdict."""
+        """Takes a step; returns the limit of the whole model and the verdict."""
         stats = stats_of(norms, **counts)
         names = () if loss is None else ("loss",)
         signals = Signals(float64([] if loss is None else [loss]), names)
@@ -131,13 +131,13 @@ BAD = (
     {"loss": NAN},
     {"loss": INF},
 )
-"""The faults that make a step be skipped."""
+"""The faults because of which a step is skipped."""
 
 
 def norms_with_faults(n: int, n_segments: int = 1) -> Iterator[tuple[list[float], dict]]:
     """Norms of a run with spikes and zeros, and the faults of its bad steps.
 
-    The first steps are bad in every way, so are some of each warm-up and all those behind a spike.
+    The first steps, some steps of each warm-up, and all steps after a spike are bad.
     """
     chance = random.Random(n_segments)
     yield from (([7.0] * n_segments, bad) for bad in BAD)

@@ -1,7 +1,7 @@
 """Compiles kernels ahead of time, without a GPU, and reads their machine code.
 
-`python -m guardtest.machine_code [TARGET...] [only=BEGINNING]` prints one JSON line for each kernel
-variant whose name has this beginning, and target. It must run in a separate process, without
+`python -m guardtest.machine_code [TARGET...] [only=BEGINNING]` prints one JSON line for each target
+and each kernel variant whose name has this beginning. It must run in a separate process, without
 TRITON_INTERPRET.
 """
 
@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from guardtest.kernel_variants import variants
 
 CUDA = (80, 90, 100)
-SLOW_FP64 = (89, 120)  # `measure` differs on them; the other kernels do not
+SLOW_FP64 = (89, 120)  # `measure` has different code for them; the other kernels do not
 ROCM = ("gfx90a", "gfx942")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -45,7 +45,7 @@ def compiled(
         launcher: A `fastguard.kernels.launch.Launcher`.
         signature: Type of each argument that is not a constant, such as `"*fp64"` or `"i32"`.
         constants: The constants.
-        target: A CUDA architecture such as 90, or a ROCm one such as "gfx942".
+        target: A CUDA architecture such as 90, or a ROCm architecture such as "gfx942".
         threads: Threads per program, for ROCm, whose warps are larger.
     """
     kernel = launcher.kernel
@@ -144,7 +144,7 @@ def main(targets: list[str]) -> None:
             if ("group" in name) is not (target in SLOW_FP64):
                 continue
             if "statistics" in name and target != 90:
-                continue  # one target suffices, since the other parts of the kernel are the same
+                continue  # one target suffices, because the other parts of the kernel are the same
             threads = THREADS if name.startswith(("update", "ratio")) else None
             kernel = compiled(launcher, signature, constants, target, threads)
             report = read_rocm(kernel) if isinstance(target, str) else read_cuda(kernel)

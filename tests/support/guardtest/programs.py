@@ -1,9 +1,9 @@
 """Runs programs in processes that have already imported torch and fastguard.
 
 A new interpreter takes 2 to 4 s of CPU time until a guarded optimizer has taken its first step.
-Here, as for `guardtest.ranks`, a process is forked from a server that has imported what nearly all
-programs do. A program needs `subprocess` if the test is about imports, or about the start or end of
-the interpreter.
+Here, as in `guardtest.ranks`, a process is forked from a server that has already imported the
+modules that nearly all programs need. Use `subprocess` instead if a test is about imports, or about
+the start or end of the interpreter.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def run_program(
         code: The program.
         arguments: Its `sys.argv[1:]`, as strings.
         env: Variables in addition to those of this process.
-        terminal: Path of a terminal that is its stderr. None: its stderr is returned.
+        terminal: Path of a terminal to use as stderr. If None, stderr is returned.
         check: Whether an exit status other than 0 raises `CalledProcessError`.
         timeout: Time limit in seconds, after which it is killed.
 

@@ -12,9 +12,10 @@
         assert len(set(four.run(norm_of_my_shard, 3.0))) == 1
 
 Processes are forked from a server that has imported torch once, so that a group of four starts in
-half a second; they stay for all tests of the fixture. After a failure or a death the group is
-killed, and the next call starts a new one. Functions are top-level functions of a file, found again
-by its path; arguments and results are what pickle takes (tensors travel by value).
+half a second. They are kept for all tests of the fixture. After a failure or the death of a rank,
+the group is killed, and the next call starts a new one. Functions must be top-level functions of a
+file, which each rank imports by its path. Arguments and results must be picklable; tensors are sent
+by value.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ _PRELOADED = [
 ]
 
 
-_LOCAL_OPS = ("wait_tensor", "_wrap_tensor_autograd")  # beside collectives in their namespaces
+_LOCAL_OPS = ("wait_tensor", "_wrap_tensor_autograd")  # local ops in the namespaces of collectives
 
 
 def fork_context() -> ForkServerContext:
@@ -99,9 +100,9 @@ class Ranks:
     """A group of `world_size` processes, started by the first call.
 
     Args:
-        world_size: How many.
+        world_size: The number of processes.
         collective_seconds: How long a collective waits for a rank.
-        backend: What connects them; with "nccl", rank i has GPU i.
+        backend: Backend of torch.distributed; with "nccl", rank i uses GPU i.
     """
 
     def __init__(
@@ -184,7 +185,7 @@ class Ranks:
             return
         import torch.distributed as dist
 
-        # Port 0: the system chooses one that is free, and the store lives as long as the group.
+        # With port 0, the system chooses a free port. The store lives as long as the group.
         self._store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
         context = fork_context()
         for rank in range(self.world_size):
@@ -228,8 +229,8 @@ class Ranks:
 def collectives() -> Iterator[list[tuple[str, int]]]:
     """Records `(name, bytes)` of every collective of this rank within the context.
 
-    Bytes are the size of this rank's input tensors. Recorded in the dispatcher, which all
-    collectives use: the ops of c10d and the functional ones of DTensor.
+    Bytes are the size of this rank's input tensors. They are recorded in the dispatcher, which all
+    collectives use, both those of c10d and the functional collectives of DTensor.
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -288,7 +289,7 @@ def _serve(
             answer = _called(path, name, args, kwargs)
             pipe.send_bytes(pickle.dumps(answer))
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        os._exit(0)  # no collective goodbye: the others may be gone
+        os._exit(0)  # exits without a collective, because other ranks may have ended
 
 
 def _called(path: str, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""A writer that rotates at critical moments: right before or after a reader lists the folder."""
+"""A writer that rotates at critical moments, just before or after a reader lists the folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model and a batch without problems, for tests that add one problem; findings by kind."""
+"""A model and a batch without problems, for tests that add one problem."""
 
 from __future__ import annotations
 

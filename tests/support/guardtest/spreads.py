@@ -1,6 +1,7 @@
 """Ways to distribute the gradients of one small model over four ranks.
 
-Each gives `(index of the tensor, parameter on this rank)` pairs, and the `group` to pass.
+Each function returns pairs of `(index of the tensor, parameter on this rank)`, and the `group` to
+pass.
 """
 
 from __future__ import annotations
@@ -103,14 +104,14 @@ def partial(grads: list[Tensor]) -> tuple[Parts, Group]:
     parts = []
     for i, grad in enumerate(grads):
         p = nn.Parameter(distribute_tensor(torch.zeros_like(grad), mesh, [Replicate()]))
-        share = grad * (1.0, 0.0, 1.0, -1.0)[dist.get_rank()]  # no partial sum is rounded
+        share = grad * (1.0, 0.0, 1.0, -1.0)[dist.get_rank()]  # such partial sums are exact
         p.grad = DTensor.from_local(share, mesh, [Partial()])
         parts.append((i, p))
     return parts, None
 
 
 def pipeline(grads: list[Tensor]) -> tuple[Parts, Group]:
-    """The last rank holds no elements."""
+    """The last rank has no elements."""
     stage = {0: (0, 1), 1: (2, 4), 2: (3,), 3: ()}[dist.get_rank()]
     return [(i, parameter(grads[i].clone())) for i in stage], dist.group.WORLD
 

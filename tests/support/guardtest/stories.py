@@ -1,4 +1,4 @@
-"""Guards that take scripted steps; each decision is made by both implementations of stage 3."""
+"""Guards that take scripted steps. Both implementations of stage 3 make each decision."""
 
 import math
 from collections.abc import Mapping, Sequence

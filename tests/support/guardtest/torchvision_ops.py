@@ -1,6 +1,6 @@
-"""Operators for a torchvision built for CUDA, which cannot load its own with a CPU build of torch.
+"""Operators for a CUDA build of torchvision, which cannot load its own with a CPU build of torch.
 
-On import, its Python part registers shapes for two of them, and fails if they do not exist.
+On import, torchvision registers shapes for two operators, and fails if they do not exist.
 Detectors call `nms` at validation, so it is implemented here in a few lines; `qnms` is declared
 without an implementation: the import succeeds, and a call is still an error.
 """
@@ -48,7 +48,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
         iou_threshold: A box is dropped if its intersection over union with a better one is larger.
 
     Returns:
-        int64: what is kept, best first.
+        int64 indices of the kept boxes, best first.
     """
     order = scores.argsort(descending=True, stable=True)
     boxes = boxes[order]

@@ -13,7 +13,7 @@ from fastguard.errors.versions import FUSED_ADAGRAD
 SHAPES = ((3, 4), (5,), (2, 3, 2), ())
 NONFINITE = {"nan": float("nan"), "+inf": float("inf"), "-inf": float("-inf")}
 
-# These need more than `step()` on dense gradients; they have separate tests.
+# These optimizers need more than `step()` on dense gradients, and have separate tests.
 SPECIAL = (torch.optim.LBFGS, torch.optim.SparseAdam)
 
 # Settings with additional state.
@@ -44,8 +44,8 @@ def optimizer_classes() -> list[type[Optimizer]]:
 def variants() -> list[tuple[str, type[Optimizer], dict[str, Any]]]:
     """`(id, class, keyword arguments)` of each optimizer, setting and implementation.
 
-    capturable=True is there for fused ones; in the other implementations torch asserts a GPU for
-    it: see tests/gpu/test_optimizer_capturable.
+    capturable=True is included for fused optimizers. The other implementations need a GPU for it;
+    see tests/gpu/test_optimizer_capturable.py.
     """
     listed = []
     for cls in optimizer_classes():
@@ -68,7 +68,7 @@ def variants() -> list[tuple[str, type[Optimizer], dict[str, Any]]]:
 
 
 def obeys_found_inf(cls: type[Optimizer], kwargs: dict[str, Any]) -> bool:
-    """Whether its kernel reads `found_inf`: the fused ones, Adagrad's since torch 2.12."""
+    """Whether the kernel reads `found_inf`: all fused kernels do, Adagrad's since torch 2.12."""
     if cls is torch.optim.Adagrad and FUSED_ADAGRAD.missing:
         return False
     return bool(kwargs.get("fused"))

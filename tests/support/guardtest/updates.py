@@ -56,7 +56,7 @@ def random_update(
     shapes: Sequence[tuple[int, ...]] = SHAPES,
     **options: Any,
 ) -> Update:
-    """Returns an update as in the middle of a training run: tensors have taken 1 to 7 steps.
+    """Returns an update from the middle of a run, whose tensors have taken 1 to 7 steps.
 
     Args:
         first_step: Number of steps that every tensor has taken in addition.
@@ -139,7 +139,7 @@ def _other_strides(t: Tensor) -> Tensor:
 
 
 def clipped_units(update: Update, values: Tensor) -> ClippedUnits:
-    """What an update clipped, from the result of a backend."""
+    """Returns the units that an update clipped, from the result of a backend."""
     positions = range(len(update.parameters))
     return ClippedUnits.of([UnitSummary(values, positions, update.unit_counts)], values.tolist())
 

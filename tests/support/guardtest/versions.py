@@ -1,4 +1,4 @@
-"""Checks the installed versions for tests; `fastguard.errors.versions` does so for the package."""
+"""Checks the installed versions for tests, as `fastguard.errors.versions` does for the package."""
 
 from importlib import metadata
 

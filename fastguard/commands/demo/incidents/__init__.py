@@ -68,11 +68,11 @@ class Incident:
 
 
 INCIDENTS = (
-    Incident("A", "The detector that met NaN in epoch 3", "detector", "ultralytics", "ultralytics"),
+    Incident("A", "The detector with NaN losses", "detector", "ultralytics", "ultralytics"),
     Incident("B", "The checkpoint that could not be trusted", "classifier"),
     Incident("C", "The segmentation model with too many heads", "segmentation"),
     Incident("D", "The model that could not learn", "adaptive_stream"),
-    Incident("E", "The averages that turned NaN", "latent_codes", "tensorboard", "tensorboard"),
+    Incident("E", "The averages that became NaN", "latent_codes", "tensorboard", "tensorboard"),
 )
 
 
@@ -84,6 +84,6 @@ def incident(letter: str) -> Incident:
 
     Example:
         >>> incident("A").title
-        'The detector that met NaN in epoch 3'
+        'The detector with NaN losses'
     """
     return {i.letter: i for i in INCIDENTS}[letter]

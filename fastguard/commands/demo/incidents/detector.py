@@ -1,4 +1,4 @@
-"""A. The detector that met NaN in epoch 3: two bad batches in the Ultralytics trainer, fp32, SGD.
+"""A. The detector with NaN losses: two bad batches in the Ultralytics trainer, in fp32 with SGD.
 
 In the original run, batch 15 makes every weight and the EMA NaN, every later loss is NaN, and the
 trainer goes back to `last.pt` and repeats the epoch three times until it gives up. Guarded, the two

@@ -1,4 +1,4 @@
-"""E. The averages that turned NaN: a decoder of signed distances and a table of latent codes.
+"""E. The averages that became NaN: a decoder of signed distances and a table of latent codes.
 
 One shape of the validation set has NaN distances, so every validation mean is NaN. The first such
 training batch makes the training mean and every weight NaN. In epoch 5 every batch is bad. In the

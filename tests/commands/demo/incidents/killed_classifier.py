@@ -1,7 +1,8 @@
 """Runs of incident B that a signal ends: `python killed_classifier.py FOLDER`.
 
-Each run is a forked child that sends the signal to itself in the middle of epoch 5; forking avoids
-importing torch again. Prints the exit statuses and the batch as JSON. Run by test_b_classifier.py.
+Each run is a forked child that sends the signal to itself in the middle of epoch 5. Forking avoids
+importing torch again. The script prints the exit statuses and the batch as JSON.
+test_b_classifier.py runs it.
 """
 
 import json
@@ -11,7 +12,9 @@ import sys
 from pathlib import Path
 
 import torch
-import torch._dynamo  # imported by the first optimizer; here once for all children
+
+# The first optimizer imports it; importing it here does so once for all children.
+import torch._dynamo
 
 from fastguard.commands.demo.incidents.classifier import BATCHES, AsItWas, Guarded
 from fastguard.commands.demo.incidents.plain_loop import quiet_one_thread

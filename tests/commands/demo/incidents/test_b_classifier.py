@@ -33,7 +33,8 @@ from guardtest.training import assert_same_bits
 LETTER = "B"
 for package in ("rich", "matplotlib", "plotly"):
     require(package)
-BAD = [BATCHES * (epoch - 1) + batch for epoch, batch in FAULTS]  # of the whole run, from 1
+# Numbers within the whole run, counted from 1.
+BAD = [BATCHES * (epoch - 1) + batch for epoch, batch in FAULTS]
 STATISTICS = ("model.bn.running_mean", "model.bn.running_var")
 
 
@@ -93,8 +94,8 @@ def test_the_run_gives_up_after_max_attempts(monkeypatch, tmp_path):
     monkeypatch.setattr(classifier, "FAULTS", corrupt)
     outcome = classifier.run(tmp_path, guarded=True)
     error = outcome.facts["error"]
-    assert "a step was skipped, at step" in error
-    assert "3 rollbacks did not solve it" in error
+    assert error.startswith("at step ") and ", a step was skipped; " in error
+    assert "3 rollbacks did not solve the problem" in error
     assert "'epoch': 3, 'batch': 18" in error and "conv.weight (72 NaN)" in error
     assert [r.skip for r in outcome.facts["rewinds"]] == [(111,), (111, 112), (111, 112, 113)]
     assert [r.attempt for r in outcome.facts["rewinds"]] == [1, 2, 3]
@@ -103,7 +104,7 @@ def test_the_run_gives_up_after_max_attempts(monkeypatch, tmp_path):
     assert all(entry.clean for entry in outcome.facts["entries"])
 
 
-# Checkpoints with a verdict.
+# Each checkpoint has a verdict.
 
 
 def test_each_checkpoint_has_a_verdict_an_epoch_and_a_metric(guarded, folder):
@@ -179,7 +180,8 @@ def test_after_the_command_the_run_resumes_at_the_right_batch(store, monkeypatch
     assert outcome.survived
     first = outcome.records[0]
     assert first.tag == {"epoch": 3, "batch": 1} and first.step == 2 * BATCHES + 1
-    assert outcome.facts["rewinds"][0].position == 2 * BATCHES  # not further back
+    # The rollback does not go further back.
+    assert outcome.facts["rewinds"][0].position == 2 * BATCHES
     assert [entry.epoch for entry in outcome.facts["entries"]][-2:] == [5, 6]
 
 
@@ -305,7 +307,7 @@ def test_without_leaving_out_the_bad_batch_the_run_gives_up(monkeypatch, tmp_pat
     monkeypatch.setattr(IncidentLog, "positions_since", lambda *_: ())
     outcome = classifier.run(tmp_path, guarded=True)
     assert not outcome.survived
-    assert "3 rollbacks did not solve it" in outcome.facts["error"]
+    assert "3 rollbacks did not solve the problem" in outcome.facts["error"]
     assert [rewind.position for rewind in outcome.facts["rewinds"]] == [100] * 3
 
 

@@ -178,7 +178,7 @@ def test_the_cause_cannot_be_found_once_the_weights_are_nan():
 
 
 def diagnosed(direction, fault, dtype):
-    """The diagnosis, and its findings that the range of a 16-bit format is to blame."""
+    """The diagnosis, and its findings that name the range of a 16-bit format as the cause."""
     narrow = None if dtype is None else torch.autocast("cpu", dtype)
     found = diagnose(UNet(direction), batch_with(fault), losses, autocast=narrow)
     return found, found.of("float16-range")

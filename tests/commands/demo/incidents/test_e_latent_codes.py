@@ -1,4 +1,4 @@
-"""E. The averages that turned NaN: the original run, then the guarded run."""
+"""E. The averages that became NaN: the original run, then the guarded run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def index(tag):
 
 
 def curves(folder):
-    """The scalars in TensorBoard: by tag, the value of each step."""
+    """Maps each TensorBoard tag to its values by step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
@@ -71,7 +71,7 @@ def test_one_bad_batch_makes_every_mean_of_training_nan(as_it_was):
 
 
 def test_one_bad_shape_makes_every_mean_of_validation_nan(as_it_was):
-    """Also in the first epoch, when the model was still good."""
+    """This also holds in the first epoch, when the model was still good."""
     assert all(map(math.isnan, as_it_was.facts["validation"]))
     assert math.isfinite(as_it_was.facts["training"][0])
 
@@ -144,7 +144,7 @@ def test_an_epoch_without_a_valid_batch_is_reported(guarded):
     assert summary.means["sdf"] is None
     assert f"sdf: no valid batch ({BATCHES} seen, all not finite)" in str(summary)
     assert f"epoch {LOST_EPOCH} had no valid batch" in guarded.ended
-    # The validation means do not change: nothing was learned, and nothing was lost.
+    # The validation means do not change, because no step of this epoch was applied.
     before, after = (guarded.facts["validation"][i].means for i in (LOST_EPOCH - 2, LOST_EPOCH - 1))
     assert before == after
 
@@ -275,7 +275,7 @@ def test_without_skipping_the_weights_are_lost(monkeypatch, tmp_path):
     assert not outcome.survived and not outcome.facts["weights"]
 
 
-def test_with_a_single_limit_the_codes_exceed_theirs(monkeypatch, tmp_path):
+def test_with_a_single_limit_the_codes_exceed_their_own_limit(monkeypatch, tmp_path):
     joint = SETTINGS[SETTINGS.index("[batch]") :] + "\n[guard]\nmax_norm = 1.0\n"
     monkeypatch.setattr(latent_codes, "SETTINGS", joint)
     outcome = latent_codes.run(tmp_path, guarded=True)
@@ -297,7 +297,7 @@ def test_without_limits_one_batch_in_another_unit_stops_learning(monkeypatch, tm
 
 @pytest.fixture
 def handwritten_average(monkeypatch):
-    """A common handwritten average: over the valid losses, and never divided by zero."""
+    """A common handwritten average over the valid losses, which never divides by zero."""
 
     def mean(self):
         valid = [loss for loss in self._of_the_epoch if math.isfinite(loss)]

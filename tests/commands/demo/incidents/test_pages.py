@@ -17,7 +17,7 @@ from fastguard.commands.demo.training import one_thread
 from guardtest import require
 
 PAGES = Path(__file__).resolve().parents[4] / "docs" / "incidents"
-PLAYED = "fastguard demo "  # not run here; each incident's own test does it
+PLAYED = "fastguard demo "  # not run here, because the tests of each incident run it
 FOLLOWED = ("b", "d")  # other pages have no other commands; tests/test_docs.py runs their code
 
 for package in ("rich", "matplotlib"):

@@ -1,7 +1,7 @@
-"""For every kind of finding, a setup with the defect and the same setup without it.
+"""For every kind of finding, a setup with the defect and the same setup without the defect.
 
-`faulty=True` creates the setup with the defect, `faulty=False` the one without. There is one file
-per family of checks; importing it registers its cases.
+`faulty=True` creates the setup with the defect, and `faulty=False` the setup without it. There is
+one file per family of checks; importing a file registers its cases.
 """
 
 from guardtest.kinds import (  # noqa: F401  (they register)

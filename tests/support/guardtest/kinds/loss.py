@@ -1,4 +1,4 @@
-"""The loss: its value, its shape, its parts."""
+"""The value, shape and parts of the loss."""
 
 from __future__ import annotations
 

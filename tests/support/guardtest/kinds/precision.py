@@ -31,7 +31,7 @@ def float16_underflow(faulty: bool) -> Setup:
 
 @case("precision-loss", "warning", "precision", says="bfloat16")
 def precision_loss(faulty: bool) -> Setup:
-    # A difference of large numbers, of which bfloat16 keeps eight bits each.
+    # A difference of large numbers, of which bfloat16 keeps only eight bits.
     class Difference(nn.Module):
         def __init__(self) -> None:
             super().__init__()
