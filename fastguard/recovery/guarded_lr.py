@@ -242,6 +242,8 @@ class GuardedLR(LRScheduler):
         It includes the wrapped schedule's state, and verdicts that were not acted on yet.
         """
         self._register_groups()
+        if not self._is_trainers_turn:
+            self._adopt_changed(wait=True)
         return {
             "schedule": self.schedule.state_dict(),
             "scheduled": list(self._lr.scheduled),

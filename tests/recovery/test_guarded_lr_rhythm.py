@@ -241,6 +241,30 @@ def test_a_second_scheduler_beside_the_wrapped_one_acts_as_in_torch(name: str) -
     assert lr_in_force(opt) == pytest.approx(lr_in_force(plain))
 
 
+def test_a_state_includes_what_a_second_scheduler_has_just_written() -> None:
+    def fresh() -> tuple:
+        opt = guarded()
+        return opt, GuardedLR(ExponentialLR(opt, 0.9), warmup=WARMUP), plateau(opt)
+
+    def run(opt: GuardedOptimizer, lr: GuardedLR, beside: ReduceLROnPlateau, steps: range) -> list:
+        for i in steps:
+            opt.step()
+            lr.step()
+            if i % 4 == 3:
+                beside.step(1.0)
+        return lr_in_force(opt)
+
+    whole = run(*fresh(), range(12))
+    for stop in (4, 7, 8, 9):
+        first = fresh()
+        head = run(*first, range(stop))
+        saved = copy.deepcopy([each.state_dict() for each in first])
+        second = fresh()
+        for each, state in zip(second, saved, strict=True):
+            each.load_state_dict(state)
+        assert head + run(*second, range(stop, 12)) == pytest.approx(whole), stop
+
+
 def test_a_second_scheduler_acts_during_a_warm_up_without_a_call_of_step() -> None:
     opt = guarded()
     lr, beside = GuardedLR(opt, warmup=WARMUP), plateau(opt)
