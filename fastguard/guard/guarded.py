@@ -341,7 +341,8 @@ class GuardedOptimizer(SavableOptimizer):
         """Passes a loss before `step`, for trainers that call `step()` without one.
 
         Several calls before a step (gradient accumulation) are combined: any non-finite loss makes
-        the step bad, and spike rules judge the mean.
+        the step bad, and spike rules judge the mean. `zero_grad` discards no loss, because many
+        loops call it between the loss and `backward`.
 
         Args:
             loss: As in `step`; None is ignored.
