@@ -47,9 +47,6 @@ LONG = 10_000
 """Number of values from which such spikes must also be rarer than one in `RARE` values, or
 one of them must exceed four times the fourth highest spike."""
 
-ZERO = 1e-12
-"""A spike over a window of zeros raises no alarm, since zero gives no scale."""
-
 RARE = 2000
 
 MIN_POINTS = 12
@@ -105,6 +102,7 @@ class Series:
     n_spikes: int = 0
     largest: Spike | None = None
     _n: int = 0
+    _zero_at: int = -2 * RULE.window - 1  # index of the last value that is zero
     _highest: list[float] = field(default_factory=list)  # the four highest spikes, in order
     _heights: list[int] = field(default_factory=lambda: [0] * 16)
     _ring: deque[float] = field(default_factory=lambda: deque(maxlen=RULE.window))
@@ -118,6 +116,8 @@ class Series:
         """Adds the next value, which must be finite; returns whether it is a spike."""
         ring = self._ring
         threshold = math.inf
+        if not value:
+            self._zero_at = self._n
         # None of n values exceeds mean + sqrt(n - 1) * std, and sqrt(31) < 6. So a value that is
         # not above the whole window is not a spike.
         if len(ring) >= RULE.warmup and value > max(ring):
@@ -138,7 +138,7 @@ class Series:
             self.spikes.append(spike)
         mean = sum(self._ring) / len(self._ring)
         height = (spike.value - mean) / (spike.threshold - mean)
-        if spike.threshold > ZERO:
+        if self._n - self._zero_at > 2 * RULE.window:  # zeros give no scale
             self._heights[int(min(4 * height, len(self._heights) + 3)) - 4] += 1
         self._highest = sorted([*self._highest, spike.value])[-4:]
         if self.largest is None or spike.value / spike.threshold > (
@@ -171,8 +171,7 @@ class Series:
         """
         alone = 0
         begin, n = 0, len(values)
-        zeros = 0.0 in values and is_grad_norm(self.name)
-        one_by_one = n if n < MIN_POINTS or zeros else RULE.warmup - len(self._ring)
+        one_by_one = n if n < MIN_POINTS or 0.0 in values else RULE.warmup - len(self._ring)
         while begin < one_by_one:
             self.take(lines[begin], place(begin), values[begin])
             begin, alone = begin + 1, alone + 1

@@ -114,8 +114,12 @@ def is_rate(name: str) -> bool:
 
 
 def is_undefined(name: str) -> bool:
-    """Whether a name is an average precision of COCO, NaN for a size or class without objects."""
-    return _PRECISION.fullmatch(name) is not None
+    """Whether a name is a metric that is often undefined in a healthy run.
+
+    These are the average precision of COCO, for a size or class without objects, and the explained
+    variance, for returns that are all equal.
+    """
+    return _PRECISION.fullmatch(name) is not None or name.endswith("explained_variance")
 
 
 @lru_cache(4096)

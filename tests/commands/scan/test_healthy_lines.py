@@ -297,6 +297,7 @@ HEALTHY = [
     "Data contains NaN: True",
     "Train Epoch: 1 Loss: 2.3 (ε = inf, δ = 1e-05)",
     "| exploration/eps | inf |",
+    "|    explained_variance | nan |",
 ]
 
 

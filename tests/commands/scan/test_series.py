@@ -209,9 +209,10 @@ def test_heavy_tailed_noise_of_a_short_series_rarely_raises_an_alarm(n: int, nam
     assert all(judged_together(name, one)[0].alarms for one in values)
 
 
-def test_the_first_value_after_zeros_raises_no_alarm() -> None:
-    series, growth = judged_together("loss", np.array([0.0] * 40 + [1e-4, 2e-4] * 20))
-    assert not series.alarms and growth is None
+@pytest.mark.parametrize("after", [[1e-4, 2e-4], [1e-4, 0.0, 3e-4, 1e-5]])
+def test_the_first_values_after_zeros_raise_no_alarm(after: list[float]) -> None:
+    series, growth = judged_together("loss", np.array([0.0] * 40 + after * 20))
+    assert series.n_spikes and not series.alarms and growth is None
 
 
 @pytest.mark.parametrize(("name", "grows"), [("loss", True), ("critic_loss", False)])
