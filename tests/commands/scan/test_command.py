@@ -79,7 +79,7 @@ def test_truncated_gzip_without_nan_gives_exit_status_2(logs: Path, capsys) -> N
         (b"", "the log is empty"),
         (b"\n\n", "the log is empty"),
         (lzma.compress(BAD.encode()), "the file is compressed with xz"),
-        (bytes(range(256)) * 10, "but binary data"),
+        (bytes(range(256)) * 10, "the log is not text, but binary data"),
     ],
     ids=["empty", "blank", "xz", "binary"],
 )
