@@ -1,4 +1,5 @@
-"""Messages of `ckpt rollback`: why a file was chosen, how to undo it, and corrections."""
+"""Messages of `ckpt rollback` say why a file was chosen, how to undo a rollback, and what to
+fix."""
 
 import os
 

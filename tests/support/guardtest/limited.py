@@ -115,7 +115,7 @@ def verified(
     Args:
         paths: The files.
         folder: As in `run_limited`.
-        over: Divisor of the sizes that a file may claim and of the limits, to save time.
+        over: Divisor of the budgets of `verify` and of the limits above, to save time.
     """
     arguments = (text for path in paths for text in (over(path), path))
     found = run_limited(_VERIFY, folder, *arguments)
