@@ -257,7 +257,7 @@ def test_names_refused_by_torch_are_noted(tmp_path, capsys):
     torch.save({"w": torch.ones(1), "color": Color.RED, "f": warm_up, "n": np.float64(1)}, path)
     status, out, _ = ckpt(capsys, "verify", path)
     assert status == 0
-    assert f"refuses it: {HERE}.Color, {HERE}.warm_up, numpy" in out and " and " in out
+    assert f"refuses this file: {HERE}.Color, {HERE}.warm_up, numpy" in out and " and " in out
 
 
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
