@@ -50,7 +50,7 @@ def test_gradients_clipped_beforehand_to_our_limit_are_reported_once(
     dtype, clip, sink, log, tmp_path
 ):
     sink = JsonLinesSink(tmp_path / "records.jsonl") if sink else None
-    opt = train(400, before=clip, max_norm=clip, dtype=dtype, sink=sink)
+    opt = train(150, before=clip, max_norm=clip, dtype=dtype, sink=sink)
     opt.records()
     (message,) = told(log)
     assert f"{clip:g}, which is the guard's own max_norm" in message
@@ -121,7 +121,7 @@ def test_parts_of_a_model_clipped_beforehand_are_reported_once(limit, log):
 @pytest.mark.parametrize("batches", ["new", "one"])
 @pytest.mark.parametrize("limit", [1.0, 0.01, None])
 def test_a_loop_that_leaves_clipping_to_the_guard_is_not_reported(limit, batches, log):
-    train(600, max_norm=limit, batches=batches).records()
+    train(3 * CONSTANT, max_norm=limit, batches=batches).records()
     assert told(log) == []
 
 

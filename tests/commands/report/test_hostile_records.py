@@ -206,7 +206,7 @@ def test_odd_values_in_several_fields_are_handled(seed: int, tmp_path: Path) -> 
 
 def test_memory_is_bounded_for_any_number_of_names() -> None:
     def blocks() -> Iterator[Block]:
-        for block in range(25):  # 400 MB
+        for block in range(25):
             found = []
             for k in range(100):
                 new = f"{block} {k} " + "x" * 1000
