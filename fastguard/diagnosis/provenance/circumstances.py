@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fastguard.diagnosis.ctc_lengths import REMEDY, unaligned
@@ -70,8 +71,10 @@ def _too_few(call: Call, outputs: Sequence[Tensor]) -> Explanation | None:
 
 
 def _divided_by_zero(call: Call, outputs: Sequence[Tensor]) -> Explanation | None:
-    other = call.argument("other")
+    self, other = call.argument("self"), call.argument("other")
     if isinstance(other, Tensor):
+        if not other.ndim and not other.is_complex() and not other and _is_symmetric(self):
+            return _COVARIANCE
         if other.is_floating_point() or other.is_complex():
             return None  # the range of the operand shows the cause
         zeros, n = int((other == 0).sum()), other.numel()
@@ -90,6 +93,25 @@ def _divided_by_zero(call: Call, outputs: Sequence[Tensor]) -> Explanation | Non
         "divide by max(count, 1) or count.clamp_min(1). Variances and torch.cov accept "
         "correction=0.",
     )
+
+
+_COVARIANCE = Explanation(
+    "covariance of too few samples",
+    "a symmetric matrix is divided by 0, as torch.cov and torch.corrcoef do if there are no more "
+    "samples than the correction, which is 1 by default",
+    "pass correction=0 to torch.cov, for which the covariance of one sample is 0; or skip batches "
+    "with too few samples, as torch.corrcoef of one sample is 0/0 with any correction.",
+)
+
+
+def _is_symmetric(matrix: Tensor) -> bool:
+    """Whether a tensor is a matrix that equals its conjugate transpose, up to rounding.
+
+    A single number is not counted as one.
+    """
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.numel() == 1:
+        return False
+    return torch.allclose(matrix, matrix.mH, rtol=1e-3)
 
 
 # CTC.

@@ -49,6 +49,28 @@ def test_a_standard_deviation_that_overflows_is_not_explained_by_its_correction(
     assert report.kind != "variance of too few values"
 
 
+COVARIANCES = {
+    "one-sample": lambda x: torch.cov(x.T),
+    "correlation": lambda x: torch.corrcoef(x.T),
+    "correction": lambda x: torch.cov(x.repeat(3, 1).T, correction=3),
+    "counts": lambda x: torch.cov(x.repeat(2, 1).T, fweights=torch.tensor([1, 0])),
+    "weights": lambda x: torch.cov(x.T, aweights=torch.tensor([0.5])),
+    "complex": lambda x: torch.cov(torch.complex(x, x).T).abs(),
+}
+
+
+@pytest.mark.parametrize("function", COVARIANCES.values(), ids=COVARIANCES)
+def test_a_covariance_of_too_few_samples_is_explained(function) -> None:
+    report = explain_nonfinite(chain(Call(function)), (torch.randn(1, 4), None), mean)
+    assert report.kind == "covariance of too few samples"
+    assert "correction, which is 1" in report.evidence and "correction=0" in report.remedy
+
+
+def test_another_matrix_divided_by_zero_is_no_covariance() -> None:
+    call = Call(lambda x: x.repeat(4, 1) / torch.zeros(()))
+    assert explain_nonfinite(chain(call), (torch.randn(1, 4), None), mean).kind == "division"
+
+
 @pytest.mark.parametrize(
     "divide, says",
     [
