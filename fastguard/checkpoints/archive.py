@@ -8,6 +8,7 @@ succeed or all ranks fail.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from fastguard.checkpoints.reading.file_report import FileReport, report_on_file
 from fastguard.checkpoints.reading.inspect_file import sha256_of_open
 from fastguard.checkpoints.sharded import read_write as sharded
 from fastguard.checkpoints.sharded import shard_report
-from fastguard.checkpoints.sharded.open_files import OpenFiles
+from fastguard.checkpoints.sharded.open_files import OpenFiles, TouchedFile
 from fastguard.ranks.lockstep import Peers
 from fastguard.records.regular_files import NotRegularFile, open_regular
 
@@ -75,8 +76,10 @@ def read(path: Path, sha256: str, objects: Mapping[str, Any], peers: Peers) -> d
         if path.suffix != names.FOLDER:
             return peers.together(lambda: _read_file(path, sha256))
         with OpenFiles(path) as opened:
-            _compare(path, shard_report.listing(opened, peers), sha256)
-            return sharded.read(path, objects, peers, opened)
+            for _ in range(_ATTEMPTS - 1):
+                with contextlib.suppress(TouchedFile):
+                    return _read_shards(opened, sha256, objects, peers)
+            return _read_shards(opened, sha256, objects, peers)
     except FileNotFoundError:
         raise DamagedFile(f"{path} is missing") from None
     except NotRegularFile as error:
@@ -100,6 +103,15 @@ def _read_file(path: Path, sha256: str) -> dict[str, Any]:
             if after[:2] != before[:2]:
                 break
     raise DamagedFile(f"{path} was changed while it was being read")
+
+
+def _read_shards(
+    opened: OpenFiles, sha256: str, objects: Mapping[str, Any], peers: Peers
+) -> dict[str, Any]:
+    """Hashes the files of a folder and loads the same files."""
+    opened.forget()
+    _compare(opened.folder, shard_report.listing(opened, peers), sha256)
+    return sharded.read(opened.folder, objects, peers, opened)
 
 
 def _version(file: BinaryIO) -> tuple[int, int, int]:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
+
+T = TypeVar("T")
 
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -32,8 +36,12 @@ def open_regular(
             from the user, and False for paths found in untrusted files or folders.
         buffering: As in `open`.
 
+    Returns:
+        The file. Errors while reading it have the path as their `filename`.
+
     Raises:
-        NotRegularFile: The path is a pipe, a device, a socket or a link; `strerror` says which.
+        NotRegularFile: The path is a pipe, a device, a socket, a link or a file of `/proc`;
+            `strerror` says which.
         IsADirectoryError: The path is a folder.
         OSError: The file cannot be opened.
 
@@ -50,10 +58,41 @@ def open_regular(
     handle = os.open(path, flags if follow_links else flags | _flags("O_NOFOLLOW"))
     try:
         check_regular(os.fstat(handle), path)
-        return open(handle, "rb", buffering=buffering)
+        _check_size(handle, path)
+        raw = _NamedFile(handle, os.fspath(path))
     except BaseException:
         os.close(handle)
         raise
+    if not buffering:
+        return raw  # type: ignore[return-value]
+    return io.BufferedReader(raw, io.DEFAULT_BUFFER_SIZE if buffering < 0 else buffering)
+
+
+class _NamedFile(io.FileIO):
+    """An unbuffered file whose read errors name it, unlike those of `io.FileIO`."""
+
+    def __init__(self, handle: int, path: str) -> None:
+        super().__init__(handle, "rb")
+        self._path = path
+
+    def readinto(self, buffer: Any) -> int:
+        return self._read(super().readinto, buffer)
+
+    def read(self, size: int = -1) -> bytes:
+        return self._read(super().read, size)
+
+    def readall(self) -> bytes:
+        return self._read(super().readall)
+
+    def _read(self, read: Callable[..., T | None], *arguments: Any) -> T:
+        try:
+            found = read(*arguments)
+        except OSError as error:
+            error.filename = self._path
+            raise
+        if found is None:  # O_NONBLOCK: a read would wait
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), self._path)
+        return found
 
 
 def check_regular(found: os.stat_result, path: str | os.PathLike[str]) -> None:
@@ -64,6 +103,22 @@ def check_regular(found: os.stat_result, path: str | os.PathLike[str]) -> None:
     if kind != stat.S_IFREG:
         what = _KINDS.get(kind, "special")
         raise NotRegularFile(errno.EINVAL, f"is {what}, not a regular file", os.fspath(path))
+
+
+def _check_size(handle: int, path: str | os.PathLike[str]) -> None:
+    """Raises for a file without a size that is not empty.
+
+    The files of `/proc` are regular files of size 0. Reading one may fail, wait or never end.
+    """
+    if os.fstat(handle).st_size or not hasattr(os, "pread"):
+        return
+    try:
+        is_empty = not os.pread(handle, 1, 0) or os.fstat(handle).st_size > 0  # or was written to
+    except OSError:
+        is_empty = False
+    if not is_empty:
+        what = "is a file of the system, such as those in /proc, not a regular file"
+        raise NotRegularFile(errno.EINVAL, what, os.fspath(path))
 
 
 def _flags(*names: str) -> int:

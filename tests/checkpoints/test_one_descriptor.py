@@ -93,6 +93,64 @@ def test_shards_replaced_after_hashing_are_not_loaded(tmp_path, monkeypatch, hel
                     opened.load("last")
 
 
+@pytest.mark.parametrize("held", [200, 0], ids=["held open", "compared"])
+@pytest.mark.parametrize("linked", [False, True], ids=["written to", "only linked"])
+def test_shards_written_to_after_hashing_are_not_loaded(tmp_path, monkeypatch, held, linked):
+    monkeypatch.setattr(open_files, "_HELD", held)
+    with group_of_one():
+        mesh = init_device_mesh("cpu", (1,))
+        with CheckpointStore(tmp_path / "store") as opened:
+            w = distribute_tensor(torch.full((8,), 2.0), mesh, [Shard(0)])
+            file = opened.save(m={"w": w}, step=1).file
+        (path,) = (tmp_path / "store" / file).glob("*.distcp")
+        listed = shard_report.listing
+        done = []
+
+        def then_change(*arguments):
+            found = listed(*arguments)
+            if not done and linked:  # as a backup does; this changes nothing in the file
+                os.link(path, tmp_path / "backup")
+            elif not done:
+                overwrite_and_set_the_time_back(path, [2.0] * 8)
+            done.append(found)
+            return found
+
+        monkeypatch.setattr(shard_report, "listing", then_change)
+        with CheckpointStore(tmp_path / "store", read_only=True) as opened:
+            if linked:
+                assert opened.load().state["m"]["w"].tolist() == [2.0] * 8 and len(done) == 2
+            else:
+                with pytest.raises(DamagedFile, match="changed on disk"):
+                    opened.load()
+
+
+def test_shards_removed_after_hashing_are_still_loaded(tmp_path, monkeypatch):
+    with group_of_one():
+        mesh = init_device_mesh("cpu", (1,))
+        with CheckpointStore(tmp_path) as opened:
+            w = distribute_tensor(torch.full((8,), 2.0), mesh, [Shard(0)])
+            file = opened.save(m={"w": w}, step=1).file
+        listed = shard_report.listing
+
+        def then_remove(*arguments):
+            found = listed(*arguments)
+            shutil.rmtree(tmp_path / file, ignore_errors=True)  # as a writer's rotation does
+            return found
+
+        monkeypatch.setattr(shard_report, "listing", then_remove)
+        with CheckpointStore(tmp_path, read_only=True) as opened:
+            assert opened.load().state["m"]["w"].tolist() == [2.0] * 8
+
+
+def overwrite_and_set_the_time_back(path, values):
+    """Replaces the first of these float32 values in a file by NaN."""
+    before, raw = path.stat(), path.read_bytes()
+    with open(path, "r+b") as written:
+        written.seek(raw.index(struct.pack(f"<{len(values)}f", *values)))
+        written.write(struct.pack("<f", NAN))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 def test_shards_outside_of_their_folder_are_not_read(tmp_path):
     folder = tmp_path / "step-1.sharded"
     folder.mkdir()
@@ -163,11 +221,7 @@ def test_a_write_whose_time_is_set_back_is_found(tmp_path, monkeypatch, linked):
         if not done and linked:  # as a backup does; the contents of the file stay the same
             os.link(path, tmp_path / "backup")
         elif not done:
-            before, raw = path.stat(), path.read_bytes()
-            with open(path, "r+b") as written:
-                written.seek(raw.index(struct.pack("<9f", *[2.0] * 9)))
-                written.write(struct.pack("<f", NAN))
-            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+            overwrite_and_set_the_time_back(path, [2.0] * 9)
         done.append(found)
         return found
 

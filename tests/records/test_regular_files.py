@@ -66,6 +66,46 @@ def test_a_pipe_that_replaces_a_file_does_not_block(tmp_path, monkeypatch):
         open_regular(path)
 
 
+@pytest.mark.parametrize("name", ["mem", "pagemap", "status", "clear_refs"])
+def test_a_file_of_the_system_is_an_error(tmp_path, name):
+    path = tmp_path / "manifest.json"
+    path.symlink_to(f"/proc/self/{name}")
+    with pytest.raises(NotRegularFile, match=r"is a file of the system.*manifest\.json"):
+        open_regular(path)
+
+
+def test_an_empty_file_is_a_regular_file(tmp_path):
+    (tmp_path / "x").write_bytes(b"")
+    with open_regular(tmp_path / "x") as file:
+        assert file.read() == b""
+
+
+@pytest.mark.parametrize("buffering", [-1, 0], ids=["buffered", "raw"])
+@pytest.mark.parametrize("n", [-1, 10], ids=["all", "some"])
+def test_an_error_while_reading_names_the_file(tmp_path, buffering, n):
+    path = tmp_path / "x"
+    path.write_bytes(b"on a disk that fails")
+    with open_regular(path, buffering=buffering) as file, open("/proc/self/mem", "rb") as failing:
+        os.dup2(failing.fileno(), file.fileno())
+        with pytest.raises(OSError, match="Input/output error") as failed:
+            file.read(n)
+    assert failed.value.filename == str(path)
+
+
+def test_a_file_that_has_nothing_to_read_yet_is_an_error(tmp_path):
+    path = tmp_path / "x"
+    path.write_bytes(b"")
+    pipe = os.pipe()
+    os.set_blocking(pipe[0], False)
+    with open_regular(path) as file:
+        os.dup2(pipe[0], file.fileno())
+        with pytest.raises(BlockingIOError) as failed:
+            file.read(10)
+    assert failed.value.filename == str(path)
+    for end in pipe:
+        os.close(end)
+
+
 def test_a_missing_file_has_its_own_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         open_regular(tmp_path / "x")

@@ -87,7 +87,7 @@ def write(path: Path, payload: Mapping[str, Any], peers: Peers) -> Path:
     except BaseException as error:
         if peers.is_first and temporary.exists():
             files.remove(temporary)
-        cause = _of_the_disk(error)
+        cause = _cause_of(error)
         if cause is not None:
             raise cause from None
         raise
@@ -107,17 +107,17 @@ def _write_rest(path: Path, rest: Mapping[str, Any]) -> None:
     files.commit(files.write_temporary(path, lambda sink: torch.save(rest, sink)), path)  # type: ignore[arg-type]
 
 
-def _of_the_disk(error: BaseException) -> OSError | None:
-    """Returns the `OSError` wrapped in an error of torch.distributed.checkpoint, if any.
+def _cause_of(error: BaseException) -> OSError | CheckpointError | None:
+    """Returns the error of a file wrapped in an error of torch.distributed.checkpoint, if any.
 
     torch's error is not an `Exception`, so it would end the run as a KeyboardInterrupt does.
     """
-    if isinstance(error, OSError):
+    if isinstance(error, OSError | CheckpointError):
         return None
     wrapped = [failure[0] for failure in getattr(error, "failures", {}).values()]
     before = (error.__cause__, error.__context__) if isinstance(error, Exception) else ()
     for cause in (*wrapped, *before):
-        if isinstance(cause, OSError):
+        if isinstance(cause, OSError | CheckpointError):
             return cause
     return None
 
@@ -200,7 +200,7 @@ def read(
                 no_dist=peers.size == 1,
             )
         except BaseException as error:
-            cause = _of_the_disk(error)
+            cause = _cause_of(error)
             if cause is not None:
                 raise cause from None
             raise

@@ -6,7 +6,6 @@ Each rank reads a part of the files, and the results are combined on all ranks.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ def report_on(folder: Path, peers: Peers, *, crc32: bool = True) -> FileReport:
         DamagedFile: A file is missing or incomplete.
         OSError: The file cannot be read.
     """
-    names = peers.first(lambda: _names(folder))
+    names = peers.first(OpenFiles(folder).names)
     share = names[peers.rank :: peers.size]
     mine = peers.together(lambda: _report_on_share(folder, names, share, crc32))
     reports = {name: report for part in peers.gather(mine) for name, report in part.items()}
@@ -60,13 +59,6 @@ def report_on(folder: Path, peers: Peers, *, crc32: bool = True) -> FileReport:
         tensors=frozenset().union(*(report.tensors for report in reports.values())),
         bad=tuple((name, *counts) for name, counts in bad.items()),  # type: ignore[misc]
     )
-
-
-def _names(folder: Path) -> list[str]:
-    """Returns the files of a folder, in the order of `sha256sum *`."""
-    if folder.is_symlink():
-        raise DamagedFile(f"{folder} is a symbolic link, not a folder")
-    return sorted(os.listdir(folder))
 
 
 def _report_on_share(
@@ -124,7 +116,7 @@ def listing(files: OpenFiles, peers: Peers) -> str:
 
     Afterward, `files` on every rank opens only the hashed files.
     """
-    names = peers.first(lambda: _names(files.folder))
+    names = peers.first(files.names)
 
     def hashed() -> dict[str, str]:
         found = {}

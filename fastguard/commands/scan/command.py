@@ -27,13 +27,13 @@ from fastguard.commands.scan.output import as_dict, print_problem, print_text
 from fastguard.commands.scan.scanner import LogScan, scan_events, scan_log
 from fastguard.commands.terminal import printable
 from fastguard.commands.usage import UsageError
+from fastguard.records.regular_files import NotRegularFile, open_regular
 from fastguard.records.strict_json import dumps
 
 FINE, FOUND_BAD, NOT_READ = 0, 1, 2
 STDIN = "-"
 
 _DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/\d{1,6}|/dev/stdin")
-_NO_FILE = LogScan(problem="the log is not a regular file")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,13 +104,11 @@ def _scan(log: str, *, full: bool) -> LogScan:
     if log == STDIN:
         return scan_log(sys.stdin.buffer, full=full)
     try:
-        # Without O_NONBLOCK, open() would block if a FIFO has replaced the file since the check.
-        descriptor = os.open(log, os.O_RDONLY | (0 if _is_descriptor(log) else os.O_NONBLOCK))
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                return scan_log(file, full=full) if _is_descriptor(log) else _NO_FILE
-            if is_event_file(file):
+        with open(log, "rb") if _is_descriptor(log) else open_regular(log) as file:
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode) and is_event_file(file):
                 return scan_events(log)
             return scan_log(file, name=os.path.basename(log), full=full)
+    except NotRegularFile as error:
+        return LogScan(problem=f"it {error.strerror}")
     except OSError as error:
         return LogScan(problem=f"the log cannot be read: {error.strerror}")

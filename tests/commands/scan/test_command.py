@@ -136,6 +136,12 @@ def test_only_regular_files_are_opened(logs: Path, kind: str, capsys) -> None:
     assert "odd.log is not a regular file" in captured.err and captured.out == ""
 
 
+def test_a_file_of_the_system_is_not_read(logs: Path, capsys) -> None:
+    (logs / "odd.log").symlink_to("/proc/self/pagemap")  # regular, without end
+    assert main(["scan", "odd.log"]) == 2
+    assert "it is a file of the system" in capsys.readouterr().err
+
+
 def test_process_substitution_is_read(logs: Path) -> None:
     shell = f"{sys.executable} -m fastguard scan <(cat bad.log) /dev/stdin < good.log"
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
