@@ -4,8 +4,8 @@ Trainers also save optimizers, schedules, random states, histories and data in f
 checkpoint suffixes. Such a file must not replace a checkpoint of the weights. File formats do not
 mark weights, so this module excludes tensors that are known to be something else: the contents of
 an optimizer's state dict (recognized by its `param_groups`, at any depth), and tensors with names
-such as `scheduler`, `rng_state` or `loss`. If any other floating-point tensor remains, the file
-contains weights.
+such as `scheduler`, `rng_state` or `loss`. Single numbers, such as the scale of a gradient scaler,
+do not count either. If any other floating-point tensor remains, the file contains weights.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _OPTIMIZER_KEYS = {"state", "param_groups", "fastguard"}
 _NON_WEIGHT_NAMES = re.compile(
     r"""
     .*optim.* | (?:lr_?)?sched.* | .*scaler.* | .*(?:rng|random).* | .*sampler.*
-    | callbacks? | loops?
+    | callbacks? | loops? | fastguard
     | (?:.*_)?(?:loss|losses|metrics?|history|accuracy|lr|lrs|grad_norms?|steps?|epochs?|times?)
     """,
     re.VERBOSE | re.IGNORECASE,
@@ -33,7 +33,7 @@ _NON_WEIGHT_NAMES = re.compile(
 _DATA = re.compile(
     r"""
     (?:.*_)?(?:data|dataset|[xy]|inputs?|targets?|labels?|images?|samples?|predictions?|preds?
-    |outputs?|features?|logits|embeddings?)(?:\.\d+)* | [\d.]*
+    |outputs?|features?|logits|embeddings?|train|val|valid|validation|test)(?:\.\d+)* | [\d.]*
     | (?:[^.]*_)?(?:loss|losses|metrics?|hist|history|acc|accuracy|scores?|rewards?|curves?|logs?)
     (?:_[^.]*)?(?:\.\d+)*
     """,
@@ -41,14 +41,17 @@ _DATA = re.compile(
 )
 _STATES = re.compile(
     r"(?:.*\.)?(?:exp_avg|exp_avg_sq|max_exp_avg_sq|momentum_buffer|square_avg|acc_delta|exp_inf|step)"
-    r"(?:\..*)?"
+    r"(?:_\d+)?(?:\..*)?"
 )
 
 
 def holds_weights(contents: Contents) -> bool:
     """Whether the file contains model weights."""
-    names = [s.name for s in contents.spans if s.dtype.is_floating_point or s.dtype.is_complex]
-    names += [name for name, array in contents.arrays if array.is_floating]
+    spans = [s for s in contents.spans if s.dtype.is_floating_point or s.dtype.is_complex]
+    names = [s.name for s in spans if not _is_number(s.size)]
+    names += [
+        n for n, array in contents.arrays if array.is_floating and not _is_number(array.shape)
+    ]
     in_optimizers = _names_in_optimizers(contents)
     return any(name not in in_optimizers and _may_be_a_weight(name) for name in names)
 
@@ -76,6 +79,10 @@ def _names_in_optimizers(contents: Contents) -> set[str]:
             found.add(name)
     nested = tuple(prefixes - {""})
     return found | {name for name in names if nested and name.startswith(nested)}
+
+
+def _is_number(shape: tuple[int, ...]) -> bool:
+    return shape in ((), (1,))
 
 
 def _may_be_a_weight(name: str) -> bool:

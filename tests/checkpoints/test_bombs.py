@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from fastguard.checkpoints import DamagedFile, inspect
-from fastguard.checkpoints.reading import bounded_reader
+from fastguard.checkpoints.reading import bounded_reader, named_leaves
 from guardtest.limited import verified
 
 START, END = b"\x80\x02", b"."
@@ -117,6 +117,7 @@ def arrays_of_the_same_bytes(n):
 
 
 PICKLES = {
+    "a list that contains itself": b"\x80\x02]q\0" + b"h\0a" * 4_000_000 + b".",
     "a device of itself twice": doubled(call(b"torch\ndevice"), 34) + END,
     "a path of itself twice": doubled(call(b"pathlib\nPosixPath"), 34) + END,
     "a device of a tower": doubled(pair, 34) + b"0ctorch\ndevice\nh\x22\x85R" + END,
@@ -266,6 +267,14 @@ def test_the_budget_causes_the_error(tmp_path, monkeypatch):
     monkeypatch.setattr(bounded_reader, "BUDGET", 10_000)
     with pytest.raises(DamagedFile, match=r"designed to be slow or huge: after [\d,]+ steps"):
         inspect(tmp_path / "x.pt")
+
+
+def test_containers_that_repeat_are_counted(monkeypatch):
+    monkeypatch.setattr(named_leaves, "_MAX_LEAVES", 1000)
+    tree = [[]] * 400
+    assert not list(named_leaves.named_leaves(tree))
+    with pytest.raises(DamagedFile, match="too many for a checkpoint"):
+        list(named_leaves.named_leaves(tree * 2))
 
 
 @pytest.mark.parametrize("kept", [1000, 10_000], ids=["none is kept", "the first is kept"])

@@ -261,3 +261,25 @@ def test_nan_numbers_are_reported(tmp_path, capsys):
     assert status == 0 and f"note: values other than tensors that are NaN: {places}" in out
     status, out, _ = ckpt(capsys, "verify", tmp_path / "x.pt", "--ignore", "optimizer.*")
     assert status == 0 and "that are NaN" not in out
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("block", [4 * 2**20, 2], ids=["one block", "blocks"])
+def test_values_under_a_mask_do_not_count(tmp_path, capsys, monkeypatch, dtype, block):
+    monkeypatch.setattr(mask_pattern, "_BLOCK", block)
+    values = torch.tensor([1.0, NAN, 3.0, INF, 5.0]).to(dtype)
+    for name, mask in (("ok", [1, 0, 1, 0, 1]), ("bad", [1, 0, 1, 1, 1])):
+        masked = torch.masked.masked_tensor(values, torch.tensor(mask, dtype=torch.bool))
+        torch.save({"w": masked}, tmp_path / f"{name}.pt")
+    status, out, _ = ckpt(capsys, "verify", tmp_path / "ok.pt")
+    assert status == 0 and "note: values under a mask: w._masked_data" in out
+    status, out, _ = ckpt(capsys, "verify", tmp_path / "bad.pt")
+    assert status == 1 and "w._masked_data (1 NaN" in out
+
+
+def test_a_mask_of_another_layout_hides_nothing(tmp_path):
+    for mask in (torch.zeros(2, 3), torch.zeros(6, dtype=torch.bool), torch.zeros(3, 2).T.bool()):
+        parts = {"_masked_data": torch.full((2, 3), NAN), "_masked_mask": mask}
+        torch.save({"w": parts}, tmp_path / "x.pt")
+        assert inspect(tmp_path / "x.pt").bad == (("w._masked_data", 6, 0, 0),)

@@ -54,6 +54,12 @@ WITHOUT_WEIGHTS = {
     "a tensor": torch.rand(10, 3),
     "a list of tensors": [torch.rand(3)] * 2,
     "a scaler": torch.amp.GradScaler("cpu").state_dict(),
+    "a scaler with tensors": {"scale": torch.tensor(65536.0), "growth_factor": 2.0, "_tracker": 0},
+    "a scaler under its name": {"amp": {"scale": torch.tensor([65536.0]), "growth_interval": 2000}},
+    "a guard's own state": {"fastguard": {"window": torch.rand(128)}},
+    "numbered moments": {"exp_avg_0": torch.rand(3), "exp_avg_sq_0": torch.rand(3)},
+    "means": {"mean_value": torch.tensor(0.5), "array": np.array(0.5), "weight": torch.tensor(9.0)},
+    "two curves": {"train": torch.rand(100), "val": torch.rand(100)},
     "integers": {"tokens": torch.arange(9)},
 }
 WITH_WEIGHTS = {
@@ -66,6 +72,7 @@ WITH_WEIGHTS = {
     "one tensor": {"w": torch.rand(3)},
     "layers called features": {"features.0.weight": torch.rand(3, 3)},
     "an embedding": {"embeddings": {"word": {"weight": torch.rand(3)}}},
+    "the smallest layer": torch.nn.Linear(1, 1).state_dict(),
     "half": {"ema": trained()[0].half()},
     "arrays": {"params": {"w": np.ones(3, np.float32)}},
     "a loss with weights": {"loss_fn.weight": torch.rand(3), "body.weight": torch.rand(3)},

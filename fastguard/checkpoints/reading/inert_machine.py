@@ -211,6 +211,7 @@ class InertMachine(BoundedReader):
 
     def append_one(self) -> None:
         """Adds the value on top to the list below it."""
+        self.charge(2 * _STEP)
         item = self.stack.pop()
         self.append([item])
 

@@ -1,4 +1,4 @@
-"""Detects whether the -Inf elements of a tensor form an attention mask; reads it in blocks."""
+"""Detects whether the non-finite elements of a tensor are a mask, or under one; reads in blocks."""
 
 from __future__ import annotations
 
@@ -53,6 +53,27 @@ def is_two_valued(file: BinaryIO, span: Span) -> bool:
     """Whether the tensor contains only -Inf and 0."""
     span = _without_repetitions(span)
     return all(bool((rows.isneginf() | (rows == 0)).all()) for _, rows in _rows(file, span))
+
+
+def is_finite_under(file: BinaryIO, span: Span, mask: Span) -> bool:
+    """Whether the elements of a tensor that a boolean mask selects are finite."""
+    if span.size != mask.size or mask.dtype is not torch.bool or span.stride != mask.stride:
+        return False
+    return span.dense and all(
+        bool((rows.isfinite() | ~selected).all())
+        for rows, selected in zip(
+            _blocks(file, span, torch.float64), _blocks(file, mask, torch.bool), strict=True
+        )
+    )
+
+
+def _blocks(file: BinaryIO, span: Span, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yields the elements of a gapless tensor in blocks."""
+    for first in range(0, span.n, _BLOCK):
+        n_bytes = min(_BLOCK, span.n - first) * span.dtype.itemsize
+        raw = bytearray(os.pread(file.fileno(), n_bytes, span.start + first * span.dtype.itemsize))
+        found = torch.frombuffer(raw, dtype=span.dtype)
+        yield found.abs().to(dtype) if found.is_complex() else found.to(dtype)
 
 
 def _without_repetitions(span: Span) -> Span:

@@ -1,7 +1,8 @@
 """Decides which infinities in a checkpoint are intended, such as an initial best loss or a mask.
 
-NaN is never intended, nor is Inf in a parameter or in optimizer state. For all other tensors, the
-position in the file, the values and the name decide:
+NaN is never intended, except under the mask of a `torch.masked.MaskedTensor`, nor is Inf in a
+parameter or in optimizer state. For all other tensors, the position in the file, the values and the
+name decide:
 
 * **Bookkeeping**: a number stored beside the weights, not among them, such as the `best_score` of
   early stopping or the `kth_value` of a checkpoint callback.
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from fastguard.checkpoints.reading.inert_values import StandIn, TensorRef
-from fastguard.checkpoints.reading.mask_pattern import is_banded, is_two_valued
+from fastguard.checkpoints.reading.mask_pattern import is_banded, is_finite_under, is_two_valued
 from fastguard.checkpoints.reading.named_leaves import owned_leaves
 from fastguard.checkpoints.reading.pickled_arrays import NumpyArray
 from fastguard.checkpoints.reading.spans import Contents, Span
@@ -46,6 +47,8 @@ _MAX_TENSORS = 1000  # a limit, since each tensor is examined together with its 
 BOOKKEEPING = "bookkeeping beside the weights"
 EXTREME = "a bound, or a minimum or maximum before any observation"
 MASK = "a mask"
+MASKED = "values under a mask"
+_DATA_KEY, _MASK_KEY = "_masked_data", "_masked_mask"  # attributes of a MaskedTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +82,18 @@ def meant_infinite(
         contents: The contents of the file.
         counts: Numbers of NaN, +Inf and -Inf by tensor name.
     """
-    asked = {name for name, (nan, pos, neg) in counts.items() if not nan and bool(pos) != bool(neg)}
-    if not asked or len(asked) > _MAX_TENSORS or contents.tree is None:
-        return {}
     spans = {span.name: span for span in contents.spans}
     left_to_read = max((span.end for span in contents.spans), default=0)
     found: dict[str, str] = {}
+    for name in counts:
+        mask = spans.get(name.removesuffix(_DATA_KEY) + _MASK_KEY)
+        if name.endswith(_DATA_KEY) and name in spans and mask is not None:
+            left_to_read -= spans[name].n * spans[name].dtype.itemsize
+            if left_to_read >= 0 and is_finite_under(file, spans[name], mask):
+                found[name] = MASKED
+    asked = {name for name, (nan, pos, neg) in counts.items() if not nan and bool(pos) != bool(neg)}
+    if not asked or len(asked) > _MAX_TENSORS or contents.tree is None:
+        return found
     for place in _places(contents.tree, asked):
         _, pos, neg = counts[place.name]
         if place.is_trained:

@@ -15,6 +15,7 @@ _LONGEST_PATH = 1000
 _DEEPEST = 500  # nested containers
 _MAX_LEAVES = 3_000_000  # takes about 2 seconds; a container counts as several leaves
 _CONTAINER = 3  # a container takes as long as this many leaves
+_REPEATED = 2  # so does a container that was visited before
 _PLAIN = frozenset({type(None), bool, int, str, bytes})  # types that have no NaN
 
 
@@ -59,7 +60,9 @@ def owned_leaves(tree: Any) -> Iterator[tuple[str, Any, Sequence[Any]]]:
         if children is None:
             n_left -= 1 + len(below) // _LONGEST_KEY
             yield below, value, owners
-        elif id(value) not in entered:
+        elif id(value) in entered:
+            n_left -= _REPEATED
+        else:
             n_left -= _CONTAINER
             entered.add(id(value))
             if len(stack) > _DEEPEST or len(below) > _LONGEST_PATH:

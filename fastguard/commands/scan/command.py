@@ -109,6 +109,6 @@ def _scan(log: str, *, full: bool) -> LogScan:
                 return scan_events(log)
             return scan_log(file, name=os.path.basename(log), full=full)
     except NotRegularFile as error:
-        return LogScan(problem=f"it {error.strerror}")
+        return LogScan(problem=f"the log {error.strerror}")
     except OSError as error:
         return LogScan(problem=f"the log cannot be read: {error.strerror}")
