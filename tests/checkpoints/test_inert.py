@@ -160,6 +160,11 @@ def test_paths_pickled_by_any_python_become_text(module, tmp_path):
     assert load_inert(io.BytesIO(named)) == {"data": "a/b"}
 
 
+@pytest.mark.parametrize("kind", [pathlib.PurePosixPath, pathlib.PureWindowsPath, pathlib.Path])
+def test_the_path_of_the_working_directory_has_no_parts(kind):
+    assert load_inert(io.BytesIO(pickle.dumps({"root": kind(".")}, protocol=2))) == {"root": "."}
+
+
 @pytest.mark.parametrize("arguments", [(), ("text",)], ids=["no argument", "one"])
 def test_unknown_classes_become_placeholders_and_unknown_functions_are_an_error(
     tmp_path, arguments

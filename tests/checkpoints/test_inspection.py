@@ -37,6 +37,22 @@ def saved(request, tmp_path):
         torch.save(value, path, _use_new_zipfile_serialization=request.param == "zip")
         return path
 
+    save.loses_types = request.param == "legacy"
+    return save
+
+
+@pytest.fixture
+def saved_in(saved):
+    """Like `saved`, for values of a dtype; skips the test if torch cannot load what it saved."""
+
+    def save(dtype, value):
+        path = saved(value)
+        if saved.loses_types and dtype not in torch.storage._dtype_to_storage_type_map():
+            with pytest.raises(DamagedFile, match="torch cannot load"):
+                inspect(path)
+            pytest.skip("the format before 1.6 has no storage of this dtype")
+        return path
+
     return save
 
 
@@ -55,10 +71,10 @@ def write_safetensors(path, tensors, shift=0):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=ids)
-def test_nan_in_the_last_element_of_any_dtype(saved, dtype):
+def test_nan_in_the_last_element_of_any_dtype(saved_in, dtype):
     x = torch.ones(1001).to(dtype)
     x[-1] = NAN
-    path = saved({"fine": torch.ones(7).to(dtype), "model": [{"w": x}]})
+    path = saved_in(dtype, {"fine": torch.ones(7).to(dtype), "model": [{"w": x}]})
     assert inspect(path).bad == (("model.0.w", 1, 0, 0),)
 
 
@@ -78,9 +94,9 @@ def test_large_finite_values_are_finite(saved):
     assert inspect(path).bad == ()
 
 
-def test_four_bit_floats_have_no_nan(saved):
+def test_four_bit_floats_have_no_nan(saved_in):
     packed = torch.full((4,), 0x77, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
-    assert inspect(saved({"x": packed})).bad == ()
+    assert inspect(saved_in(packed.dtype, {"x": packed})).bad == ()
 
 
 @pytest.mark.parametrize(
@@ -319,9 +335,10 @@ def test_memory_is_below_that_of_the_largest_tensor(tmp_path, name):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=ids)
-def test_the_default_device_changes_nothing(saved, dtype):
+def test_the_default_device_changes_nothing(saved_in, dtype):
     mask = torch.zeros(300, 300).masked_fill(torch.ones(300, 300).triu(1) > 0, -INF)
-    path = saved({"x": torch.tensor([1.0, NAN]).to(dtype), "attn_mask": mask, "a": np.array([INF])})
+    tree = {"x": torch.tensor([1.0, NAN]).to(dtype), "attn_mask": mask, "a": np.array([INF])}
+    path = saved_in(dtype, tree)
     expected = inspect(path)
     with torch.device("meta"):  # as after torch.set_default_device("cuda")
         found = inspect(path)

@@ -126,6 +126,26 @@ def test_a_file_that_no_reader_can_load_is_damaged(tmp_path, name):
         inspect(path)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.ones(2).to(torch.float8_e5m2),
+        torch.ones(2, dtype=torch.uint16),
+        torch.ones(2).untyped_storage(),
+    ],
+    ids=["float8", "uint16", "storage"],
+)
+def test_storages_without_a_type_cannot_be_loaded_from_the_old_format(tmp_path, value):
+    torch.save({"w": value}, tmp_path / "x.pt")
+    assert inspect(tmp_path / "x.pt").bad == ()
+    torch.save({"w": value}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    for weights_only in (True, False):
+        with pytest.raises(AttributeError, match="dtype"):
+            torch.load(tmp_path / "x.pt", weights_only=weights_only)
+    with pytest.raises(DamagedFile, match="without an element type, which torch cannot load"):
+        inspect(tmp_path / "x.pt")
+
+
 REFUSED = {
     "opcode DUP": b"](" + GOOD + b"2e",
     "opcode SHORT_BINUNICODE": b"}\x8c\x01a" + GOOD + b"s",

@@ -200,10 +200,17 @@ def _bytearray(*arguments: Any) -> Any:
     return arguments[0] if arguments and isinstance(arguments[0], bytes) else b""
 
 
-def _joined(separator: str) -> Callable[..., InertText]:
-    """Returns a function that joins the parts of a path or device; limits the length."""
+def _joined(separator: str, empty: str = "") -> Callable[..., InertText]:
+    """Returns a function that joins the parts of a path or device; limits the length.
+
+    Args:
+        separator: Text between the parts.
+        empty: The value of no parts; "": they are an error.
+    """
 
     def join(*parts: Any) -> InertText:
+        if not parts and empty:
+            return InertText(empty)
         if not parts or not all(isinstance(part, str | int) for part in parts):
             raise DamagedFile("damaged: a path or device that is not text")
         text = separator.join(str(part) for part in parts)
@@ -286,7 +293,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "copyreg._reconstructor": lambda cls, *_: _object_of(cls),
     "array.array": python_array,
     "array._array_reconstructor": lambda _cls, _code, form, raw: python_array(form, raw),
-    "pathlib.Path": _joined("/"),
+    "pathlib.Path": _joined("/", "."),
     "numpy.dtype": NumpyDtype,
     "numpy.core.multiarray.scalar": numpy_scalar,
     "numpy.core.multiarray._reconstruct": lambda *_: NumpyArray(),

@@ -291,6 +291,11 @@ class InertMachine(BoundedReader):
         name, start, n = (None, 0, n_stored) if view is None else view
         if not isinstance(storage_type, StorageType) or not isinstance(key, str | int):
             raise DamagedFile("the file refers to a storage by an invalid name")
+        if self._has_views and storage_type.dtype is None:  # float8 and other new dtypes
+            raise DamagedFile(
+                "it has a storage without an element type, which torch cannot load from its format "
+                "before 1.6"
+            )
         place = location.decode("latin1") if isinstance(location, bytes) else location
         if not isinstance(place, str) or _DEVICE.fullmatch(place) is None:
             raise DamagedFile("the file refers to a storage on an invalid device")
