@@ -139,7 +139,7 @@ def test_only_regular_files_are_opened(logs: Path, kind: str, capsys) -> None:
 def test_a_file_of_the_system_is_not_read(logs: Path, capsys) -> None:
     (logs / "odd.log").symlink_to("/proc/self/pagemap")  # regular, without end
     assert main(["scan", "odd.log"]) == 2
-    assert "it is a file of the system" in capsys.readouterr().err
+    assert "the log is a file of the system" in capsys.readouterr().err
 
 
 def test_process_substitution_is_read(logs: Path) -> None:
