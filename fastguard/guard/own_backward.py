@@ -45,7 +45,7 @@ class OwnBackward:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.found = False
+        self.found: bool = False
         self.before: OptimizerCopy | None = None
         self._optimizer = optimizer
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
