@@ -149,7 +149,7 @@ def test_spikes_have_three_causes():
     warmup = run({s["step"]: s for s in spikes(100, 200)}, 3000)
     for row in warmup:
         row["lr"] = 1e-3 * min(1, row["step"] / 300)
-    assert findings_with(verdict_on(warmup), "before the learning rate peaked, at step 300")
+    assert findings_with(verdict_on(warmup), "before the learning rate peaked at step 300")
 
 
 def test_a_cause_must_explain_half_of_the_incidents():
