@@ -148,7 +148,8 @@ def _complete(
 ) -> None:
     """Adds the missing entries to the state of a parameter, in torch's order."""
     if counted and STEP not in state:
-        # A momentum buffer without a step count comes from torch's SGD and has taken a first step.
+        # A momentum buffer without a step count comes from torch's SGD, which creates the buffer in
+        # the first step.
         begun = 1.0 if any(name in state for name in names) else 0.0
         state[STEP] = torch.full((), begun, dtype=torch.float32, device=p.device)
     for name in names:

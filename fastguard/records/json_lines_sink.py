@@ -1,8 +1,8 @@
 """`JsonLinesSink`, and the checks of the argument of `opt.add_sink(sink)`.
 
 A sink is a callable that takes one `StepRecord`. It is called once per step, in order, when the
-record has reached the host. A sink that raises does not end the run: the lost records are counted,
-and one warning is logged.
+record of the step has reached the host. If a sink raises an error, the run goes on: lost records
+are counted, and one warning is logged.
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ class _NamedFile(io.FileIO):
     def readinto(self, buffer: Any) -> int:
         return self._read(super().readinto, buffer)
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int | None = -1) -> bytes:
         return self._read(super().read, size)
 
     def readall(self) -> bytes:

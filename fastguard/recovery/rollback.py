@@ -284,9 +284,9 @@ class Rollback:
         now = self.optimizer.steps_taken
         story = f"at step {now}, {reason}"
         if self.attempts > self.max_attempts:
+            n = "1 rollback" if self.max_attempts == 1 else f"{self.max_attempts} rollbacks"
             raise TrainingDivergedError(
-                f"{story}; {self.max_attempts} rollbacks did not solve the problem. "
-                f"{self._incidents}",
+                f"{story}; {n} did not solve the problem. {self._incidents}",
                 self._incidents.culprits,
             )
         try:

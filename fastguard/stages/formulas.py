@@ -44,7 +44,8 @@ TINY = 2.0**-1022  # smallest normal float64; the lower bound for the std of a s
 def clip_coefficients(norms: Tensor, max_norm: Tensor) -> Tensor:
     """Returns `min(1, max_norm / (norm + 1e-6))`.
 
-    The result is 1 if `max_norm` is inf, whatever the norm; otherwise NaN stays NaN.
+    If `max_norm` is inf, the result is 1 for every norm, even for NaN. Otherwise the result is NaN
+    where the norm is.
     """
     coef = (max_norm / (norms + EPS)).clamp(max=1.0)  # `clamp` keeps NaN
     return coef.masked_fill(max_norm == math.inf, 1.0)

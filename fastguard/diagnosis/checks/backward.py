@@ -12,7 +12,7 @@ from fastguard.errors import several
 
 CHECK = Family("backward")
 
-# from this share of trainable elements without a gradient on, the finding is an error
+# If at least this share of the trainable elements has no gradient, the finding is an error.
 FORGOTTEN = 0.01
 TOTAL_NORM_HIGH, TOTAL_NORM_HOPELESS = 1e2, 1e6
 PROFILE = 1e4  # largest ratio between the rms gradients of early and late layers

@@ -22,8 +22,8 @@ _RULE_ENTRIES = ("signals", "windows_of", "windows", "rings")
 def save(state: GuardState, policy: Policy, taken_back: Lifetime = NOTHING) -> dict[str, Any]:
     """Returns a copy of counters, baselines and adaptive limits, with the settings they belong to.
 
-    Without spike rules, their entries are omitted, because torch.distributed.checkpoint drops empty
-    containers.
+    If there are no spike rules, the entries for them are omitted, because
+    torch.distributed.checkpoint drops empty containers.
     """
     saved = {
         "version": VERSION,

@@ -45,8 +45,8 @@ def misfit(
         missing = [key for key in optimizer.defaults if key in own and key not in group]
         if missing:
             return (
-                f"param group {i} lacks {', '.join(missing)}, so another optimizer saved this "
-                f"state dict; load one that {name} saved"
+                f"param group {i} has no {', '.join(missing)}, so this state dict was not saved "
+                f"by {name}; load a state dict that {name} has saved"
             )
     scalars = scalar_entries(optimizer)
     for i, p in enumerate(parameters_of(optimizer)):
@@ -59,8 +59,8 @@ def misfit(
         missing = [key for key in _NEEDED.get(type(optimizer), ()) if state and key not in state]
         if missing:
             return (
-                f"the state of parameter {i} lacks {', '.join(missing)}, so another optimizer "
-                f"saved this state dict; load one that {name} saved"
+                f"the state of parameter {i} has no {', '.join(missing)}, so this state dict was "
+                f"not saved by {name}; load a state dict that {name} has saved"
             )
         for key, value in state.items():
             if not isinstance(value, Tensor) or key == "step" or key in scalars:
