@@ -167,7 +167,7 @@ def test_rollback_still_gives_up_after_loads() -> None:
     run = Run(every=2, after_skips=1, max_attempts=1)
     run.batch(0, math.nan)
     run.opt.load_state_dict(run.opt.state_dict())
-    with pytest.raises(TrainingDivergedError, match="1 rollbacks did not solve the problem"):
+    with pytest.raises(TrainingDivergedError, match="1 rollback did not solve the problem"):
         run.batch(1, math.nan)
 
 
