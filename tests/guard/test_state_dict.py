@@ -179,13 +179,13 @@ OTHER_CONFIGURATIONS = {
         "param group 0 has no betas, eps.*AdamW",
     ),
     "RMSprop": (lambda s: of_other(torch.optim.RMSprop), "param group 0 has no betas"),
-    "Adamax": (lambda s: of_other(torch.optim.Adamax), "lacks exp_avg_sq"),
+    "Adamax": (lambda s: of_other(torch.optim.Adamax), "has no exp_avg_sq"),
     "other size": (lambda s: of_shape(4, 3), r"exp_avg of shape \(4, 3\), .* needs \(3, 4\)"),
     "one element": (lambda s: of_shape(1), r"exp_avg of shape \(1,\)"),
     "a scalar": (lambda s: of_shape(), r"exp_avg of shape \(\)"),
     "no step": (
         lambda s: {**s, "state": {**s["state"], 1: {"exp_avg": torch.zeros(5)}}},
-        "lacks step, exp_avg_sq",
+        "has no step, exp_avg_sq",
     ),
     "a state that is no dict": (
         lambda s: {**s, "state": {**s["state"], 0: torch.zeros(3, 4)}},
