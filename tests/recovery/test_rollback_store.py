@@ -181,7 +181,7 @@ def test_without_a_usable_snapshot_the_error_says_so(store: CheckpointStore) -> 
     run = Run(store)
     for entry in store.list():
         (store.directory / entry.file).unlink()
-    with pytest.raises(TrainingDivergedError, match=r"at step 0, and .* has no usable snapshot"):
+    with pytest.raises(TrainingDivergedError, match=r"at step 0, .* has no usable snapshot"):
         run.rollback.trigger()
 
 
@@ -192,7 +192,7 @@ def test_an_unreadable_snapshot_ends_the_run_with_the_history(
     path = store.directory / store.last().file
     path.unlink()
     path.mkdir()
-    with pytest.raises(TrainingDivergedError, match=r"at step 0, and .* has no usable snapshot"):
+    with pytest.raises(TrainingDivergedError, match=r"at step 0, .* has no usable snapshot"):
         run.rollback.trigger()
 
 
