@@ -61,17 +61,16 @@ def with_own_hooks(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def without_grad(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates a function like `torch.no_grad()`, in a third of its 1.7 µs, once per call."""
+    """Decorates a function like `torch.no_grad()`, which takes 1.7 µs even if nothing changes.
+
+    Changing the mode here would save another 1.3 µs, but an interrupt between two lines would then
+    leave gradients switched off.
+    """
+    decorated = torch.no_grad()(function)
 
     @functools.wraps(function)
     def run(*args: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return function(*args)
-        torch._C._set_grad_enabled(False)
-        try:
-            return function(*args)
-        finally:
-            torch._C._set_grad_enabled(True)
+        return decorated(*args) if torch.is_grad_enabled() else function(*args)
 
     return run
 

@@ -124,6 +124,7 @@ class Run:
     def check(self, where):
         opt, twin = self.opt, self.twin
         steps = list(range(1, opt.steps_taken + 1))
+        assert torch.is_grad_enabled(), where
         assert opt.steps_taken == opt.applied_steps + opt.skipped_steps, where
         assert [r.step for r in self.records] == steps, where
         assert [r.step for r in self.told] == steps, where

@@ -223,12 +223,15 @@ class DecaysATensor(HoldsATensor):
 @pytest.mark.parametrize(
     ("kind", "told"),
     [
-        (Waits, r"test_other_optimizers.py:\d+, in update: if grad.norm\(\) > 1.0: \(it reads"),
+        (
+            Waits,
+            r"test_other_optimizers.py:\d+, in update: if grad.norm\(\) > 1.0: \(the step reads",
+        ),
         (CountsInItself, "changes its attribute n, a Python number"),
         (Swaps, "'kind'"),
         (
             DecaysATensor,
-            r"test_other_optimizers.py:\d+, in update: self.total.mul_\(0.5\) \(it uses",
+            r"test_other_optimizers.py:\d+, in update: self.total.mul_\(0.5\) \(the step uses",
         ),
         (HoldsATensor, r"test_other_optimizers.py:\d+, in update: self.total \+= grad"),
     ],
