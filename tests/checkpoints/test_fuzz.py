@@ -78,7 +78,8 @@ def commands(path):  # to run on a case
 
 
 def disagrees(path, one):  # ok, but torch cannot load it by default
-    if path.name not in ("plain.pt", "old.pt") or one["status"] != 0 or "weights_only=True) refuses" in one["said"]:
+    is_noted = "weights_only=True) refuses" in one["said"]
+    if path.name not in ("plain.pt", "old.pt") or one["status"] != 0 or is_noted:
         return False
     return not loads_finite(path)
 
