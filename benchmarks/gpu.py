@@ -5,8 +5,9 @@ python -m benchmarks.gpu --device cpu --quick        # a trial of this script, o
 
 Runner, byte models, targets and the format of the file are shared with the whole suite
 (`fastguard.commands.bench`). The file is rewritten after each case, and lists cases for which no
-time was left. COMMIT=... names the source if there is no .git. The numbers of missed targets are
-written too. The exit status is 1 if a case failed, or if a guarded step synced with the device.
+time was left. COMMIT=... names the source if there is no .git. The measured values of missed
+targets are written too. The exit status is 1 if a case failed, or if a guarded step synced with the
+device.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The performance targets of the project, compared with a result.
 
 Targets for other machines, and targets whose case was not run, are printed as not measured. The
-numbers of missed targets are printed too.
+measured values of missed targets are printed too.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _ratio(case: str, contender: str = "fastguard") -> Callable[[Result], Found]
 
 
 def _whole_step(name: str, contender: str = FLAT_PARAMETERS) -> Callable[[Result], Found]:
-    """The guarded AdamW of a contender against `clip_grad_norm_` and fused AdamW."""
+    """Compares a contender's guarded AdamW with `clip_grad_norm_` plus fused AdamW."""
 
     def look_up(result: Result) -> Found:
         case = f"{name} fp32, AdamW fused, nothing to clip"
@@ -157,7 +157,7 @@ def _worst_error(result: Result) -> Found:
 
 
 def _limit(case: str) -> Callable[[Result], Found]:
-    """Finds the percentage of the read pass, or else (with a note) of the whole call."""
+    """Finds the percentage of the limit that the read pass reaches, or else the whole call."""
 
     def look_up(result: Result) -> Found:
         alone, whole = find(result, case, READ_PASS), find(result, case, "fastguard")

@@ -16,7 +16,7 @@ one rounding of the product to the dtype. If a multiplier rounds to 1, nothing i
 Inf multiplier must be applied to all gradient elements, but not to the zeros between the gradients
 of a flat bucket (0 * NaN is NaN), so the kernel then processes the pieces of a chunk one by one. It
 also does so for multipliers that are too small for float32, which are applied in two steps.
-Non-finite elements are replaced by a select, never by a multiplication by 0.
+Non-finite elements are replaced with a select, never with a multiplication by 0.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """Launch 2, decide: one program computes the verdict and updates the state of the guard.
 
     clip_coef[s] = min(1, max_norm[s] / (norm[s] + 1e-6))
-    skip         = a fault, or a spike of a rule that skips
+    skip         = a fault, or a spike found by a rule that skips
     changes      = whether apply has anything to do in any segment
 
 I/O: a few numbers per segment, and the rings of the rules; no gradients. One program, in float64.
 Faults are detected in `faults`, spikes in `rules`; `coefficients` computes the coefficients.
 
-Comments on comparisons give the result for NaN. Sums over segments and rings are added in another
-order than in PyTorch; everything else matches `fastguard.stages.reference.decide` bit for bit.
+Comments on comparisons give the result for NaN. Sums over segments and rings are computed in a
+different order than in PyTorch; everything else matches `fastguard.stages.reference.decide` bit for
+bit.
 """
 
 from __future__ import annotations
@@ -209,8 +210,8 @@ def decide_step(
 
     Returns:
         The fields of `fastguard.stages.contract.Verdict` by name; and the previous state, float64
-        `(5 + 4 * K,)`, arbitrary without a state: the counters, and per rule its row of `rings` and
-        the value that was overwritten in `windows`.
+        `(5 + 4 * K,)`: the counters, and for each rule its row of `rings` and the value that was
+        overwritten in `windows`. Without a state, its elements are undefined.
     """
     device, n_segments, n_losses = summary.device, summary.shape[1], losses.numel()
     n_rules = 0 if rules is None else rules.shape[0]
@@ -297,7 +298,10 @@ def _variant(
     n_rules: int,
     ring_stride: int,
 ) -> Variant:
-    """Dtypes are types of arguments, and so part of the cache key, but no kernel constants."""
+    """Returns the kernel variant for these settings.
+
+    The dtypes are part of the cache key, since they are argument types, but not kernel constants.
+    """
     return launchers.of(n_segments).variant(
         device,
         P=norm_type,

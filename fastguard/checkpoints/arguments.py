@@ -23,7 +23,10 @@ def joined(objects: Mapping[str, Any] | None, named: Mapping[str, Any]) -> dict[
         )
     twice = set(objects or ()) & set(named)
     if twice:
-        raise ValueError(f"{', '.join(sorted(twice))} is given twice, in objects and by name")
+        names = ", ".join(sorted(twice))
+        raise ValueError(
+            f"objects and the keyword arguments both contain {names}; pass each only once"
+        )
     return {**(objects or {}), **named}
 
 

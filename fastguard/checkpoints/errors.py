@@ -12,7 +12,7 @@ class DamagedFile(CheckpointError):
 
 
 class UnsafeFile(CheckpointError):
-    """A file asks to call a function that no checkpoint needs; nothing was executed."""
+    """A file would call a function that no checkpoint needs; nothing was executed."""
 
 
 class StoreLocked(CheckpointError):

@@ -205,7 +205,7 @@ def _flaw_on_disk(path: Path, ignore: Sequence[str]) -> str | None:
 def _flaw(found: Inspection, ignore: Sequence[str]) -> str | None:
     """Returns the problem with a file that was read, or None."""
     if found.damaged:
-        return f"{', '.join(found.damaged)} changed after it was written"
+        return f"{', '.join(found.damaged)} changed after the file was written"
     if not found.contents.n_tensors:
         return NO_TENSORS
     bad = not_ignored(found.bad, ignore)

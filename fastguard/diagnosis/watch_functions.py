@@ -261,7 +261,9 @@ class FunctionWatch(TorchFunctionMode):
         found = indices_of(name, indices, n, ignored)
         self.indices.append(found)
         if found.bad_share:
-            raise IndexOutOfRange(f"{name}: {found.low} to {found.high} is outside 0 to {n - 1}")
+            raise IndexOutOfRange(
+                f"{name}: indices are {found.low} to {found.high}, but must be 0 to {n - 1}"
+            )
 
     def _observe_size(self, name: str, out: Tensor) -> None:
         if not out.is_floating_point() or not out.numel() or name in _FLOAT32_IN_AUTOCAST:

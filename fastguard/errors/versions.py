@@ -66,7 +66,7 @@ SHARDED_ESTIMATES = Feature(
 TENSOR_PLATEAU = Feature(
     "ReduceLROnPlateau with a tensor as learning rate",
     (2, 10),
-    "ReduceLROnPlateau replaces the tensor by a number, and a captured CUDA graph keeps the old"
+    "ReduceLROnPlateau replaces the tensor with a number, and a captured CUDA graph keeps the old"
     " value",
 )
 STRICT_LAMBDAS = Feature(

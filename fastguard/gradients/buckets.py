@@ -315,7 +315,7 @@ def _inspected(
 
 
 def _resolved(members: list[Tensor]) -> tuple[list[Tensor], Sequence[tuple[Tensor, Tensor]]]:
-    """Replaces tensors with a conjugate or negative bit by copies.
+    """Replaces tensors with a conjugate or negative bit with copies.
 
     A kernel that reads memory would ignore a negative bit, and a complex tensor with a conjugate
     bit has no real view. torch's operations respect both bits.

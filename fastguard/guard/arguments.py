@@ -89,7 +89,7 @@ def check_optimizer(optimizer: object, group: Group) -> None:
 
 
 def check_whole_step(optimizer: Optimizer, group: Group) -> None:
-    """Raises a ValueError for an optimizer that evaluates its closure itself, on several ranks."""
+    """Raises a ValueError for an optimizer that evaluates a closure in its step, on several ranks."""
     kinds = {type(p) for param_group in optimizer.param_groups for p in param_group["params"]}
     if group is not None or dtensor_types(kinds):
         raise ValueError(
@@ -126,7 +126,7 @@ def check_settings(param_group: Mapping[str, Any], parameters: Iterable[Tensor])
 def named_parameters_of(param_group: dict[str, Any]) -> list[tuple[str | None, Tensor]]:
     """Returns the parameters of a new param group, with names or None.
 
-    An iterator in the group is replaced by a list, since it can be read only once.
+    An iterator in the group is replaced with a list, since it can be read only once.
 
     Raises:
         TypeError: The group is not a dict, or holds something other than tensors.

@@ -35,13 +35,13 @@ def check_compiled_optimizer(optimizer: Optimizer, flat_parameters: bool) -> Non
         )
     if WholeStep.serves(optimizer):
         raise TypeError(
-            f"compile_step=True does not support {name}, which evaluates its closure itself; "
-            "remove compile_step"
+            f"compile_step=True does not support {name}, which evaluates a closure in the "
+            "middle of its step; remove compile_step"
         )
     if isinstance(optimizer, FusedOptimizer):
         raise TypeError(
-            f"compile_step=True is not needed for fastguard.optim.{name}, which skips in its own "
-            "update; remove compile_step"
+            f"compile_step=True is not needed for fastguard.optim.{name}, whose own update "
+            "can skip a step; remove compile_step"
         )
     kind = type(optimizer)
     forwards = [isinstance(getattr(kind, key, None), property) for key in ("param_groups", "state")]
@@ -70,8 +70,8 @@ def check_compiled_parameters(parameters: Sequence[Tensor]) -> None:
     for p in parameters:
         if is_dtensor(p) or is_managed(p):
             raise TypeError(
-                "a parameter is a shard of FSDP or DeepSpeed, which compile_step=True does not "
-                "support; remove compile_step"
+                "a parameter is a DTensor, or is sharded by FSDP or DeepSpeed, which "
+                "compile_step=True does not support; remove compile_step"
             )
         if p.is_complex():
             raise TypeError(
@@ -125,8 +125,8 @@ class StateForUpdate:
             owners: The param group number of each.
 
         Raises:
-            CreatesState: The first step uses another formula or depends on settings, so there are
-                no initial values.
+            CreatesState: The first step uses a different formula, or creates state that depends on
+                settings, so the state has no fixed initial values.
         """
         if steps_as_torch(self.optimizer):
             for number in dict.fromkeys(owners):
@@ -147,7 +147,7 @@ class StateForUpdate:
         if isinstance(optimizer, STATE_FROM_LR) and any(not optimizer.state.get(p) for p in live):
             # The learning rate may differ between a skipped first step and the next one.
             name = type(optimizer).__name__
-            raise CreatesState(f"{name} starts with state that depends on the learning rate")
+            raise CreatesState(f"{name} creates state that depends on the learning rate")
         on_gpu = any(p.device.type != "cpu" for p in live)
         form = {"capturable": on_gpu, "fused": False}
         settings = {**group, **{k: v for k, v in form.items() if k in group}}
@@ -161,11 +161,11 @@ class StateForUpdate:
             for p in live:
                 if optimizer.state[p].get("momentum_buffer") is None:
                     if group["dampening"] != 0:
-                        raise CreatesState("SGD starts its momentum without dampening")
+                        raise CreatesState("SGD creates its momentum buffer without dampening")
                     optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     def count_in_tensors(self, params: Sequence[Tensor], places: Iterable[Place]) -> None:
-        """Replaces the Python numbers that the step changes with 0-dim tensors.
+        """Stores each Python number that the step changes in a 0-dim tensor instead.
 
         Args:
             params: The parameters with a gradient.

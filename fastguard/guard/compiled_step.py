@@ -237,7 +237,7 @@ class CompiledStep(ReadFirst):
         except CreatesState as error:
             undo()
             if self._n_creating[live] > 2:
-                raise TypeError(self._refusal(f"{error} in every step")) from None
+                raise TypeError(self._refusal(f"in every step, {error}")) from None
             return None
         except NotTraceable as error:
             undo()

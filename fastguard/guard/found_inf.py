@@ -48,4 +48,4 @@ def _steps_as_torch(kind: type[Optimizer]) -> bool:
         if base is not Optimizer and f"{base.__module__}.".startswith("torch.optim."):
             # Creating an instance wraps `step` to run hooks.
             return unwrap(kind.step) is unwrap(base.step)
-    return True  # a class that is not derived from torch's implements the protocol itself
+    return True  # a class that derives from no torch optimizer implements the protocol itself

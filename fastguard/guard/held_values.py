@@ -48,7 +48,7 @@ def copied(value: Any, objects: bool = True, known: dict[int, Any] | None = None
     if not is_container(value) and not (objects and is_object(value)):
         return value
     new = known[id(value)] = copy.copy(value)
-    if new is value:  # objects that copy as themselves, such as loggers
+    if new is value:  # copy.copy returns some objects unchanged, such as loggers
         return value
     if isinstance(value, dict):
         for key, item in value.items():

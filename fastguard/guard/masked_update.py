@@ -57,7 +57,7 @@ def trace(optimizer: Optimizer, members: Members, settings: Mapping[Place, Tenso
     Raises:
         NotTraceable: The step cannot be compiled.
         CreatesState: The step can be compiled after its state has been created.
-        CountsInPython: The step can be compiled after its counters have been replaced by tensors.
+        CountsInPython: The step can be compiled after its counters have been replaced with tensors.
     """
     notes: dict[str, Any] = {}
 

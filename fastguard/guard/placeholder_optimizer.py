@@ -234,7 +234,7 @@ class OptimizerOfPlaceholders:
     def _changes(self, what: str, kind: str) -> str:
         return (
             f"{type(self.optimizer).__name__}.step changes {what}, a Python {kind}, which would "
-            "change even if the device skips the step"
+            "change even if the device skipped the step"
         )
 
 

@@ -9,8 +9,8 @@
 * `FlatStep`: with `flat_parameters=True`, `OnDevice` or `ReadFirst` over long runs of parameters.
 * `CompiledStep`: with `compile_step=True`, the update is compiled with every write masked by
   `found_inf`.
-* `WholeStep`: optimizers that evaluate their closure themselves, such as LBFGS. The step is taken
-  first, and undone if it was bad.
+* `WholeStep`: optimizers that evaluate a closure in the middle of their step, such as LBFGS. The
+  step is taken first, and undone if it was bad.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`TensorSettings`: replaces settings of an optimizer by 0-dim tensors while its update is traced.
+"""`TensorSettings`: replaces an optimizer's settings with 0-dim tensors while its update is traced.
 
 A Python number would be a constant of the compiled update, so each new learning rate would cause a
 recompilation. Torch accepts 0-dim tensors instead of numbers almost everywhere. This module handles

@@ -1,4 +1,4 @@
-"""`WholeStep`: for optimizers that must evaluate their closure themselves, such as LBFGS and SAM.
+"""`WholeStep`: for optimizers that evaluate a closure in the middle of their step (LBFGS, SAM).
 
 These optimizers, schedule-free ones with a closure, and those that hold their model (GSAM), change
 the weights before or between evaluations, so no decision is possible before the step. The guard
@@ -61,7 +61,7 @@ class WholeStep:
         return isinstance(optimizer, torch.optim.LBFGS)
 
     def fits(self) -> bool:
-        """Returns True, since an optimizer that evaluates its closure itself keeps doing so."""
+        """Returns True, since an optimizer that evaluates a closure in its step keeps doing so."""
         return True
 
     def applicable(
@@ -79,8 +79,8 @@ class WholeStep:
         if clips and not self._warned:
             self._warned = True
             log.warning(
-                "%s has no effect: %s evaluates its closure itself, so its gradients cannot be "
-                "clipped before they are used; clip them in the closure, after backward()",
+                "%s has no effect: %s evaluates a closure in the middle of its step, so its "
+                "gradients cannot be clipped before they are used; clip them in the closure, after backward()",
                 " and ".join(clips),
                 type(self.optimizer).__name__,
             )

@@ -255,7 +255,7 @@ class AcceleratorGuard:
 
 
 def give_own_memory(state_dict: dict[str, Any]) -> None:
-    """Replaces tensors that share memory with others by copies; tied tensors remain tied.
+    """Replaces tensors that share memory with others with copies; tied tensors remain tied.
 
     Example:
         >>> import torch

@@ -6,7 +6,7 @@ A float32 `x` is split into a bfloat16 and the lower 16 bits of `x`, as int16:
     high = (bits(x) >> 16) + (low >> 15)        rounded to nearest, ties away from zero
     x    = ((high - (low >> 15)) << 16) | low   bit for bit
 
-Every NaN is first replaced by 0x7FC00000, because the rounding of a GPU's NaN, 0x7FFFFFFF, would
+Every NaN is first replaced with 0x7FC00000, because the rounding of a GPU's NaN, 0x7FFFFFFF, would
 carry into the sign bit and give 0.
 
 Stochastic rounding adds noise: 32 bits per element, from the hash `lowbias32` of a counter, in

@@ -1,4 +1,4 @@
-"""Update clipping and spike-aware clipping on a CPU, with the operations of the reference.
+"""Update clipping and spike-aware clipping on a CPU, with the same operations as the reference.
 
 Tensors that fit in a piece are clipped while they are in the cache. The gradient and the second
 moment of a longer tensor are read once more, before the update.
@@ -45,7 +45,7 @@ def clip_long(
         update: The update, which is not skipped.
         i: Position of the tensor.
         names: Names of the states.
-        coefficients: float64 `(1, 13)`, written.
+        coefficients: float64 `(1, 13)`, changed in place.
         multiplier: Factor of the gradients.
         clean: Whether non-finite gradient elements count as 0.
     """
@@ -69,19 +69,19 @@ def clip_short(
     coefficients: Tensor,
     scratch: Scratch,
 ) -> list[Any]:
-    """Lowers the learning rates of the tensors of a piece, which holds them as a whole.
+    """Lowers the learning rates of the tensors of a piece, which holds each tensor completely.
 
     Args:
         update: The update.
         piece: The piece, which contains k tensors.
-        g, states: The gradient of the piece, without spikes, and the states, in the dtype of the
-            arithmetic.
-        coefficients: float64 `(k, 13)`, written.
+        g, states: The gradient of the piece, with spikes already limited, and the states, both in
+            the dtype of the arithmetic.
+        coefficients: float64 `(k, 13)`, changed in place.
         scratch: The memory to use.
 
     Returns:
-        The coefficients in the dtype of the arithmetic: numbers, or vectors where they differ from
-        tensor to tensor.
+        The coefficients in the dtype of the arithmetic: one number each, or one number per element
+        for coefficients that differ between tensors.
     """
     sizes = torch.tensor([p.numel() for p in piece.parameters], device="cpu")
     c = _for_elements(coefficients, sizes, update.dtype, (SUM_SCALE,))

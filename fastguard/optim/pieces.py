@@ -57,7 +57,7 @@ class Piece:
     n: int = 0
 
     def write_back(self) -> None:
-        """Copies results back to the tensors that were replaced by copies."""
+        """Copies results back to the tensors that were replaced with copies."""
         for original, copy in self.copies:
             original.copy_(copy)
 

@@ -164,7 +164,7 @@ class _Units:
 def _alike(
     kept: Sequence[Sequence[Tensor]], grads: Sequence[Tensor]
 ) -> tuple[Sequence[Sequence[Tensor]], Sequence[Tensor], list[tuple[Tensor, Tensor]]]:
-    """Replaces tensors by buffers if their memory order differs from that of the weight.
+    """Replaces tensors with buffers if their memory order differs from that of the weight.
 
     Returns:
         `kept` and `grads` with buffers, and the `(tensor, buffer)` pairs of `kept`.

@@ -61,8 +61,9 @@ def whole(t: Tensor, like: Tensor | None = None) -> Tensor:
 
     Args:
         t: Any tensor.
-        like: A DTensor, such as the parameter of a gradient. If it is on the same mesh, the result
-            gets its placements; otherwise partial dimensions become replicated. Default: None.
+        like: A DTensor, such as the parameter whose gradient is `t`. If it is on the same mesh and
+            not partial, the result gets its placements; otherwise partial dimensions become
+            replicated. Default: None.
     """
     if not is_partial(t):
         return t
@@ -75,7 +76,7 @@ def whole(t: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def make_whole_(parameters: Iterable[Tensor]) -> None:
-    """Reduces every partial gradient in place, with one collective each."""
+    """Replaces every partial gradient with the reduced gradient, with one collective each."""
     for p in parameters:
         grad = p.grad
         if grad is not None and is_partial(grad):

@@ -292,7 +292,7 @@ def _record(fields: Any) -> StepRecord:
 
 
 def _numbers(value: Any) -> Any:
-    """Returns the value with the strings for NaN and infinities replaced by floats."""
+    """Returns the value with the strings for NaN and infinities replaced with floats."""
     if isinstance(value, dict):
         return {name: _numbers(item) for name, item in value.items()}
     return float(value) if value in ("NaN", "Infinity", "-Infinity") else value

@@ -64,15 +64,15 @@ class Inbox(deque["StepRecord"]):
         """
         taken = self._taken_of(records)
         new = [*self._expected, *records[taken:]] if self._expected or taken else records
-        # otherwise, an interrupt came after `extend`
+        # if the inbox already ends with these records, an interrupt came after `extend`
         if new and not (self and self[-1] is new[-1]):
             overflows = self.maxlen is not None and len(self) + len(new) > self.maxlen
             self.extend(new)
             if overflows and not self._has_warned:
                 self._has_warned = True
                 log.warning(
-                    "the inbox of a subscriber is full: it holds %d records that were not taken, "
-                    "and loses the oldest",
+                    "the inbox of a subscriber is full: it holds %d records and drops the "
+                    "oldest; remove records with popleft after every step",
                     len(self),
                 )
         self._source, self._taken, self._expected = records, len(records), []

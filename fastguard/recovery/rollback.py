@@ -1,6 +1,6 @@
 """`Rollback`: restores the last good state, without a restart, when skipping is not enough.
 
-After every `every` applied steps, the state of the model, the optimizer and all other objects with
+Once per `every` applied steps, the state of the model, the optimizer and all other objects with
 a `state_dict` is saved in host memory or in a `CheckpointStore`. When too many steps in a row are
 skipped or spike, or on request, the newest snapshot without NaN or Inf is loaded, the learning rate
 is lowered, and the caller learns where to continue and which data to leave out. After
@@ -49,7 +49,7 @@ class Rewind:
         position: The data position that was passed to `Rollback.step` at that step.
         skip: Positions of the bad steps since then, in order; their data should be left out.
         reason: The reason for the rollback.
-        attempt: Number of this rollback among those for the same problem, from 1.
+        attempt: How many rollbacks there have been for the same problem, including this one.
     """
 
     step: int
@@ -67,12 +67,12 @@ class Rollback:
     restored in place. A rollback never raises the scale of a `GradScaler`, since a higher scale
     would only overflow again.
 
-    After a param group was added, earlier snapshots can no longer be loaded, so a snapshot is taken
-    after the next good step.
+    Once a param group has been added, earlier snapshots can no longer be loaded, so a snapshot is
+    taken after the next good step.
 
-    After a state was loaded into the optimizer, earlier steps no longer count, and a snapshot is
-    taken after the next good step. Until then, a rollback would restore a snapshot from before the
-    load. To avoid this, call `snapshot` once everything is loaded.
+    Once a state has been loaded into the optimizer, earlier steps no longer count, and a snapshot
+    is taken after the next good step. Until then, a rollback would restore a snapshot from before
+    the load. To avoid this, call `snapshot` once everything is loaded.
 
     With a fused optimizer on a GPU, whose steps do not sync, `Rollback` acts on the verdict of step
     k in step k + 1. It waits only for the verdict of a step after which a snapshot may be taken.
@@ -87,10 +87,10 @@ class Rollback:
             that was applied despite an incident (cleaned, or with a spike while `after_spikes` is
             None). Default: 100.
         keep: Number of snapshots kept in host memory; a `store` has its own setting. Default: 2.
-        after_skips: Skipped steps in a row that trigger a rollback; None: no limit. Steps skipped
-            only to lower a loss scale do not count. Default: 5.
-        after_spikes: Steps with a spike (recorded, clipped or skipped) in a row that trigger a
-            rollback; None: no limit. Default: None.
+        after_skips: Number of consecutive skipped steps that triggers a rollback; None: no limit.
+            Steps skipped only to lower a loss scale do not count. Default: 5.
+        after_spikes: Number of consecutive steps with a spike (recorded, clipped or skipped) that
+            triggers a rollback; None: no limit. Default: None.
         lr: The schedule to lower at a rollback. Default: None.
         lr_factor: The factor by which the learning rate is lowered, in (0, 1]. Default: 0.5.
         max_attempts: Number of rollbacks for the same problem before an error is raised; the count
@@ -155,7 +155,7 @@ class Rollback:
         self._problem_until = 0
         self._is_state_checked = False
         self._inbox = optimizer.subscribe()
-        # (number of steps taken at the call of `step`, position)
+        # (number of steps taken when `step` was called, position)
         self._positions: deque[tuple[int, Any]] = deque()
         self._incidents = IncidentLog(every, after_skips, after_spikes)
         hook_weakly(optimizer.register_load_state_dict_post_hook, self._forget_steps_before_load)
@@ -309,8 +309,8 @@ class Rollback:
         self._inbox.clear()
         skip = self._incidents.positions_since(taken.moment)
         step = taken.moment.step
-        if self.lr is not None:  # the back-offs were restored, and the rate may have been lowered
-            story += f"; the lr is now {self.lr._factor:g} of the schedule"
+        if self.lr is not None:  # restoring and lowering both change the factor
+            story += f"; the schedule is now multiplied by {self.lr._factor:g}"
         log.warning("rolled back to step %d (attempt %d): %s", step, self.attempts, story)
         return Rewind(step, taken.position, skip, reason, self.attempts)
 

@@ -73,11 +73,11 @@ class AutoClip(AdaptiveLimit):
         return low_value + (place - low) * (high_value - low_value)
 
     def learn(self, norm: Tensor, state: Tensor, step: LimitStep) -> Tensor:
-        """Returns both lists with the oldest norm replaced by the current norm."""
+        """Returns both lists with the oldest norm replaced with the current norm."""
         return torch.cat(self._updated(norm, state, step))
 
     def _updated(self, norm: Tensor, state: Tensor, step: LimitStep) -> tuple[Tensor, Tensor]:
-        """Returns the ring and the sorted norms with the oldest norm replaced by the new norm.
+        """Returns the ring and the sorted norms with the oldest norm replaced with the new norm.
 
         Each is float64 `(window, S)`.
         """

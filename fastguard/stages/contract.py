@@ -257,7 +257,7 @@ class Verdict:
         clip_coef: float64 `(S,)`: the clip coefficients, at most 1; NaN only in propagate mode.
         multiplier: float64 `(S,)`: the factor that the apply stage multiplies by; 1: no change.
         found_inf: float32 `()`: exactly 1.0 if the step is skipped, else exactly 0.0.
-        clean: float32 `()`: 1 if the apply stage replaces non-finite elements by 0.
+        clean: float32 `()`: 1 if the apply stage replaces non-finite elements with 0.
         reason: int64 `()`: a `Reason`.
         total_norm: float64 `()`: norm of the finite elements before clipping.
         torch_norm: float64 `()`: the norm as torch computes it, which is NaN or Inf if any element

@@ -1,4 +1,4 @@
-"""A process that is killed: `python crash_run.py random|exhaustive|file FOLDER`.
+"""Kills a process that uses a store: `python crash_run.py random|exhaustive|file FOLDER`.
 
 Each trial forks a child that works on one store. The child is killed, either at a random moment or
 just before its k-th operation on the disk. Then the parent opens the store and checks it. Forking
@@ -98,7 +98,7 @@ def random_moments(folder):
         hit[doing[0]] += 1
         check(folder)
     told = {action: hit[i] for i, action in enumerate(ACTIONS)}
-    print(f"20 kills, while {told}; steps at the end {check(folder)}")
+    print(f"20 kills, by action: {told}; steps at the end: {check(folder)}")
 
 
 def turn(doing, action, pid):

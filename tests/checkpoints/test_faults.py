@@ -100,7 +100,7 @@ def test_without_a_manifest_the_checksums_in_the_file_show_a_flipped_byte(saved,
     (folder / "manifest.json").unlink()
     with CheckpointStore(folder) as store:
         assert [entry.step for entry in store.list()] == [3]
-        assert "changed after it was written" in caplog.text
+        assert "changed after the file was written" in caplog.text
         assert_same_bits(LongRun.resumed(store).advance(10).everything(), expected)
 
 
@@ -130,7 +130,7 @@ def test_a_pickle_bomb_is_an_error_and_not_executed(saved):
         assert [entry.step for entry in store.list()] == [3, 6]
         path = pickle_bomb(folder / store.last().file, size=store.last().size)
         (check,) = [c for c in store.verify() if not c.ok]
-        assert f"{path}: the file asks to call posix.mkdir" in check.problem
+        assert f"{path}: the file would call posix.mkdir" in check.problem
         with pytest.raises(DamagedFile):
             store.load("last")
         resumed = LongRun.resumed(store)

@@ -49,7 +49,7 @@ def test_the_source_is_the_newest_of_the_latest_epoch_not_after_the_target(tmp_p
     assert chosen(last) == ("c.pt", ["later.pt: is from epoch 6, later than epoch 5"])
     flip(tmp_path / "c.pt")
     name, (_, passed_over) = chosen(last)
-    assert (name, passed_over) == ("b.pt", "c.pt: data/0 changed after it was written")
+    assert (name, passed_over) == ("b.pt", "c.pt: data/0 changed after the file was written")
 
 
 def test_a_file_with_half_of_the_tensors_is_chosen(tmp_path):
@@ -138,7 +138,7 @@ def test_one_bad_file_is_enough_in_any_position(tmp_path, capsys):
     flip(bad)
     for paths in ((good, bad), (bad, good)):
         assert main(["ckpt", "verify", *map(str, paths)]) == 1
-        assert "bad.pt: data/0 changed after it was written" in capsys.readouterr().out
+        assert "bad.pt: data/0 changed after the file was written" in capsys.readouterr().out
 
 
 def test_sizes_and_verdicts_are_listed(tmp_path, capsys):
@@ -163,7 +163,7 @@ def test_a_store_without_its_manifest_is_recognized_and_verified(tmp_path, capsy
         True
     ]
     assert main(["ckpt", "rollback", str(tmp_path), "--to", "200"]) == 0
-    assert "put aside" not in capsys.readouterr().out
+    assert "set aside" not in capsys.readouterr().out
     (tmp_path / "manifest.json").unlink()
     assert main(["ckpt", "list", str(tmp_path)]) == 0
     assert "clean" in capsys.readouterr().out

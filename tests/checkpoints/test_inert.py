@@ -63,7 +63,7 @@ def test_other_calls_are_an_error_with_the_name(
 ):
     monkeypatch.chdir(tmp_path)
     torch.save({"x": [Calls(function, *arguments)]}, "b.pt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UnsafeFile, match=f"asks to call {name}, which no checkpoint needs"):
+    with pytest.raises(UnsafeFile, match=f"would call {name}, which no checkpoint needs"):
         inspect("b.pt")
     assert os.listdir() == ["b.pt"]
 
@@ -176,7 +176,7 @@ def test_unknown_classes_become_placeholders_and_unknown_functions_are_an_error(
     for name in ("Maker", "_Maker"):
         made = inspect(tmp_path / f"{name}.pt").contents.tree["x"]
         assert made.qualified_name == f"vanished_makers.{name}"
-    with pytest.raises(UnsafeFile, match=r"asks to call vanished_makers\.make, which"):
+    with pytest.raises(UnsafeFile, match=r"would call vanished_makers\.make, which"):
         inspect(tmp_path / "make.pt")
 
 

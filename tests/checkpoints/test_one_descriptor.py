@@ -143,7 +143,7 @@ def test_shards_removed_after_hashing_are_still_loaded(tmp_path, monkeypatch):
 
 
 def overwrite_and_set_the_time_back(path, values):
-    """Replaces the first of these float32 values in a file by NaN."""
+    """Replaces the first of these float32 values in a file with NaN."""
     before, raw = path.stat(), path.read_bytes()
     with open(path, "r+b") as written:
         written.seek(raw.index(struct.pack(f"<{len(values)}f", *values)))

@@ -183,7 +183,7 @@ def test_corruption_of_a_shard_is_found_while_saving(mesh, tmp_path, monkeypatch
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", lying)
             assert store.save(m=shards, step=0) is None
-        assert "__0_0.distcp: m.w changed after it was written" in caplog.text
+        assert "__0_0.distcp: m.w changed after the file was written" in caplog.text
         assert store.save(m=shards, step=0).clean
 
 

@@ -182,7 +182,7 @@ def test_data_that_differs_when_read_back_is_not_a_checkpoint(tmp_path, monkeypa
                     assert save(store, 1) is None
                     assert "step 1 was NOT saved" in caplog.text
                 else:
-                    with pytest.raises(DamagedFile, match="changed after it was written"):
+                    with pytest.raises(DamagedFile, match="changed after the file was written"):
                         save(store, 1)
             assert [entry.step for entry in store.list()] == [0]
             assert len(list(store.directory.glob("*.pt"))) == 1

@@ -1,4 +1,4 @@
-"""Healthy models have no problems, in float32 and under bfloat16 autocast, new and trained."""
+"""`diagnose` finds no problems in healthy models, fresh or trained, in float32 or bfloat16."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from guardtest.sound import by_kind
 class GAN(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.maker = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 8))
-        self.judge = nn.Sequential(nn.Linear(8, 32), nn.LeakyReLU(0.2), nn.Linear(32, 1))
+        self.generator = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 8))
+        self.discriminator = nn.Sequential(nn.Linear(8, 32), nn.LeakyReLU(0.2), nn.Linear(32, 1))
 
 
 def verdict(scores: Tensor, real: bool) -> Tensor:
@@ -26,14 +26,14 @@ def verdict(scores: Tensor, real: bool) -> Tensor:
     return functional.binary_cross_entropy_with_logits(scores, wanted)
 
 
-def judge_step(model: GAN, batch: Tensor) -> Tensor:
+def discriminator_step(model: GAN, batch: Tensor) -> Tensor:
     with torch.no_grad():
-        fake = model.maker(torch.randn(len(batch), 4))
-    return verdict(model.judge(batch), True) + verdict(model.judge(fake), False)
+        fake = model.generator(torch.randn(len(batch), 4))
+    return verdict(model.discriminator(batch), True) + verdict(model.discriminator(fake), False)
 
 
-def maker_step(model: GAN, batch: Tensor) -> Tensor:
-    return verdict(model.judge(model.maker(torch.randn(len(batch), 4))), True)
+def generator_step(model: GAN, batch: Tensor) -> Tensor:
+    return verdict(model.discriminator(model.generator(torch.randn(len(batch), 4))), True)
 
 
 def adam(module: nn.Module) -> torch.optim.Optimizer:
@@ -43,22 +43,25 @@ def adam(module: nn.Module) -> torch.optim.Optimizer:
 def test_each_half_of_a_gan_may_have_its_own_optimizer() -> None:
     torch.manual_seed(0)
     model, batch = GAN(), torch.randn(32, 8)
-    judge = diagnose(model, batch, None, adam(model.judge), step=judge_step)
-    assert judge.ok, str(judge)
+    discriminator = diagnose(model, batch, None, adam(model.discriminator), step=discriminator_step)
+    assert discriminator.ok, str(discriminator)
     # Another optimizer trains the other half.
-    assert judge.of("not-optimized")[0].severity == "note"
-    maker = diagnose(model, batch, None, adam(model.maker), step=maker_step)
-    assert maker.errors == [], str(maker)
-    assert not maker.of("no-gradient")
-    guarded = GuardedOptimizer(adam(model.judge), max_norm=1.0)
-    assert diagnose(model, batch, None, guarded, step=judge_step).ok
+    assert discriminator.of("not-optimized")[0].severity == "note"
+    generator = diagnose(model, batch, None, adam(model.generator), step=generator_step)
+    assert generator.errors == [], str(generator)
+    assert not generator.of("no-gradient")
+    guarded = GuardedOptimizer(adam(model.discriminator), max_norm=1.0)
+    assert diagnose(model, batch, None, guarded, step=discriminator_step).ok
 
 
 def test_parameters_of_the_optimizer_must_contribute_to_the_loss() -> None:
     model, batch = GAN(), torch.randn(32, 8)
-    both = by_kind(diagnose(model, batch, None, adam(model), step=judge_step))
-    assert both["no-gradient"].severity == "error" and "maker.0.weight" in both["no-gradient"].where
-    wrong = diagnose(model, batch, None, adam(model.maker), step=judge_step)
+    both = by_kind(diagnose(model, batch, None, adam(model), step=discriminator_step))
+    assert (
+        both["no-gradient"].severity == "error"
+        and "generator.0.weight" in both["no-gradient"].where
+    )
+    wrong = diagnose(model, batch, None, adam(model.generator), step=discriminator_step)
     assert [f.kind for f in wrong.errors] == ["loss-detached"]
     assert "that the optimizer holds" in wrong.errors[0].seen
 
@@ -67,12 +70,12 @@ def test_zero_gradients_are_reported_only_for_trained_parameters() -> None:
     model, batch = GAN(), torch.randn(32, 8)
 
     def dead(model: GAN, batch: Tensor) -> Tensor:
-        made = model.maker(torch.randn(len(batch), 4)) * 0.0
-        return verdict(model.judge(batch + made), True)
+        made = model.generator(torch.randn(len(batch), 4)) * 0.0
+        return verdict(model.discriminator(batch + made), True)
 
-    found = by_kind(diagnose(model, batch, None, adam(model.maker), step=dead))
+    found = by_kind(diagnose(model, batch, None, adam(model.generator), step=dead))
     assert found["all-gradients-zero"].severity == "error"
-    assert not diagnose(model, batch, None, adam(model.judge), step=dead).errors
+    assert not diagnose(model, batch, None, adam(model.discriminator), step=dead).errors
 
 
 def test_only_parameters_of_the_optimizer_are_clipped() -> None:
@@ -93,17 +96,17 @@ def test_only_parameters_of_the_optimizer_are_clipped() -> None:
     assert not found.of("small-update", "does-not-fall", "exploding-gradient"), str(found)
 
 
-def test_a_bias_that_cancels_is_only_a_note() -> None:
+def test_a_bias_whose_gradient_cancels_is_only_a_note() -> None:
     def critic(model: GAN, batch: Tensor) -> Tensor:
-        fake = model.maker(torch.randn(len(batch), 4)).detach()
-        return model.judge(fake).mean() - model.judge(batch).mean()
+        fake = model.generator(torch.randn(len(batch), 4)).detach()
+        return model.discriminator(fake).mean() - model.discriminator(batch).mean()
 
     torch.manual_seed(0)
     model = GAN()
-    optimizer = torch.optim.RMSprop(model.judge.parameters(), lr=5e-5)
+    optimizer = torch.optim.RMSprop(model.discriminator.parameters(), lr=5e-5)
     found = diagnose(model, torch.randn(32, 8), None, optimizer, step=critic)
     assert found.ok, str(found)
-    assert found.of("zero-gradient")[0].where == "judge.2.bias"
+    assert found.of("zero-gradient")[0].where == "discriminator.2.bias"
 
 
 # Parts of a loss.

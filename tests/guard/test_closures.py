@@ -1,4 +1,4 @@
-"""Steps of optimizers that need their closure are the same as unguarded, undone, or refused."""
+"""A step that needs its closure has the same result as unguarded, is undone, or is refused."""
 
 import threading
 
@@ -66,7 +66,7 @@ class AliG(torch.optim.Optimizer):
 
 
 class ScheduleFreeClosure(torch.optim.Optimizer):
-    """Evaluates at another point than the weights, and counts steps in its param group."""
+    """Evaluates the gradient at a point other than the weights; counts steps in its param group."""
 
     def __init__(self, parameters, lr=0.1):
         super().__init__(parameters, {"lr": lr, "k": 0})
@@ -110,7 +110,7 @@ class Clears(torch.optim.SGD):
 
 
 class MovesData(torch.optim.SGD):
-    """SAM that changes `p.data`, which does not increment version counters, and keeps gradients."""
+    """A SAM that perturbs `p.data`, bypassing version counters, and keeps the gradients."""
 
     def step(self, closure):
         weights = [p for group in self.param_groups for p in group["params"]]
@@ -247,7 +247,7 @@ def test_gradients_are_clipped_if_the_closure_is_evaluated_first(kind):
     assert opt.records()[0].action == "clipped"
 
 
-def test_a_weight_that_is_nan_all_along_was_not_changed_before_the_closure():
+def test_a_weight_that_is_always_nan_does_not_count_as_changed():
     p, unused = one_parameter(), torch.nn.Parameter(torch.tensor([NAN]))
     opt = GuardedOptimizer(Careless([p, unused], lr=0.1), max_norm=0.5)
     opt.step(lambda: p.detach().sum())
@@ -289,7 +289,7 @@ def test_an_optimizer_that_changes_weights_before_a_later_evaluation_is_refused(
 
 def test_a_step_that_is_taken_again_draws_the_same_random_numbers():
     class Noisy(torch.optim.SGD):
-        """Evaluates at weights with noise, as BSAM does."""
+        """Evaluates at weights with added noise, as BSAM does."""
 
         def step(self, closure):
             (p,) = self.param_groups[0]["params"]
@@ -321,7 +321,7 @@ def test_a_step_that_is_taken_again_draws_the_same_random_numbers():
 
 
 @pytest.mark.parametrize("every", [2, 5])
-def test_an_optimizer_that_ascends_only_in_some_steps_steps_as_if_unguarded(every):
+def test_an_optimizer_that_ascends_only_sometimes_steps_as_if_unguarded(every):
     class Sometimes(torch.optim.SGD):
         """Counts its steps in an attribute that its first step creates."""
 
@@ -361,7 +361,7 @@ class EveryThird(torch.optim.SGD):
         super().step()
 
 
-def test_an_optimizer_that_needs_its_closure_only_in_some_steps():
+def test_an_optimizer_that_needs_its_closure_only_sometimes_steps_as_if_unguarded():
     closures = [Evaluations("moody"), Evaluations("moody")]
     for closure in closures:
         closure.inner = EveryThird(closure.parameters, lr=0.1, momentum=0.9)
@@ -382,7 +382,7 @@ def test_an_optimizer_that_needs_its_closure_only_in_some_steps():
     assert (opt.applied_steps, opt.skipped_steps) == (8, 1)
 
 
-def test_a_state_that_cannot_be_copied_does_not_prevent_a_closure():
+def test_state_that_cannot_be_copied_does_not_prevent_a_step_with_a_closure():
     class Holds(torch.optim.SGD):
         def step(self, closure=None):
             loss = closure()
@@ -396,7 +396,7 @@ def test_a_state_that_cannot_be_copied_does_not_prevent_a_closure():
     assert opt.applied_steps == 1 and p.tolist() == pytest.approx([0.9, 0.9])
 
 
-def test_an_error_in_a_first_step_with_a_closure_is_raised_as_it_is():
+def test_an_error_in_a_first_step_with_a_closure_is_raised_unchanged():
     class Fails(torch.optim.SGD):
         def step(self, closure=None):
             raise RuntimeError("expected all tensors to be on the same device")

@@ -1,4 +1,4 @@
-"""Copies of the Python values of an optimizer, on which a trace runs the step."""
+"""The copies of an optimizer's Python values on which a traced step runs."""
 
 import logging
 
@@ -7,7 +7,7 @@ import torch
 from fastguard.guard.held_values import copied, same
 
 
-def test_objects_that_copy_to_themselves_are_not_copied():
+def test_objects_whose_copy_is_the_same_object_are_not_changed():
     logger = logging.getLogger("fastguard.test_held_values")
     logger.handlers.append(handler := logging.NullHandler())
     handlers, parent = logger.handlers, logger.parent
@@ -16,7 +16,7 @@ def test_objects_that_copy_to_themselves_are_not_copied():
     assert logger.handlers is handlers and handlers == [handler] and logger.parent is parent
 
 
-def test_the_shape_of_a_tensor_remains_a_size():
+def test_a_copied_torch_size_is_still_a_torch_size():
     state = {"shape": torch.Size([2, 3]), "noted": ([1.0],)}
     copy = copied(state)
     assert copy["shape"].numel() == 6 and copy["noted"][0] is not state["noted"][0]

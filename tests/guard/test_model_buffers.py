@@ -70,7 +70,7 @@ class PerChannel(nn.Module):
 
 
 class History(nn.Module):
-    """An amax history that each forward pass replaces by a new tensor."""
+    """An amax history that each forward pass replaces with a new tensor."""
 
     def __init__(self) -> None:
         super().__init__()

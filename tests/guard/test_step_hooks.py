@@ -96,7 +96,7 @@ KINDS = ("Perturbs", "SGD")
 @pytest.mark.parametrize("whose", ["own", "of all"])
 @pytest.mark.parametrize("kind", INNER)
 def test_a_step_whose_post_hook_fails_counts_if_the_weights_moved(kind, whose):
-    """The step of an optimizer that evaluates its closure itself is undone instead."""
+    """The step of an optimizer that evaluates a closure inside it is undone instead."""
     parameters = new_parameters()
     inner = INNER[kind](parameters)
     opt = GuardedOptimizer(inner)

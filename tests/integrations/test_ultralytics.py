@@ -33,8 +33,8 @@ BAD = {
 def precision(request, monkeypatch) -> dict[str, Any]:
     """Settings of the trainer, which supports half precision only on GPUs.
 
-    Its autocast is replaced by torch's autocast for the CPU. For "scaled", its disabled GradScaler
-    is replaced by an enabled one.
+    Its autocast is replaced with torch's autocast for the CPU. For "scaled", its disabled
+    GradScaler is replaced with an enabled one.
     """
     if request.param == "fp32":
         return {}

@@ -83,7 +83,8 @@ def train_by_tensor(spread: str) -> tuple[list[StepRecord], torch.Tensor, torch.
     """Returns records, the state of AdaGC with one average per tensor, and the weights.
 
     Args:
-        spread: `"alone"`; `"copies"` on all ranks; or `"shards"` of DTensors.
+        spread: `"alone"` (one process), `"copies"` (each rank holds all tensors), or `"shards"`
+            (DTensors sharded over the ranks).
     """
     parameters = [torch.nn.Parameter(torch.zeros(5)) for _ in range(4)]
     group = Replicated(dist.group.WORLD) if spread == "copies" else None
@@ -106,7 +107,7 @@ def train_by_tensor(spread: str) -> tuple[list[StepRecord], torch.Tensor, torch.
 
 @pytest.mark.parametrize("n_ranks", ["two", "four"])
 @pytest.mark.parametrize("spread", ["copies", "shards"])
-def test_each_tensor_has_the_average_of_one_process(spread, n_ranks, request):
+def test_each_tensor_has_the_same_average_as_in_one_process(spread, n_ranks, request):
     ranks: Ranks = request.getfixturevalue(n_ranks)
     alone, limits, weights = train_by_tensor("alone")
     assert [r.step - 1 for r in alone if r.action == "skipped"] == list(BAD_STEPS)
@@ -146,7 +147,7 @@ def refused_shards() -> list[str]:
     return messages
 
 
-def test_units_of_shards_are_an_error_with_the_name(two):
+def test_clipping_units_of_a_dtensor_raises_an_error_that_names_it(two):
     for messages in two.run(refused_shards):
         for message in messages:
             assert message.startswith("body.weight is a DTensor") and "max_norm=1.0" in message

@@ -1,4 +1,4 @@
-"""With fake process groups and placeholders, one process estimates the memory of a step."""
+"""With fake process groups and fake tensors, one process estimates the memory of a step."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ GROUPS = {
 
 
 @pytest.mark.parametrize(
-    "placeholders",
+    "fake_tensors",
     [
-        pytest.param(False, id="numbers"),
-        pytest.param(True, id="placeholders", marks=needs(SHARDED_ESTIMATES)),
+        pytest.param(False, id="real"),
+        pytest.param(True, id="fake", marks=needs(SHARDED_ESTIMATES)),
     ],
 )
 @pytest.mark.parametrize(
     ("sharded", "group"), [(0, "plain"), (0, "replicated"), (1, "none"), (1, "plain")]
 )
-def test_steps_with_losses(
-    world: dist.ProcessGroup, sharded: int, group: str, placeholders: bool
+def test_steps_with_losses_run_in_a_fake_group(
+    world: dist.ProcessGroup, sharded: int, group: str, fake_tensors: bool
 ) -> None:
     mesh = init_device_mesh("cpu", (4,))
-    with FakeTensorMode() if placeholders else contextlib.nullcontext():
+    with FakeTensorMode() if fake_tensors else contextlib.nullcontext():
         model = nn.Linear(8, 4)
         if sharded:
             fully_shard(model, mesh=mesh)
@@ -66,5 +66,5 @@ def test_steps_with_losses(
         norm = fastguard.clip_grad_norm_(model.parameters(), 1.0, group=GROUPS[group](world))
     assert norm.shape == ()
     records = opt.records()
-    assert len(records) == 3 * (not placeholders)
+    assert len(records) == 3 * (not fake_tensors)
     assert all({"loss", "other"} == set(record.losses) for record in records)

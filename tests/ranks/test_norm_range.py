@@ -1,4 +1,4 @@
-"""Norms over ranks whose powers exceed float64 are correct and bitwise equal on all ranks."""
+"""Norms across ranks are correct and bitwise equal even if powers leave the float64 range."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FAR = (2e200, 1e-200, 1e-310)
 
 
 def far_gradients(magnitude: float, mixed: bool) -> list[Tensor]:
-    """Returns float64 gradients of this magnitude; with `mixed`, some are float32 of about 1."""
+    """Returns float64 gradients of this magnitude; if `mixed`, some are float32 of order 1."""
     narrow = (0, 1) if mixed else ()
     return [g if i in narrow else g.double() * magnitude for i, g in enumerate(model_gradients())]
 
@@ -49,7 +49,7 @@ def test_every_rank_gets_the_norm(four: Ranks, name: str, p: float) -> None:
 
 @pytest.mark.parametrize("p", [2.0, 20.0])
 @pytest.mark.parametrize("name", ["pipeline", "frozen_elsewhere", "ddp"])
-def test_ranks_with_other_dtypes(four: Ranks, name: str, p: float) -> None:
+def test_ranks_with_different_dtypes_get_the_same_norm(four: Ranks, name: str, p: float) -> None:
     params = [parameter(g) for g in far_gradients(2e200, True)]
     truth = fastguard.measure_grads(params, norm_type=p).total_norm64.item()
     results = four.run(measured, name, 2e200, p, True)

@@ -1,4 +1,4 @@
-"""`patch_torch()` in trainers that only use torch's functions, and their return values."""
+"""`patch_torch()` in trainers that call only torch's functions, and what these functions return."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from guardtest.spreads import SPREADS, model_gradients, on, parameter
 def clip_of_a_pipeline(
     params: list[nn.Parameter], max_norm: float, pp: DeviceMesh | None
 ) -> Tensor:
-    """Clips over stages like trainers that combine the norms of the stages themselves."""
+    """Clips like a trainer that combines the norms of its pipeline stages itself."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in params], 2.0, False, None)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
@@ -49,7 +49,7 @@ def pipeline_step(patched: bool) -> tuple[float, Tensor, list[str]]:
     return norm.item(), p.grad.full_tensor(), said
 
 
-def test_a_trainer_that_combines_the_stages_itself(four: Ranks) -> None:
+def test_a_trainer_that_combines_the_norms_of_its_stages_gets_torchs_result(four: Ranks) -> None:
     theirs, ours = four.run(pipeline_step, False), four.run(pipeline_step, True)
     for (norm, grad, said), (expected, its_grad, _) in zip(ours, theirs, strict=True):
         assert norm == pytest.approx(expected, rel=1e-6) == 10.0
@@ -79,7 +79,7 @@ def test_clamping_needs_no_communication_and_no_group(four: Ranks) -> None:
 
 
 def experts_apart() -> tuple[float, float]:
-    """Clips experts and other parameters in separate calls; the list may be empty."""
+    """Gets the norms of experts and of other parameters; a stage without experts passes `[]`."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "fsdp"))
     dense = [on(mesh["fsdp"], torch.ones(4), Shard(0))]
     last = mesh.get_local_rank("pp") == 1
@@ -92,12 +92,12 @@ def experts_apart() -> tuple[float, float]:
     return of_experts.item(), of_the_rest.item()
 
 
-def test_a_trainer_that_clips_experts_separately(four: Ranks) -> None:
+def test_a_trainer_can_get_the_norm_of_its_experts_separately(four: Ranks) -> None:
     assert four.run(experts_apart, timeout=15.0) == [(0.0, 2.0)] * 2 + [(8.0, 2.0)] * 2
 
 
 def returned(name: str) -> list[tuple[bool, float, float]]:
-    """Returns each function's norm, its `full_tensor`, and whether it is a DTensor."""
+    """Returns for each function: whether the norm is a DTensor, the norm, and its `full_tensor`."""
     parts, _ = SPREADS[name](model_gradients())
     params = [p for _, p in parts]
     found = []
@@ -172,7 +172,7 @@ def without_gradients() -> list[bool]:
     return [type(norm) is Tensor and norm.item() == 0.0 for norm in norms]
 
 
-def test_without_a_gradient_the_norm_is_plain_as_in_torch(four: Ranks) -> None:
+def test_without_gradients_the_norm_is_a_plain_tensor_as_in_torch(four: Ranks) -> None:
     assert four.run(without_gradients) == [[True] * 3] * 4
 
 

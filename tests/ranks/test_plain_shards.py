@@ -287,7 +287,7 @@ def test_parameters_sharded_later_are_an_error_at_the_first_step(two: Ranks) -> 
 
 
 class Replaces(torch.optim.SGD):
-    """Like DeepSpeed, `partition()` replaces parameters by a float32 partition."""
+    """Like DeepSpeed, `partition()` replaces parameters with a float32 partition."""
 
     def partition(self, n_ranks: int) -> None:
         (old,) = self.param_groups[0]["params"]

@@ -12,11 +12,11 @@ from fastguard.records.strict_json import dumps, encode, shortened, strict
 
 
 def no_constants(name):
-    raise AssertionError(f"{name} is no JSON")
+    raise AssertionError(f"{name} is not JSON")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_nonfinite_numbers_are_strings_that_float_reads(value):
+def test_nonfinite_numbers_become_strings_that_float_can_parse(value):
     text = json.loads(dumps(value), parse_constant=no_constants)
     assert isinstance(text, str)
     assert repr(float(text)) == repr(value)

@@ -97,7 +97,7 @@ def test_the_log_of_a_rollback_shows_the_lr(caplog: pytest.LogCaptureFixture) ->
         rollback.step()
     assert lr.get_last_lr() == [0.5]
     said = [m for m in caplog.messages if "rolled back" in m or "backed off" in m]
-    assert said[-1].endswith("; the lr is now 0.5 of the schedule")
+    assert said[-1].endswith("; the schedule is now multiplied by 0.5")
     assert "backed off to 0.01 of the schedule" in said[-2]
 
 

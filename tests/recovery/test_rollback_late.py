@@ -1,4 +1,4 @@
-"""`Rollback` with late records, which arrive before the next step, as on a GPU."""
+"""`Rollback` with late records: as on a GPU, each arrives just before the next step."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def read_contents(path: str | os.PathLike[str]) -> Contents:
 
     Raises:
         DamagedFile: The file is truncated, or in an unknown format.
-        UnsafeFile: The file asks to call a function that torch does not write.
+        UnsafeFile: The file would call a function that torch does not write.
         OSError: The file cannot be opened, or is not a regular file.
     """
     with open_regular(path) as file:

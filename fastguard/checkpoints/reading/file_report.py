@@ -39,7 +39,7 @@ class FileReport:
 
 
 def report_on_file(path: Path, *, crc32: bool = True) -> FileReport:
-    """Reads a `torch.save` file and checks every tensor and checksum; follows no links.
+    """Reads a `torch.save` file; checks every tensor and checksum; does not follow links.
 
     Args:
         path: The file.
@@ -47,12 +47,13 @@ def report_on_file(path: Path, *, crc32: bool = True) -> FileReport:
 
     Raises:
         DamagedFile: The file is incomplete, or not a checkpoint of a store.
-        UnsafeFile: The file asks to call a function.
+        UnsafeFile: The file would call a function that no checkpoint needs; nothing was
+            executed.
         OSError: The file cannot be read, or is not a regular file.
     """
     found = inspect(path, sha256=True, crc32=crc32, follow_links=False)
     if found.damaged:
-        raise DamagedFile(f"{path}: {', '.join(found.damaged)} changed after it was written")
+        raise DamagedFile(f"{path}: {', '.join(found.damaged)} changed after the file was written")
     check_loadable(path, found.contents)
     tree = found.contents.tree
     header = tree.get(HEADER) if isinstance(tree, dict) else None
@@ -75,7 +76,7 @@ def report_on_file(path: Path, *, crc32: bool = True) -> FileReport:
 
 
 def check_loadable(path: Path, contents: Contents) -> None:
-    """Raises a DamagedFile if a store could not load the file with any registered classes."""
+    """Raises a DamagedFile if a store cannot load the file, whichever classes are registered."""
     if contents.refused:
         raise DamagedFile(
             f"{path} was not written by CheckpointStore: torch.load(weights_only=True) refuses "

@@ -3,8 +3,8 @@
 A name becomes one of three things:
 
 * An entry of `CALLS`, the short list of functions that torch writes (and numpy, for scalars and
-  arrays). Each is replaced by a function of this package that only records its arguments: a tensor
-  becomes a `TensorRef`.
+  arrays). Each is replaced with a function of this package that only records its arguments: a
+  tensor becomes a `TensorRef`.
 * A dtype or a storage type of torch.
 * Otherwise a `Name`. Opcodes that create an object of this name, with state and items, make a
   `StandIn`.

@@ -122,7 +122,7 @@ class InertMachine(BoundedReader):
             self.since_mark()
 
     def push_tuple(self, n: int) -> None:
-        """Replaces the `n` values on top by a tuple of them."""
+        """Replaces the `n` values on top with a tuple of them."""
         self.charge(_TUPLE)
         items = tuple(self.stack[-n:]) if n else ()
         if len(items) < n:
@@ -234,7 +234,7 @@ class InertMachine(BoundedReader):
         self.push(self._names[key])
 
     def reduce(self) -> None:
-        """Replaces a function and its arguments by a placeholder for the result."""
+        """Replaces a function and its arguments with a placeholder for the result."""
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(arguments, tuple):
             raise TypeError("the arguments of a call are not a tuple")
@@ -248,7 +248,7 @@ class InertMachine(BoundedReader):
         self.push(call(function, arguments))
 
     def new_object(self, arguments: Any, keywords: Any = None) -> None:
-        """Replaces a class by a placeholder for an object of it."""
+        """Replaces a class with a placeholder for an object of it."""
         kind = self.stack.pop()
         if not isinstance(kind, Name):
             raise TypeError(f"the class of an object is a value of type {type(kind).__name__}")

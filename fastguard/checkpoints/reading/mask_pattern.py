@@ -1,4 +1,4 @@
-"""Detects whether the non-finite elements of a tensor are a mask, or under one; reads in blocks."""
+"""Detects whether non-finite elements form a mask or are masked out; reads tensors in blocks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BLOCK = 4 * 2**20  # bytes
 _LEAST = 3
 """Minimum number of -Inf in a mask; with fewer, no pattern can be recognized."""
 _SHARE = 8
-"""Minimum density: at least every eighth element of a mask is -Inf."""
+"""Minimum density: at least one in eight elements of a mask is -Inf."""
 
 
 def is_banded(file: BinaryIO, span: Span) -> bool:
@@ -77,7 +77,7 @@ def _blocks(file: BinaryIO, span: Span, dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 def _without_repetitions(span: Span) -> Span:
-    """Returns one of the equal parts of an expanded tensor, such as a mask repeated for a batch."""
+    """Shrinks expanded dimensions (stride 0), as in a mask repeated for a batch, to size 1."""
     size = tuple(1 if d == 0 else n for n, d in zip(span.size, span.stride, strict=True))
     return replace(span, size=size, dense=is_dense(size, span.stride))
 

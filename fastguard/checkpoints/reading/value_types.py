@@ -157,7 +157,7 @@ def check_object(kind: Name) -> None:
 
 def _refused(function: Any) -> UnsafeFile:
     return UnsafeFile(
-        f"the file asks to call {kind_of(function)}, which no checkpoint needs; nothing was "
+        f"the file would call {kind_of(function)}, which no checkpoint needs; nothing was "
         "executed. Do not load the file unless you trust its author"
     )
 

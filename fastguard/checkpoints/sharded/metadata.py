@@ -34,7 +34,7 @@ def read_metadata(folder: Path) -> Any:
     """Returns the `Metadata` of a folder written by `torch.distributed.checkpoint`.
 
     Raises:
-        UnsafeFile: The file asks to call a function; nothing was executed.
+        UnsafeFile: The file would call a function; nothing was executed.
         DamagedFile: The file is not a valid metadata file.
         OSError: The file cannot be read.
     """

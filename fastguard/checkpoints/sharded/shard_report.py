@@ -99,7 +99,7 @@ def _report_on_shards(path: Path, shards: Sequence[tuple[Any, Any]], crc32: bool
 
     if found.damaged:
         names = ", ".join(dict.fromkeys(map(shard_of, found.damaged)))
-        raise DamagedFile(f"{path}: {names} changed after it was written")
+        raise DamagedFile(f"{path}: {names} changed after the file was written")
     bad = tuple((shard_of(name), *counts) for name, *counts in found.bad)
     return FileReport(None, found.sha256 or "", found.size, frozenset(), bad)  # type: ignore[arg-type]
 

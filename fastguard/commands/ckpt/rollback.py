@@ -89,14 +89,14 @@ def _rollback_store(path: Path, to: str | None, answer: Answer) -> int:
         aside = {entry.serial: entry for entry in store.replaced()}
         for entry in before:
             if entry.serial in aside:
-                answer.say(f"put aside {aside[entry.serial]}")
-        put_aside = [str(aside[e.serial]) for e in before if e.serial in aside]
+                answer.say(f"set aside {aside[entry.serial]}")
+        set_aside = [str(aside[e.serial]) for e in before if e.serial in aside]
         answer.say(
             f"training resumes after {target}",
             path=str(path / target.file),
             step=target.step,
             epoch=target.epoch,
-            put_aside=put_aside,
+            set_aside=set_aside,
         )
     return FINE
 

@@ -101,7 +101,9 @@ def _verify_file(path: Path, ignore: Sequence[str], answer: Answer) -> int:
         found = inspect(path)
     except (CheckpointError, OSError) as error:
         return _report(answer, path, foreign.problem_of(path, error))
-    problem = f"{', '.join(found.damaged)} changed after it was written" if found.damaged else None
+    problem = (
+        f"{', '.join(found.damaged)} changed after the file was written" if found.damaged else None
+    )
     bad = not_ignored(found.bad, ignore)
     meant = [(culprit, what) for culprit, what in found.meant if not_ignored([culprit], ignore)]
     unread = found.contents.unread

@@ -71,8 +71,8 @@ def _candidates(summary: Summary, norm_rises: bool) -> Iterator[tuple[int, str]]
     text = f"the backward pass: gradients contained NaN although the loss was finite. {_FIND}"
     yield kinds["backward"], text
     text = (
-        "replicas that must be equal differ: a flipped bit, a missing broadcast of the weights, or "
-        "different random seeds."
+        "replicas that must be equal differ, because of a flipped bit, a missing broadcast of the "
+        "weights, or different random seeds."
     )
     yield kinds[REPLICA_DRIFT], text
     yield from _spikes(summary, norm_rises)

@@ -30,7 +30,7 @@ _LEGEND = {
 
 
 def draw(summary: Summary) -> go.Figure:
-    """Draws the figure of a run, without rows that have no data."""
+    """Draws the figure of a run, omitting rows without data."""
     rows = [
         *curve_rows(summary),
         *incident_rows(summary),

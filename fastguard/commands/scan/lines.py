@@ -47,7 +47,7 @@ class Block(NamedTuple):
     Attributes:
         number: Number of the first line.
         data: The bytes without control sequences, in UTF-8 if the log is UTF-8. Line feeds and
-            carriage returns are kept. The infinity sign is replaced by "inf", and full-width
+            carriage returns are kept. The infinity sign is replaced with "inf", and full-width
             letters and digits by ASCII.
     """
 

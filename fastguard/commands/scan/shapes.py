@@ -2,7 +2,7 @@
 
 A training loop prints the same few lines again and again: "step 100: loss nan" and "step 101: loss
 nan" differ only in their place in the run. Each line is looked up by its shape, which is the line
-with every digit replaced by 0. The cached result tells which characters give the place. Digits in a
+with every digit set to 0. The cached result tells which characters give the place. Digits in a
 name ("loss_2") or a count ("nan iterations: 0") change the meaning of a line, so they are part of
 the key. A line whose shape is new is looked up by its wording, see `wording`.
 """

@@ -167,7 +167,7 @@ def _others(text: str, begin: int, end: int) -> Iterator[Value]:
 
 
 def _name(before: str, after: str, end: str, token: str) -> str | None:
-    """Calls `_name_of_value` with all digits replaced by 1, so that more calls are cached."""
+    """Calls `_name_of_value` with all digits replaced with 1, so that more calls are cached."""
     if DENIED.match(after):
         return None
     alike = before.translate(_DIGITS)

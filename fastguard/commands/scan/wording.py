@@ -1,8 +1,9 @@
 """Reduces lines to their wording, so that lines which differ in words without meaning share one.
 
 "alexnet block loss nan" and "resnet stem loss nan" differ only in names. Words that no pattern of
-the scan contains are replaced by numbered placeholders. The result, the wording, is parsed instead
-of the line; `Wording.name` and `Wording.span` translate the result back to the words of the line.
+the scan contains are replaced with numbered placeholders. The result, the wording, is parsed
+instead of the line; `Wording.name` and `Wording.span` translate the result back to the words of the
+line.
 """
 
 from __future__ import annotations

@@ -134,8 +134,8 @@ def _constant(values: TensorRange) -> Finding:
 def _range(values: TensorRange) -> Finding:
     return CHECK.warning(
         "range",
-        f"ranges from {values.min:.4g} to {values.max:.4g}; networks expect inputs of about "
-        "unit size",
+        f"ranges from {values.min:.4g} to {values.max:.4g}; networks expect inputs with a "
+        "magnitude of about 1",
         where=values.name,
         value=values.absmax,
         limit=RANGE,

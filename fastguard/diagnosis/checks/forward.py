@@ -246,15 +246,15 @@ _SATURATION = {
         "leaky ReLU or GELU.",
     ),
     "sigmoid": (
-        "of the sigmoid's output is within 3e-4 of 0 or 1 and passes no gradient",
+        "of the sigmoid's output is within 3e-4 of 0 or 1 and passes almost no gradient",
         "reduce the scale of the sigmoid's input; in a loss, use binary_cross_entropy_with_logits.",
     ),
     "tanh": (
-        "of the tanh's output is within 5e-4 of -1 or 1 and passes no gradient",
+        "of the tanh's output is within 5e-4 of -1 or 1 and passes almost no gradient",
         "reduce the scale of the tanh's input, or put a normalization layer before it.",
     ),
     "softmax": (
-        "of the softmax's rows are one-hot and pass no gradient",
+        "of the softmax's rows are one-hot and pass almost no gradient",
         "divide attention scores by the square root of the head size, or normalize queries and "
         "keys. If the softmax is over an axis of length 1, its result is always 1, and the axis is "
         "wrong.",

@@ -118,7 +118,7 @@ def _weight(module: Any, name: str) -> Iterator[Finding]:
         CHECK,
         "extreme-gain",
         "error" if gain > GAIN_HOPELESS or gain < 1 / GAIN_HOPELESS**2 else "warning",
-        f"the weights multiply the size of their input by {gain:.3g} (rms of the weights times "
+        f"the weights amplify their input by a factor of {gain:.3g} (rms of the weights times "
         f"the square root of {fan_in} inputs), which is too {too}",
         where=name,
         value=gain,

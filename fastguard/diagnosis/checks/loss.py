@@ -178,9 +178,9 @@ def _parts(evidence: Evidence) -> Iterator[Finding]:
         if rest / norm > PARTS and _is_small_nearby(evidence, name):
             yield CHECK.warning(
                 "loss-parts",
-                f"the gradient of {name} is {norm:.3g}, while the gradient of the other parts on "
-                f"the same parameters is {rest:.3g}: {rest / norm:.3g} times as large, so {name} "
-                "has almost no effect",
+                f"the gradient norm of {name} is {norm:.3g}, but that of the other parts on the "
+                f"same parameters is {rest:.3g}, {rest / norm:.3g} times as large, so {name} has "
+                "almost no effect",
                 where=name,
                 value=rest / norm,
                 limit=PARTS,

@@ -1,8 +1,8 @@
 """Detects whether a sample's output depends on the other samples in its batch.
 
 A softmax over axis 0, or a recurrent or attention layer that treats its input as (time, batch), is
-suspected because of its arguments and then tested: in evaluation mode, one sample is replaced by a
-copy of another sample, and the outputs of all other samples must not change.
+suspected because of its arguments and then tested: in evaluation mode, one sample is replaced with
+a copy of another sample, and the outputs of all other samples must not change.
 """
 
 from __future__ import annotations

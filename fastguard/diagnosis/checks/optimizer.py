@@ -195,5 +195,5 @@ def _updates(evidence: Evidence, optimizer: Optimizer) -> Iterator[Finding]:
             limit=UPDATE_HIGH if large else UPDATE_LOW,
             remedy="lower the learning rate, add a warm-up, and clip the gradient norm."
             if large
-            else "raise the learning rate; if gradients are that small, scale the loss up.",
+            else "raise the learning rate; if the gradients are the reason, scale the loss up.",
         )

@@ -45,7 +45,7 @@ def _to_blame(evidence: Evidence) -> Iterator[Finding]:
     largest, module = max(((v, k) for k, v in over.items()), default=(math.inf, ""))
     name = _names(dtypes)
     first = next((a.where for a in evidence.step.activations if a.values.nonfinite), "")
-    reached = f"; in float32 {module} reaches {largest:.3g}" if over else ""
+    reached = f"; {module} reaches {largest:.3g} in float32" if over else ""
     yield CHECK.error(
         "float16-range",
         f"the step on this batch is not finite in {name} but finite in float32, so the cause is "

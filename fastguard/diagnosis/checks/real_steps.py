@@ -26,7 +26,7 @@ def check(evidence: Evidence) -> Iterator[Finding]:
     if not all(map(math.isfinite, after)):
         yield CHECK.error(
             "diverges",
-            f"{text}; the loss was finite before these steps",
+            f"{text}; the loss was finite at first, and then became NaN or Inf",
             value=next(i for i, loss in enumerate(after, 1) if not math.isfinite(loss)),
             remedy=_settings_to_fix(evidence)
             or "divide the learning rate by ten, add a warm-up, and clip gradients with "
@@ -48,7 +48,7 @@ def check(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _settings_to_fix(evidence: Evidence) -> str:
-    """Returns a remedy if optimizer settings explain the result of the steps; otherwise empty."""
+    """Returns a remedy if the optimizer has bad settings; otherwise an empty string."""
     found = [f for f in check_settings(evidence) if f.severity in ("error", "warning")]
     worst = [f for f in found if f.severity == "error"] or found
     return "fix the optimizer first: " + "; ".join(f.seen for f in worst) + "." if worst else ""

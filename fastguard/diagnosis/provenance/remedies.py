@@ -72,7 +72,8 @@ KINDS = (
     _kind(
         "inverse function at the edge of its domain",
         "acos asin acosh atanh erfinv",
-        "clamp the argument inside the domain: x.clamp(-1 + eps, 1 - eps).",
+        "clamp the argument to the inside of its domain: x.clamp(-1 + eps, 1 - eps), or "
+        "x.clamp_min(1 + eps) for acosh.",
     ),
     _kind(
         "matrix product or convolution",
@@ -129,9 +130,9 @@ KINDS = (
 
 OUTSIDE = {
     "parameter": "an earlier step destroyed the weights: go back to a checkpoint that is "
-    "verified finite, and let fastguard.GuardedOptimizer skip bad steps.",
+    "verified to be finite, and let fastguard.GuardedOptimizer skip bad steps.",
     "buffer": "an earlier batch destroyed this buffer (NaN stays in running statistics): "
-    "go back to a checkpoint that is verified finite, or reset the buffer.",
+    "go back to a checkpoint that is verified to be finite, or reset the buffer.",
     "batch": "repair or drop this sample; fastguard.check_batch finds such batches before the "
     "step.",
     "constant": "check where this tensor is created; it is neither a parameter, nor a buffer, nor "

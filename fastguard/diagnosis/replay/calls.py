@@ -27,7 +27,7 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def floats(tree: Any) -> list[Tensor]:
-    """Returns the tensors in nested containers that can contain NaN."""
+    """Returns the tensors that can contain NaN, from nested containers."""
     return [
         t
         for t in tree_leaves(tree)

@@ -19,8 +19,8 @@ from fastguard.diagnosis.replay.calls import floats
 def loss_parts(result: Any) -> dict[str, Tensor]:
     """Returns the scalar losses in a step's result, by name; empty if there are none.
 
-    Only the `loss` of a mapping or an object counts; other values are for logging. In a tuple, the
-    loss is the first entry, or else the only scalar: `(logits, loss)`.
+    If a mapping or an object has a `loss`, its other values are ignored, since they are meant for
+    logging. In a tuple, the loss is the first entry, or else the only scalar: `(logits, loss)`.
     """
     if _is_scalar(result):
         return {"loss": result}

@@ -19,7 +19,7 @@ from fastguard.optim.optimizer import FusedOptimizer
 def take_back_casts(
     optimizer: Optimizer, saved: Mapping[str, Any], live: Mapping[Any, Any]
 ) -> None:
-    """Replaces loaded tensors that torch has cast by the saved tensors.
+    """Replaces loaded tensors that torch has cast with the saved tensors.
 
     If there was state before loading, its dtype takes precedence. Otherwise the saved dtype is
     kept, with one exception: for optimizers of torch, state with the shape of the parameter takes

@@ -1,4 +1,6 @@
-"""Support for `get_` and `set_optimizer_state_dict` of torch.distributed.checkpoint.
+"""Supports the optimizer functions of torch.distributed.checkpoint.
+
+`get_optimizer_state_dict` and `set_optimizer_state_dict` need the following:
 
 - They make an optimizer without state take a step with zero gradients and learning rates, so that
   the state is created. The guard passes this step directly to the wrapped optimizer.
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 KEY = "fastguard"
 _MODULE = "torch.distributed.checkpoint.state_dict"
 _FIRST_READER = "_init_optim_state"
-_FRAMES = 12  # maximum number of frames up to its function: wrappers of torch, schedulers, trainers
+_FRAMES = 12  # maximum number of frames to search; torch, schedulers and trainers add wrappers
 
 
 def is_calling() -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 REBUILT = (dict, list, tuple, set, frozenset, bytes, torch.Size)
-"""Types that torch rebuilds correctly, and subclasses with the same constructor."""
+"""Types that torch rebuilds correctly, as it does subclasses with the same constructor."""
 
 
 class _Hidden:
@@ -41,7 +41,7 @@ def hide(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 
 def reveal(optimizer: Optimizer) -> None:
-    """Replaces hidden entries of a loaded state by copies on the parameter's device."""
+    """Replaces hidden entries of a loaded state with copies on the parameter's device."""
     for p, of_p in optimizer.state.items():
         optimizer.state[p] = _revealed(of_p, p.device if isinstance(p, Tensor) else None)
 

@@ -4,7 +4,7 @@
     Reading.results(numbers, known)    on the host, when the record is created
 
 Values of a reading with `sums_over_ranks` become part of the vector that the ranks exchange anyway,
-and are replaced by their sums over the ranks. This costs 8 bytes per value and no further
+and are replaced with their sums over the ranks. This costs 8 bytes per value and no further
     collective.
 """
 

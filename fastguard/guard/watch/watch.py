@@ -151,7 +151,7 @@ class WatchedStep:
         return replace(signals, watched=torch.cat(summed)) if summed else signals
 
     def take_sums(self, signals: Signals) -> None:
-        """Replaces values by their sums over the ranks."""
+        """Replaces values with their sums over the ranks."""
         if signals.watched is None:
             return
         shared = [r for r in self._readings if r.sums_over_ranks]
@@ -324,6 +324,6 @@ def check_watchable(names: tuple[str, ...], steps_first: bool, optimizer: object
     if steps_first and "update_ratio" in names:
         raise ValueError(
             "watch holds 'update_ratio', which needs the weights before the update, but "
-            f"{type(optimizer).__name__} evaluates its closure itself and changes the weights "
-            "before the guard reads the gradients; remove 'update_ratio' from watch"
+            f"{type(optimizer).__name__} evaluates a closure in the middle of its step and "
+            "changes the weights before the guard reads the gradients; remove 'update_ratio' from watch"
         )

@@ -6,9 +6,9 @@ other cases (other p, float64 gradients, many segments of one small tensor each)
 The sum also shows whether all elements are finite. If it is NaN or Inf, an exact pass in float64
 follows, which counts NaN, +Inf and -Inf and sums the finite elements. The same pass replaces
 float32 sums that are infinite because of an overflow, or so small (below `n_elements * 2**-126 *
-1e9`) that squares may have been lost to underflow. Where sums can exceed the range of float64,
-elements are divided by the largest one and the result is the norm: see
-`fastguard.stages.formulas.holds_norms`.
+1e9`) that squares may have been lost to underflow. If sums can exceed the range of float64 (see
+`fastguard.stages.formulas.holds_norms`), the result is the norm, and the exact pass divides the
+elements by the largest one first.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ PIECE = 2**18  # elements that are converted to float64 at a time: 2 MB
 SMALL = 2**12  # up to this number of elements, single-tensor segments are summed together
 FEW = 8  # fewer single-tensor segments are summed one by one
 TINY_SQUARE = 2.0**-126  # smallest normal float32; smaller squares may be flushed to zero
-PLAINLY_TRUSTWORTHY = 1e-12  # above the limits for tiny sums, for any size in memory
-# a float64 power that is flushed to zero is less than 2**-62 times this number
+# above the limits in `_trustworthy` for any tensor that fits in memory
+PLAINLY_TRUSTWORTHY = 1e-12
+# 2**62 times 2**-1022, the smallest normal float64, below which powers may be flushed to zero
 TINY_POWER = 2.0**-960
 CPU = torch.device("cpu")
 
@@ -76,7 +77,7 @@ def measure_bucket(
     """Computes power sums and counts: see `fastguard.stages.reference.measure_bucket`."""
     sums, bad = power_sums(bucket, n_segments, norm_type)
     bucket.memo.nonfinite = list(bad)
-    rows = np.zeros((4, n_segments))  # numpy takes half of torch's time
+    rows = np.zeros((4, n_segments))  # numpy takes half as long as torch
     rows[0] = sums
     summary = torch.from_numpy(rows)
     counts = torch.from_numpy(np.zeros((3, n_tensors), np.int64))
@@ -90,7 +91,7 @@ def measure_bucket(
 def power_sums(
     bucket: GradBucket, n_segments: int, norm_type: float
 ) -> tuple[list[float], dict[int, Counts]]:
-    """Computes power sums, or norms, of finite elements per segment, and counts of all others.
+    """Computes power sums, or norms, of finite elements per segment, and counts NaN and Inf.
 
     Args:
         bucket: CPU gradients of one dtype.
@@ -122,7 +123,7 @@ def power_sums(
 
 
 def _parts(bucket: GradBucket) -> list[Part]:
-    """Returns the segments of a bucket; cached if it has runs, until their memory moves.
+    """Returns the segments of a bucket. If it has runs, caches them until a run's memory moves.
 
     Memory moves when a tensor is shared with another process; numpy arrays of the old memory would
     then be stale.
@@ -147,7 +148,8 @@ def _by_segment(bucket: GradBucket) -> Iterator[Part]:
             yield Part(bucket.segment, positions, runs[bucket.segment])
         return
     segments = bucket.segment_ids
-    if runs is None and len(set(segments)) == len(segments):  # one per tensor: half the time
+    # one segment per tensor: takes half the time
+    if runs is None and len(set(segments)) == len(segments):
         for i, (segment, grad) in enumerate(zip(segments, bucket.grads, strict=True)):
             yield Part(segment, (i,), (grad,))
         return
@@ -167,8 +169,8 @@ def by_number(pairs: Iterable[tuple[int, T]]) -> dict[int, list[T]]:
 def _sums_of_small_segments(parts: Sequence[Part], norm_type: float) -> dict[int, float]:
     """Returns the float64 power sums of segments that consist of one small tensor, by segment.
 
-    Sums many segments at a time, since one at a time costs 9 µs per segment. With one segment per
-    tensor, most segments of a model with many layers are small tensors.
+    Sums many segments at a time, since summing them one by one costs 9 µs per segment. With one
+    segment per tensor, most segments of a model with many layers are small tensors.
     """
     single = [part for part in parts if len(part.tensors) == 1]
     numel = list(map(Tensor.numel, [part.tensors[0] for part in single]))
@@ -203,7 +205,7 @@ def _clean_sum(part: Part, dtype: torch.dtype, norm_type: float) -> float:
 def _not_empty(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Returns the non-empty tensors, or a zero if there are none.
 
-    torch refuses the inf-norm of an empty tensor, which is 0 here.
+    torch raises an error for the inf-norm of an empty tensor; here, this norm is 0.
     """
     return [t for t in tensors if t.numel()] or [torch.zeros(1, device="cpu")]
 
@@ -211,7 +213,7 @@ def _not_empty(tensors: Sequence[Tensor]) -> list[Tensor]:
 def _trustworthy(
     total: float, bucket: GradBucket, part: Part, norm_type: float, in_float64: bool
 ) -> bool:
-    """Whether a sum is finite, and too large for squares or powers to have underflowed."""
+    """Whether a sum is finite, and so large that powers lost to underflow do not matter."""
     if not math.isfinite(total):
         return False
     if total > PLAINLY_TRUSTWORTHY or norm_type == math.inf:
@@ -271,7 +273,7 @@ def _float64_power_sum(x: Tensor, norm_type: float) -> float:
 def _exact(
     bucket: GradBucket, positions: Sequence[int], norm_type: float
 ) -> tuple[float, dict[int, Counts]]:
-    """Returns the power sum of finite elements, and counts of all others by position."""
+    """Returns the power sum of finite elements, and the counts of NaN and Inf by position."""
     parts: list[float] = []
     bad: dict[int, Counts] = {}
     for x, owners in _float64_pieces([bucket.grads[i] for i in positions]):
@@ -289,7 +291,7 @@ def _exact(
 def _exact_norm(
     bucket: GradBucket, positions: Sequence[int], norm_type: float
 ) -> tuple[float, dict[int, Counts]]:
-    """Returns the norm of finite elements, and counts of all others by position.
+    """Returns the norm of finite elements, and the counts of NaN and Inf by position.
 
     Divides by the largest element first, so that powers stay in the range of float64.
     """

@@ -23,7 +23,7 @@ class Head(torch.nn.Module):
 
 
 def write(path, epoch, *, bad=False, fitness=0.1, optimizer=True):
-    """Writes a checkpoint like a detection trainer: pickled modules in half precision."""
+    """Writes a checkpoint as a detection trainer does: pickled modules in half precision."""
     model = torch.nn.Sequential(Head(), torch.nn.Linear(2, 2)).half()
     state = {"state": {0: {"momentum_buffer": torch.ones(4)}}, "param_groups": [{"lr": 0.1}]}
     if bad:
@@ -147,7 +147,7 @@ def test_verify_reports_damaged_and_dangerous_files(weights, capsys):
     assert main(["ckpt", "verify", str(weights / "last.pt"), str(weights / "best.pt")]) == 1
     out = capsys.readouterr().out
     assert "last.pt: truncated or damaged" in out
-    assert "best.pt: the file asks to call posix.system" in out
+    assert "best.pt: the file would call posix.system" in out
 
 
 class _Bomb:
@@ -183,7 +183,7 @@ def test_a_store_is_listed_verified_and_rolled_back(store, capsys):
 
     assert main(["ckpt", "rollback", str(store)]) == 0
     out = capsys.readouterr().out
-    assert "put aside" in out and "training resumes after step-000000100" in out
+    assert "set aside" in out and "training resumes after step-000000100" in out
     assert main(["ckpt", "verify", str(store)]) == 0
     assert main(["ckpt", "rollback", str(store), "--to", "0"]) == 0
     assert main(["ckpt", "list", str(store)]) == 0
@@ -228,7 +228,7 @@ def test_a_store_in_use_can_be_listed_but_not_rolled_back(store, capsys):
         (["verify", "run/text.pt"], 1, ""),
     ],
 )
-def test_wrong_use(store, monkeypatch, capsys, arguments, status, message):
+def test_usage_errors_are_explained(store, monkeypatch, capsys, arguments, status, message):
     monkeypatch.chdir(store.parent)
     (store / "text.pt").write_text("no checkpoint")
     (store.parent / "empty").mkdir()
@@ -236,7 +236,7 @@ def test_wrong_use(store, monkeypatch, capsys, arguments, status, message):
     assert message in capsys.readouterr().err
 
 
-def test_a_manifest_of_a_newer_version_asks_to_upgrade(store, capsys):
+def test_the_error_for_a_newer_manifest_says_to_upgrade(store, capsys):
     path = store / "manifest.json"
     path.write_text(path.read_text().replace('"version": 1', '"version": 9'))
     for action in ("list", "verify", "rollback"):
@@ -253,7 +253,7 @@ def test_a_folder_with_a_manifest_of_another_tool_is_not_a_store(weights, capsys
     assert (weights / "manifest.json").read_text() == text
 
 
-def test_the_command_runs_in_a_process(store):
+def test_the_command_runs_as_a_subprocess(store):
     command = [sys.executable, "-m", "fastguard", "ckpt", "verify", store]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
@@ -275,7 +275,7 @@ def test_a_run_resumes_after_a_rollback_by_the_command(tmp_path):
     assert_same_bits(resumed.advance(6).everything(), expected)
 
 
-def test_a_checkpoint_that_a_lost_manifest_cannot_be_rebuilt_from_is_bad(store, capsys):
+def test_verify_without_a_manifest_reports_damaged_checkpoints(store, capsys):
     (store / "manifest.json").unlink()
     files = sorted(store.glob("step-*.pt"))
     files[0].write_bytes(files[0].read_bytes()[:-100])

@@ -72,7 +72,7 @@ def test_a_damaged_checkpoint_put_aside_is_called_damaged(store, capsys):
     os.truncate(store / file, 50)
     status, out, err = ckpt(capsys, "rollback", store)
     assert status == 0
-    assert "put aside" in out and f"{file} (step 30, damaged)" in out
+    assert "set aside" in out and f"{file} (step 30, damaged)" in out
     assert "rolled back to" not in err  # not logged a second time
 
 

@@ -257,7 +257,9 @@ def test_the_refusal_names_the_line_that_cannot_be_traced(kind, told):
 
 def test_refused_at_construction():
     params = parameters()
-    with pytest.raises(TypeError, match="LBFGS, which evaluates its closure itself"):
+    with pytest.raises(
+        TypeError, match="LBFGS, which evaluates a closure in the middle of its step"
+    ):
         compiled(torch.optim.LBFGS(params))
     with pytest.raises(ValueError, match="pass one of them"):
         compiled(torch.optim.AdamW(params), flat_parameters=True)

@@ -44,7 +44,8 @@ def test_a_quantity_that_cannot_be_watched_is_refused(
 def test_update_ratio_is_refused_for_optimizers_that_step_before_the_decision() -> None:
     p = nn.Parameter(torch.ones(2))
     with pytest.raises(
-        ValueError, match=r"LBFGS evaluates its closure itself.*remove 'update_ratio'"
+        ValueError,
+        match=r"LBFGS evaluates a closure in the middle of its step.*remove 'update_ratio'",
     ):
         guard(torch.optim.LBFGS([p]), watch=("update_ratio",))
     opt = guard(torch.optim.LBFGS([p]), watch=("tensor_norms",))

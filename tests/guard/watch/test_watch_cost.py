@@ -1,4 +1,4 @@
-"""benchmarks/watch_cost.py times steps that watch the quantity of each row."""
+"""For each row, benchmarks/watch_cost.py times a step that watches the row's quantity."""
 
 import math
 
@@ -10,7 +10,7 @@ watch_cost = benchmarks("watch_cost")
 
 
 @pytest.mark.parametrize("row", [row for row in watch_cost.ROWS if row != "replica_drift"])
-def test_only_the_first_step_of_a_row_watches_its_quantity(row):
+def test_each_row_pairs_a_step_that_watches_its_quantity_with_a_bare_step(row):
     watched, bare, _ = watch_cost.calls_of(row, 3, 8)
     watched(), bare()
     quantity, _ = watch_cost.ROWS[row]

@@ -29,7 +29,7 @@ from fastguard.commands.demo.incidents.segmentation_model import HEADS, UNet, lo
 from fastguard.diagnosis.provenance import NonFiniteReport
 
 BATCHES, BATCH_SIZE = 150, 4
-FAULTS = {81: Kind.LETTERBOX, 121: Kind.MICROMETRES}  # by batch, counted from 1
+FAULTS = {81: Kind.LETTERBOX, 121: Kind.MICROMETERS}  # by batch, counted from 1
 LR, MOMENTUM = 0.02, 0.9
 MAX_NORM_BEFORE = 5.0  # limit of the original run
 GUARD: dict[str, Any] = {

@@ -16,7 +16,7 @@ class Kind(Enum):
 
     LETTERBOX = "a resize padded half of an image with black"
     TWELVE_BITS = "images of another microscope range from 0 to 4095"
-    MICROMETRES = "the distance maps are in micrometres instead of centimetres"
+    MICROMETERS = "the distance maps are in micrometers instead of centimeters"
 
 
 def draw(n: int, random: torch.Generator, fault: Kind | None = None) -> Batch:
@@ -45,7 +45,7 @@ def draw(n: int, random: torch.Generator, fault: Kind | None = None) -> Batch:
         images[0, :, SIZE // 2 :] = 0.0
     if fault is Kind.TWELVE_BITS:
         images = 4095.0 * images
-    unit = 10_000.0 if fault is Kind.MICROMETRES else 1.0
+    unit = 10_000.0 if fault is Kind.MICROMETERS else 1.0
     targets = {
         "mask": mask,
         "boundary": (level.abs() < 1.5).float(),

@@ -33,7 +33,7 @@ LETTER = "C"
 for package in ("rich", "matplotlib", "plotly"):
     require(package)
 BATCH_OF = {fault: number for number, fault in FAULTS.items()}
-PADDED, OTHER_UNIT = BATCH_OF[Kind.LETTERBOX], BATCH_OF[Kind.MICROMETRES]
+PADDED, OTHER_UNIT = BATCH_OF[Kind.LETTERBOX], BATCH_OF[Kind.MICROMETERS]
 
 
 def record_of(outcome, batch):
@@ -238,7 +238,7 @@ def test_without_its_rule_a_spike_is_not_recorded(rule, guarded, monkeypatch, tm
     rules = {name: r for name, r in segmentation.GUARD["spike"].items() if name != rule}
     monkeypatch.setitem(segmentation.GUARD, "spike", rules)
     monkeypatch.setattr(segmentation, "BATCHES", 41)
-    monkeypatch.setattr(segmentation, "FAULTS", {40: Kind.MICROMETRES})
+    monkeypatch.setattr(segmentation, "FAULTS", {40: Kind.MICROMETERS})
     record = record_of(segmentation.run(tmp_path, guarded=True), 40)
     assert record.spikes == tuple(rules)
 
