@@ -89,7 +89,7 @@ def check_optimizer(optimizer: object, group: Group) -> None:
 
 
 def check_whole_step(optimizer: Optimizer, group: Group) -> None:
-    """Raises a ValueError for an optimizer that evaluates a closure in its step, on several ranks."""
+    """Raises a ValueError if an optimizer on several ranks evaluates a closure in its step."""
     kinds = {type(p) for param_group in optimizer.param_groups for p in param_group["params"]}
     if group is not None or dtensor_types(kinds):
         raise ValueError(

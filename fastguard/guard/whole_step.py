@@ -80,7 +80,8 @@ class WholeStep:
             self._warned = True
             log.warning(
                 "%s has no effect: %s evaluates a closure in the middle of its step, so its "
-                "gradients cannot be clipped before they are used; clip them in the closure, after backward()",
+                "gradients cannot be clipped before they are used; clip them in the closure, after "
+                "backward()",
                 " and ".join(clips),
                 type(self.optimizer).__name__,
             )
