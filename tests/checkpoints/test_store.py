@@ -325,7 +325,7 @@ def test_wrong_arguments_of_save_are_an_error(store, arguments, error, message):
         store.save(w={"x": torch.ones(1)}, **arguments)
     with pytest.raises(TypeError, match="give names"):
         store.save(torch.nn.Linear(1, 1), step=1)
-    with pytest.raises(ValueError, match="w is given twice"):
+    with pytest.raises(ValueError, match="both contain w; pass each only once"):
         store.save({"w": 1}, w=2, step=1)
     assert steps(store) == []
 

@@ -325,5 +325,6 @@ def check_watchable(names: tuple[str, ...], steps_first: bool, optimizer: object
         raise ValueError(
             "watch holds 'update_ratio', which needs the weights before the update, but "
             f"{type(optimizer).__name__} evaluates a closure in the middle of its step "
-            "and changes the weights before the guard reads the gradients; remove 'update_ratio' from watch"
+            "and changes the weights before the guard reads the gradients; remove 'update_ratio' "
+            "from watch"
         )

@@ -33,12 +33,12 @@ bfloat16 amplify one rounding of the float32 learning rate to 1 %; all others st
 REASONS = {
     "the step reads a value from the device in Python": "reads a value in Python",
     "the step uses a tensor that is not a direct entry": "keeps tensors outside of `state`",
-    "which would change even if the device skips": "keeps values in Python",
+    "which would change even if the device skipped": "keeps values in Python",
     "whose param_groups belong to other": "wraps another optimizer",
 }
 OTHER_REASON = "cannot be traced"
 REFUSAL = re.compile(r"compile_step=True does not support \w+: (.*); nothing was changed;", re.S)
-LINE = re.compile(r"([^/\s]+\.py:\d+), in \w+: (.*) \((?:it \w+|\w+:) .*\)$", re.S)  # file, code
+LINE = re.compile(r"([^/\s]+\.py:\d+), in \w+: (.*) \((?:the step \w+|\w+:) .*\)$", re.S)  # file, code
 
 
 class Finding(NamedTuple):
