@@ -38,7 +38,9 @@ REASONS = {
 }
 OTHER_REASON = "cannot be traced"
 REFUSAL = re.compile(r"compile_step=True does not support \w+: (.*); nothing was changed;", re.S)
-LINE = re.compile(r"([^/\s]+\.py:\d+), in \w+: (.*) \((?:the step \w+|\w+:) .*\)$", re.S)  # file, code
+LINE = re.compile(
+    r"([^/\s]+\.py:\d+), in \w+: (.*) \((?:the step \w+|\w+:) .*\)$", re.S
+)  # file, code
 
 
 class Finding(NamedTuple):
