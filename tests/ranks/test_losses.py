@@ -131,7 +131,8 @@ def test_a_loss_beyond_the_positions_is_reported_once(fresh: Ranks) -> None:
         assert losses == [{"other losses": 2.0}, {"other losses": 5.0}]
         (warning,) = warnings
         assert f"no position is left for loss 'of rank {i}'" in warning
-        assert "combine at most 11 losses by name" in warning and "To record losses by name" in warning
+        assert "combine at most 11 losses by name" in warning
+        assert "To record losses by name" in warning
 
 
 def raise_of_a_late_loss() -> str:
