@@ -6,7 +6,7 @@ from guardtest.kinds.case import Setup, case
 from guardtest.kinds.setups import regression, with_sgd
 
 
-@case("diverges", "error", "real steps", says="finite before these steps")
+@case("diverges", "error", "real steps", says="the loss was finite at first")
 def diverges(faulty: bool) -> Setup:
     return with_sgd(regression(), lr=1e12 if faulty else 0.01)
 
