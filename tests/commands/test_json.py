@@ -63,7 +63,7 @@ def test_checkpoints_in_a_store(tmp_path, capsys):
     answer = json_of(["ckpt", "verify", tmp_path], capsys, 1)
     assert [entry["verdict"] for entry in answer["checkpoints"]] == ["ok", "bad"]
     (done,) = json_of(["ckpt", "rollback", tmp_path], capsys, 0)["checkpoints"]
-    assert done["step"] == 10 and len(done["put_aside"]) == 1
+    assert done["step"] == 10 and len(done["set_aside"]) == 1
 
 
 @pytest.mark.parametrize("argv", [["report"], ["ckpt", "list"]], ids=" ".join)

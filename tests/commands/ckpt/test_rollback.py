@@ -66,7 +66,7 @@ def test_without_an_epoch_the_step_decides(tmp_path, capsys):
     assert "b.pt (step 200)" in out and "chosen by its time" not in out
 
 
-def test_a_damaged_checkpoint_put_aside_is_called_damaged(store, capsys):
+def test_a_damaged_checkpoint_that_was_set_aside_is_called_damaged(store, capsys):
     with CheckpointStore(store, read_only=True) as opened:
         file = opened.last().file
     os.truncate(store / file, 50)
