@@ -8,6 +8,7 @@ implements the interface of `torch.optim.Optimizer` for schedulers, scalers and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -316,15 +317,11 @@ class GuardedOptimizer(SavableOptimizer):
             watched,
             self._gradients.layout.names,
         )
-        changes = policy.may_change(signals)
-        if watched is None:
-            self._stepper.step(buckets, verdict, call, changes)
-            flight.obeyed = True
-            return
-        with watched.during_update():
-            self._stepper.step(buckets, verdict, call, changes)
+        with nullcontext() if watched is None else watched.during_update():
+            self._stepper.step(buckets, verdict, call, policy.may_change(signals))
         flight.obeyed = True
-        watched.after_update()
+        if watched is not None:
+            watched.after_update()
 
     def _reduced(
         self, stats: GradStats, signals: Signals, buckets: GradBuckets, scaling: ScalerInputs
