@@ -33,6 +33,11 @@ def describe_culprits(culprits: Sequence[Culprit], n_culprits: int | None = None
     return several(named, NAMED_CULPRITS, total)
 
 
+def plural(n: int, noun: str) -> str:
+    """Formats a count: `1 step`, `12,000 steps`."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
 def several(names: Sequence[str], n: int = 3, total: int | None = None) -> str:
     """Lists the first names, and the number of further names.
 

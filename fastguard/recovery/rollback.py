@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from fastguard.checkpoints import CheckpointStore
-from fastguard.errors import TrainingDivergedError
+from fastguard.errors import TrainingDivergedError, plural
 from fastguard.errors.logger import log
 from fastguard.gradients.tensor_kinds import has_numbers
 from fastguard.guard.grad_scaler import keep_lower_scales
@@ -284,9 +284,9 @@ class Rollback:
         now = self.optimizer.steps_taken
         story = f"at step {now}, {reason}"
         if self.attempts > self.max_attempts:
-            n = "1 rollback" if self.max_attempts == 1 else f"{self.max_attempts} rollbacks"
             raise TrainingDivergedError(
-                f"{story}; {n} did not solve the problem. {self._incidents}",
+                f"{story}; {plural(self.max_attempts, 'rollback')} did not solve the problem. "
+                f"{self._incidents}",
                 self._incidents.culprits,
             )
         try:

@@ -28,8 +28,8 @@ from fastguard.commands.report.incidents import Row
 from fastguard.commands.report.packing import pack
 from fastguard.commands.report.style import ACTIONS
 from fastguard.commands.report.summary import REACH, Jump, Summary
-from fastguard.commands.report.verdict import Verdict, plural
-from fastguard.errors import describe_culprits
+from fastguard.commands.report.verdict import Verdict
+from fastguard.errors import describe_culprits, plural
 from fastguard.errors.plain_text import printable
 
 PLOT_ID = "plot"

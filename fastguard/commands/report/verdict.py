@@ -15,6 +15,7 @@ from fastguard.commands.report.columns import LR, NORM, Series
 from fastguard.commands.report.incidents import Row
 from fastguard.commands.report.summary import Summary
 from fastguard.commands.report.trend import Rise, find_rise
+from fastguard.errors import plural
 from fastguard.errors.plain_text import printable
 
 _CLIPPED_OFTEN = 0.5
@@ -52,11 +53,6 @@ def judge(summary: Summary) -> Verdict:
     findings += [*_clipping(summary), *_loss_scale(summary)]
     findings += [*_learning_rate(summary), *summary.watched.findings(), *_jumps(summary)]
     return Verdict(_headline(summary), [*findings, *_reading(summary)], summary.survived)
-
-
-def plural(n: int, noun: str) -> str:
-    """Formats a count: `1 step`, `12,000 steps`."""
-    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def _headline(summary: Summary) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from fastguard.commands.report.layer_history import LayerHistory
+from fastguard.errors import plural
 from fastguard.errors.plain_text import printable
 from fastguard.records.layers import layer_norms, layer_ratios
 from fastguard.records.step_record import REPLICA_DRIFT, replica_drifts
@@ -84,10 +85,9 @@ class Watched:
 
     def _drift(self) -> Iterator[str]:
         for phrase, n in self.drifts.most_common(1):
-            steps = "step" if n == 1 else "steps"
             now = "" if self.drifting else ", but not in the last step that compared the replicas"
             yield (
-                f"{phrase[0].upper()}{phrase[1:]} in {n:,} watched {steps}{now}. Restore a "
+                f"{phrase[0].upper()}{phrase[1:]} in {plural(n, 'watched step')}{now}. Restore a "
                 f"checkpoint from before step {self.drifted_first:,}."
             )
 
@@ -96,9 +96,7 @@ class Watched:
         if not growths:
             return
         first, others = growths[0], len(growths) - 1
-        followed = {0: "", 1: "; 1 other layer followed"}.get(
-            others, f"; {others:,} other layers followed"
-        )
+        followed = f"; {plural(others, 'other layer')} followed" if others else ""
         yield (
             f"Layer “{first.layer}” grew first: at step {first.step:,} its gradient norm was "
             f"{first.factor:,.0f} times its usual value{followed}."
